@@ -1,0 +1,287 @@
+"""`nnunet_diffusion demo`: the main job end to end, on generated images and by nnU-Net's own commands."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import select
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nnunet_diffusion.cli.errors import CommandError
+from nnunet_diffusion.cli.trainers_directory import with_trainers
+from nnunet_diffusion.demo_data import DATASET_ID, DATASET_NAME, write_dataset
+
+PLANS_NAME = "nnUNetPlansDemo"
+SILENCE_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All choices of the demo, small enough for two cores without GPU.
+
+    Attributes:
+        training_images: Images to train and validate on.
+        test_images: Images to report on.
+        trainer: Trained and compared; it trains `presegmentor` first.
+        presegmentor: nnU-Net's trainer of the same length.
+        patch_size: Pixels along each axis.
+        batch_size: Patches.
+        features_per_stage: Width of nnU-Net's network at each stage.
+        diffusion: Settings of the denoiser that differ from the defaults, as in the plans.
+        ddpm_steps: Network evaluations of the DDPM from pure noise.
+    """
+
+    training_images: int = 60
+    test_images: int = 20
+    trainer: str = "DiffusionTrainer_5epochs"
+    presegmentor: str = "nnUNetTrainer_5epochs"
+    patch_size: int = 128
+    batch_size: int = 4
+    features_per_stage: tuple[int, ...] = (8, 16, 32, 64, 64)
+    diffusion: tuple[tuple[str, Any], ...] = (("attention_tokens", 256),)
+    ddpm_steps: int = 20
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Where the demo keeps everything, nnU-Net's three folders included.
+
+    Attributes:
+        folder: Root of all.
+        device: "cuda" or "cpu".
+        recipe: What is made here.
+    """
+
+    folder: Path
+    device: str
+    recipe: Recipe
+
+    @property
+    def raw(self) -> Path:
+        """Folder of the raw dataset."""
+        return self.folder / "raw" / DATASET_NAME
+
+    @property
+    def preprocessed(self) -> Path:
+        """Folder of the preprocessed dataset and its plans."""
+        return self.folder / "preprocessed" / DATASET_NAME
+
+    def model(self, trainer: str) -> Path:
+        """Folder of the trained model of `trainer`."""
+        return self.folder / "results" / DATASET_NAME / f"{trainer}__{PLANS_NAME}__2d"
+
+    def predictions(self, trainer: str) -> Path:
+        """Folder of the test images' segmentations by `trainer`."""
+        return self.folder / "predictions" / trainer
+
+    def environment(self) -> dict[str, str]:
+        """Variables of nnU-Net's commands: folders under the demo's own, never the user's."""
+        return {
+            **with_trainers(os.environ),
+            **{f"nnUNet_{name}": str(self.folder / name) for name in ("raw", "preprocessed", "results")},
+            "nnUNet_compile": "f",  # compiling costs more than so short a training gains
+            "OMP_WAIT_POLICY": "passive",  # waiting threads leave the cores to nnU-Net's augmentation workers
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONWARNINGS": "ignore",
+        }
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add `demo` to the command line."""
+    parser = subparsers.add_parser("demo", help="generate images, train, predict, report (about 10 minutes on two cores)")
+    parser.add_argument("--folder", type=Path, default=Path("demo"), help="where to put everything (default: demo)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is a GPU, else cpu")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the demo with its default recipe."""
+    run_recipe(options.folder, options.device, Recipe())
+    return 0
+
+
+def run_recipe(folder: Path, device: str | None, recipe: Recipe) -> Path:
+    """Make or complete the demo in `folder`; what an earlier run finished is kept.
+
+    Args:
+        folder: Made if it is missing.
+        device: "cuda", "cpu", or None for the GPU if there is one.
+        recipe: Sizes and names.
+
+    Returns:
+        The report, folder/report.md.
+
+    Raises:
+        CommandError: A step failed, or the folder holds something else.
+    """
+    place = Workplace(claim(Path(folder).resolve(), recipe), device or default_device(), recipe)
+    steps = demo_steps(place)
+    began = time.monotonic()
+    print(f"Demo in {place.folder} on {place.device}: {len(steps)} steps", flush=True)
+    for number, (name, action) in enumerate(steps.items(), start=1):
+        mark = place.folder / "finished" / name.replace(" ", "_")
+        title = f"[{number}/{len(steps)}] {name}"
+        if mark.exists():
+            print(f"{title}: there already", flush=True)
+            continue
+        print(f"{title} ...", flush=True)
+        step_began = time.monotonic()
+        action()
+        mark.parent.mkdir(exist_ok=True)
+        mark.touch()
+        print(f"{title}: done in {clock(time.monotonic() - step_began)}", flush=True)
+    report = place.folder / "report.md"
+    print(f"Finished in {clock(time.monotonic() - began)}; see {report} and {report.with_suffix('.png')}", flush=True)
+    return report
+
+
+def claim(folder: Path, recipe: Recipe) -> Path:
+    """Make `folder`, or check that the same recipe made it, so that no old result passes for a new one."""
+    record = folder / "recipe.json"
+    wanted = json.dumps(asdict(recipe), indent=2)
+    if record.is_file() and record.read_text(encoding="utf-8") != wanted:
+        raise CommandError(f"{folder} holds a demo of another version; remove it (rm -r '{folder}') or give --folder")
+    if not record.is_file() and folder.exists() and any(folder.iterdir()):
+        raise CommandError(f"{folder} holds something else than a demo; give another --folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    record.write_text(wanted, encoding="utf-8")
+    return folder
+
+
+def default_device() -> str:
+    """The GPU if torch finds one."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def demo_steps(place: Workplace) -> dict[str, Callable[[], object]]:
+    """Name and action of each step, in order; an interrupted one can be run again."""
+    from nnunet_diffusion.cli.demo_report import write_report
+
+    recipe, number = place.recipe, str(DATASET_ID)
+    model = ["-d", number, "-c", "2d", "-f", "0", "-p", PLANS_NAME, "-device", place.device]
+
+    def predict(trainer: str) -> None:
+        words = ["-i", str(place.raw / "imagesTs"), "-o", str(place.predictions(trainer)), "-tr", trainer]
+        run_command(["nnUNetv2_predict", *words, *model, "-npp", "1", "-nps", "1"], place)
+
+    def train() -> None:
+        words = [number, "2d", "0", "-tr", recipe.trainer, "-p", PLANS_NAME, "-device", place.device]
+        resume = ["--c"] if any(place.model(recipe.trainer).glob("fold_0/checkpoint_*.pth")) else []
+        run_command(["nnUNetv2_train", *words, *resume], place)
+
+    return {
+        "generate images": lambda: write_dataset(
+            place.raw.parent, training=recipe.training_images, test=recipe.test_images
+        ),
+        "plan and preprocess": lambda: plan_and_preprocess(place),
+        "write small plans": lambda: write_small_plans(place.preprocessed, recipe),
+        "train": train,
+        "predict with nnU-Net": lambda: predict(recipe.presegmentor),
+        "predict with PD-DDPM": lambda: predict(recipe.trainer),
+        "evaluate and report": lambda: write_report(place),
+    }
+
+
+def write_small_plans(preprocessed: Path, recipe: Recipe) -> Path:
+    """Write a copy of nnU-Net's plans whose patch and networks a CPU can train.
+
+    Args:
+        preprocessed: Folder of the preprocessed dataset; its data stay in use.
+        recipe: Sizes.
+
+    Returns:
+        The new plans.
+    """
+    plans = json.loads((preprocessed / "nnUNetPlans.json").read_text(encoding="utf-8"))
+    plans["plans_name"] = PLANS_NAME
+    configuration = plans["configurations"]["2d"]
+    configuration.update(
+        patch_size=[recipe.patch_size] * 2, batch_size=recipe.batch_size, diffusion=dict(recipe.diffusion)
+    )
+    network = configuration["architecture"]["arch_kwargs"]
+    stages = len(recipe.features_per_stage)
+    network.update(n_stages=stages, features_per_stage=list(recipe.features_per_stage))
+    for name, length in {"strides": stages, "kernel_sizes": stages, "n_conv_per_stage": stages}.items():
+        network[name] = network[name][:length]
+    network["n_conv_per_stage_decoder"] = network["n_conv_per_stage_decoder"][: stages - 1]
+    path = preprocessed / f"{PLANS_NAME}.json"
+    path.write_text(json.dumps(plans, indent=2), encoding="utf-8")
+    return path
+
+
+def plan_and_preprocess(place: Workplace) -> None:
+    """Plan and preprocess by the stock command."""
+    words = ["nnUNetv2_plan_and_preprocess", "-d", str(DATASET_ID), "-c", "2d", "--verify_dataset_integrity"]
+    # nnU-Net's planner fails if a user has switched the workers of data augmentation off with 0
+    run_command([*words, "-npfp", "2", "-np", "2"], place, nnUNet_n_proc_DA="1")
+
+
+def run_command(words: Sequence[str], place: Workplace, **variables: str) -> None:
+    """Run one of nnU-Net's commands, showing its output as it comes and keeping it in `logs/`.
+
+    Args:
+        words: The command and its arguments.
+        place: Where the demo is.
+        variables: Further environment variables.
+
+    Raises:
+        CommandError: The command failed.
+    """
+    log = place.folder / "logs" / f"{words[0]}.log"
+    log.parent.mkdir(exist_ok=True)
+    print(f"$ {' '.join(words)}", flush=True)
+    code = stream([find_command(words[0]), *words[1:]], {**place.environment(), **variables}, log)
+    if code:
+        raise CommandError(f"{words[0]} failed with exit code {code}; its output is in {log}; once mended, run again")
+
+
+def find_command(name: str) -> str:
+    """Path of a console command of this Python environment, or else of the search path."""
+    own = Path(sys.executable).parent / name
+    found = str(own) if own.is_file() else shutil.which(name)
+    if found is None:
+        raise CommandError(f"{name} is not installed beside {sys.executable}; run: pip install nnunetv2")
+    return found
+
+
+def stream(words: Sequence[str], environment: Mapping[str, str], log: Path) -> int:
+    """Run `words`, copy its output to the terminal and to the end of `log`, and show a sign of life in silence.
+
+    Returns:
+        Exit code.
+    """
+    began = last_sign = time.monotonic()
+    with (
+        log.open("ab") as copy,
+        subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process,
+    ):
+        assert process.stdout is not None
+        output = process.stdout.fileno()
+        while True:
+            if select.select([output], [], [], 1.0)[0]:
+                piece = os.read(output, 65536)
+                if not piece:
+                    break
+                copy.write(piece)
+                sys.stdout.write(piece.decode(errors="replace"))
+                sys.stdout.flush()
+                last_sign = time.monotonic()
+            elif time.monotonic() - last_sign > SILENCE_SECONDS:
+                last_sign = time.monotonic()
+                print(f"  ... at work for {clock(last_sign - began)}", flush=True)
+    return process.returncode
+
+
+def clock(seconds: float) -> str:
+    """Duration as minutes:seconds."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

@@ -1,0 +1,268 @@
+"""The demo's last step: time and evaluate the three methods, draw the reverse process, write the report."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    from nnunet_diffusion.cli.demo import Workplace
+
+Labels = NDArray[np.integer[Any]]
+FIGURE_KINDS = ("malignant", "benign", "cyst")
+FIGURE_STEPS = 5
+SPACING_PIXELS = (1.0, 1.0)
+
+
+@dataclass(frozen=True, eq=False)
+class MethodResult:
+    """One method on all test images.
+
+    Attributes:
+        name: As in the table.
+        segmentations: Label map (height, width) of each case.
+        presegmentor_evaluations: Calls of nnU-Net's network, mean per image.
+        denoiser_evaluations: Calls of the denoiser, mean per image.
+        seconds: Mean per image, the model already loaded.
+    """
+
+    name: str
+    segmentations: Mapping[str, Labels]
+    presegmentor_evaluations: float
+    denoiser_evaluations: float
+    seconds: float
+
+
+def write_report(place: Workplace) -> None:
+    """Write report.md and report.png into the demo's folder.
+
+    Args:
+        place: A demo whose models are trained and whose test images are predicted by the stock command.
+    """
+    os.environ.update(place.environment())  # nnU-Net looks for the trainers in nnUNet_extTrainer
+    import torch
+
+    recipe, device = place.recipe, torch.device(place.device)
+    cases = sorted(path.stem for path in (place.raw / "labelsTs").glob("*.png"))
+    truth = {case: read_labels(place.raw / "labelsTs" / f"{case}.png") for case in cases}
+    images = {case: read_labels(place.raw / "imagesTs" / f"{case}_0000.png") for case in cases}
+
+    plain = load_predictor(place.model(recipe.presegmentor), device, mirroring=True)
+    diffusion = load_predictor(place.model(recipe.trainer), device, mirroring=True)
+    unmirrored = load_predictor(place.model(recipe.trainer), device, mirroring=False)
+    settings = unmirrored.network.settings
+    from_noise = {
+        "from_noise": True, "start_step": settings.timesteps, "steps": recipe.ddpm_steps, "sampler": "ddpm",
+        "samples": 1, "presegmentation_weight": 0.0,
+    }  # fmt: skip
+    results = [
+        time_method("nnU-Net", plain, images),
+        time_method(
+            f"DDPM from noise, {recipe.ddpm_steps} steps", unmirrored, images,
+            lambda: unmirrored.network.overridden(**from_noise),
+        ),
+        time_method(f"PD-DDPM, T' = {settings.start_step}, {settings.steps} step(s)", diffusion, images),
+    ]  # fmt: skip
+    agreement = [
+        agreement_line(results[0], place.predictions(recipe.presegmentor)),
+        agreement_line(results[2], place.predictions(recipe.trainer)),
+    ]
+    draw_figure(place.folder / "report.png", unmirrored, images, truth, results)
+    text = report_text(place, results, truth, settings, agreement)
+    (place.folder / "report.md").write_text(text, encoding="utf-8")
+    print(text, flush=True)
+
+
+def read_labels(path: Path) -> Labels:
+    """Pixels of a grey PNG, (height, width)."""
+    import SimpleITK
+
+    return SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path)))
+
+
+def load_predictor(model: Path, device: Any, *, mirroring: bool) -> nnUNetPredictor:
+    """nnU-Net's own predictor with the final weights of fold 0."""
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    predictor = nnUNetPredictor(use_mirroring=mirroring, device=device, allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(model), use_folds=(0,))
+    # the stock predictor loads the weights when it predicts; the figure needs them before
+    predictor.network.load_state_dict(predictor.list_of_parameters[0])
+    predictor.network.to(device).eval()
+    return predictor
+
+
+def time_method(
+    name: str,
+    predictor: nnUNetPredictor,
+    images: Mapping[str, Labels],
+    settings: Callable[[], AbstractContextManager] = nullcontext,
+) -> MethodResult:
+    """Segment every image in process, counting seconds and network evaluations.
+
+    Args:
+        name: As in the table.
+        predictor: Holds the model.
+        images: Grey values (height, width) of each case.
+        settings: Makes the context to predict in.
+    """
+    from tqdm import tqdm
+
+    network = predictor.network
+    segmentations: dict[str, Labels] = {}
+    with settings(), counted_calls(getattr(network, "presegmentor", network)) as calls:
+        network.evaluations = 0
+        began = time.perf_counter()
+        for case in tqdm(images, desc=name):
+            image = images[case][None, None].astype(np.float32)
+            properties = {"spacing": (999, *SPACING_PIXELS)}
+            segmentations[case] = predictor.predict_single_npy_array(image, properties, None, None, False)[0]
+        seconds = time.perf_counter() - began
+    count = len(images)
+    return MethodResult(name, segmentations, len(calls) / count, network.evaluations / count, seconds / count)
+
+
+@contextmanager
+def counted_calls(module: Any) -> Iterator[list[None]]:
+    """List that grows by one entry with each call of `module` inside the context."""
+    calls: list[None] = []
+    handle = module.register_forward_hook(lambda *_: calls.append(None))
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+def agreement_line(result: MethodResult, folder: Path) -> str:
+    """Sentence on how far the timed segmentations equal those of the stock command."""
+    same = sum(
+        np.array_equal(read_labels(folder / f"{case}.png"), labels) for case, labels in result.segmentations.items()
+    )
+    return f"{result.name}: {same} of {len(result.segmentations)} segmentations equal those of `nnUNetv2_predict`."
+
+
+def draw_figure(
+    path: Path,
+    predictor: nnUNetPredictor,
+    images: Mapping[str, Labels],
+    truth: Mapping[str, Labels],
+    results: Sequence[MethodResult],
+) -> None:
+    """Draw one case of each kind: its reverse process in FIGURE_STEPS steps from nnU-Net's segmentation at T'."""
+    from nnunet_diffusion.explain.figures import ReportRow, report_figure
+
+    rows = []
+    for kind in FIGURE_KINDS:
+        case = next((name for name in images if name.startswith(kind)), None)
+        if case is not None:
+            process, result = reverse_process(predictor, images[case])
+            rows.append(
+                ReportRow(case, images[case], truth[case], results[0].segmentations[case], process, result)
+            )
+    report_figure(rows, path)
+
+
+def reverse_process(predictor: nnUNetPredictor, image: Labels) -> tuple[list[tuple[int, NDArray]], Labels]:
+    """States of one reverse process over the whole image, and the label map it ends with.
+
+    Args:
+        predictor: Holds a DiffusionSegmenter.
+        image: Grey values (height, width).
+
+    Returns:
+        (timestep, state of class 1) pairs, the last one clean with timestep -1; label map.
+    """
+    import torch
+
+    from nnunet_diffusion.labels import probabilities_to_state
+
+    preprocessor = predictor.configuration_manager.preprocessor_class(verbose=False)
+    data, _, _ = preprocessor.run_case_npy(
+        image[None, None].astype(np.float32), None, {"spacing": (999, *SPACING_PIXELS)},
+        predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json,
+    )[:3]  # fmt: skip
+    patch = torch.as_tensor(np.asarray(data), dtype=torch.float32)[:, 0]
+    height, width = patch.shape[1:]
+    divisor = 2 ** len(predictor.network.settings.features_per_stage)
+    padding = (0, -width % divisor, 0, -height % divisor)
+    padded = torch.nn.functional.pad(patch[None], padding, mode="replicate").to(predictor.device)
+    states: list[tuple[int, NDArray]] = []
+
+    def keep(timestep: int, noisy: Any, clean: Any) -> None:
+        states.append((timestep, noisy[0, 1, :height, :width].float().cpu().numpy()))
+
+    steps = min(FIGURE_STEPS, predictor.network.settings.start_step)
+    with predictor.network.overridden(steps=steps, samples=1, presegmentation_weight=0.0):
+        probabilities = predictor.network.sample(padded, on_step=keep)[:, :, :height, :width]
+    states.append((-1, probabilities_to_state(probabilities)[0, 1].cpu().numpy()))
+    return states, probabilities[0].argmax(0).cpu().numpy().astype(np.uint8)
+
+
+def report_text(
+    place: Workplace,
+    results: Sequence[MethodResult],
+    truth: Mapping[str, Labels],
+    settings: Any,
+    agreement: Sequence[str],
+) -> str:
+    """The report in markdown."""
+    from nnunet_diffusion.evaluation.comparison import markdown_table
+
+    lesions = [case for case in truth if truth[case].any()]
+    header = ["method", "Dice", "HD95 (pixels)", "lesions missed", f"false alarms (of {len(truth) - len(lesions)})"]
+    header += ["evaluations per image (nnU-Net + denoiser)", "seconds per image"]
+    rows = [[result.name, *quality_cells(result, truth), *cost_cells(result)] for result in results]
+    recipe = place.recipe
+    return "\n".join(
+        [
+            "# Demo of nnunet-diffusion",
+            "",
+            f"{recipe.training_images} generated training images; {len(lesions)} test images with a lesion and "
+            f"{len(truth) - len(lesions)} without. Trainers `{recipe.presegmentor}` and `{recipe.trainer}`, plans "
+            f"`nnUNetPlansDemo` (patch {recipe.patch_size} x {recipe.patch_size}), device {place.device}. The training "
+            "is brief and the networks are small: this shows that everything works, not how good it gets.",
+            "",
+            markdown_table(header, rows),
+            "Dice is the mean over the test images with a lesion (a miss counts 0); HD95 the mean over those where both "
+            "truth and result show one. DDPM starts from pure noise and runs without mirroring, to spare time; the other "
+            "two are nnU-Net's stock prediction with mirroring.",
+            "",
+            *agreement,
+            "",
+            f"![Reverse process](report.png)\n\nFrom nnU-Net's segmentation noised to T' = {settings.start_step} down to 0, "
+            f"here in {FIGURE_STEPS} steps over the whole image; error map: white right, red missed, blue too much.",
+            "",
+        ]
+    )
+
+
+def quality_cells(result: MethodResult, truth: Mapping[str, Labels]) -> list[str]:
+    """Dice, HD95, missed lesions and false alarms of one method."""
+    from nnunet_diffusion.evaluation.comparison import number
+    from nnunet_diffusion.evaluation.metrics import dice, hd95
+
+    pairs = [(result.segmentations[case] == 1, truth[case] == 1) for case in truth]
+    with_lesion = [pair for pair in pairs if pair[1].any()]
+    distances = [hd95(*pair, SPACING_PIXELS) for pair in with_lesion if pair[0].any()]
+    return [
+        number(float(np.mean([dice(*pair) for pair in with_lesion])), 3),
+        number(float(np.mean(distances)) if distances else float("nan"), 1),
+        str(sum(not predicted.any() for predicted, _ in with_lesion)),
+        str(sum(bool(predicted.any()) for predicted, true in pairs if not true.any())),
+    ]
+
+
+def cost_cells(result: MethodResult) -> list[str]:
+    """Network evaluations and seconds of one method."""
+    evaluations = f"{result.presegmentor_evaluations:.0f} + {result.denoiser_evaluations:.0f}"
+    return [evaluations, f"{result.seconds:.2f}"]

@@ -1,0 +1,222 @@
+"""`nnunet_diffusion doctor`: is this machine ready for training, and if not, what is the cure."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import io
+import os
+import platform
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from nnunet_diffusion.cli.trainers_directory import VARIABLE, search_path, trainers_directory
+
+OK, WARN, FAIL = "OK", "WARN", "FAIL"
+SET_TRAINERS = f'export {VARIABLE}="$(nnunet_diffusion trainers_directory)"'
+# package: oldest supported version, versions known to be broken (as prefix)
+REQUIREMENTS = {"nnunetv2": ((2, 8, 0), None), "torch": ((2, 1, 2), (2, 9))}
+SMALL_SHARED_MEMORY_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Result of one check: what was looked at, OK, WARN or FAIL, what was seen, and the cure if not OK."""
+
+    name: str
+    level: str
+    seen: str
+    cure: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.level:<4}  {self.name:<20}  {self.seen}" + (f"; {self.cure}" if self.cure else "")
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add `doctor` to the command line."""
+    parser = subparsers.add_parser("doctor", help="check paths, versions, trainer search and GPU")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print one line per finding; exit code 1 if any is FAIL."""
+    failures = 0
+    for finding in examine(os.environ):
+        print(finding, flush=True)
+        failures += finding.level == FAIL
+    print(f"{failures} to put right" if failures else "ready")
+    return int(failures > 0)
+
+
+def examine(environment: Mapping[str, str]) -> Iterator[Finding]:
+    """Run all checks; one that breaks is itself a FAIL and stops no other.
+
+    Args:
+        environment: Variables of the process, as nnU-Net will read them.
+    """
+    checks: dict[str, Callable[[], Iterator[Finding]]] = {
+        "python": check_python,
+        "packages": check_versions,
+        "folders": lambda: check_folders(environment),
+        VARIABLE: lambda: check_search_path(environment),
+        "torchvision": check_torchvision,
+        "trainer": check_trainer,
+        "device": check_device,
+        "/dev/shm": check_shared_memory,
+        "diffusers": check_solvers,
+    }
+    for name, check in checks.items():
+        try:
+            yield from check()
+        except Exception as error:  # a broken installation raises anything, and the other lines matter all the more
+            seen = f"check stopped by {type(error).__name__}: {first_line(error)}"
+            yield Finding(name, FAIL, seen, "reinstall: pip install --upgrade --force-reinstall nnunet-diffusion")
+
+
+def first_line(error: BaseException) -> str:
+    """First line of an exception's text, which fits one line of the report."""
+    return (str(error).splitlines() or [""])[0]
+
+
+def check_python() -> Iterator[Finding]:
+    """Python is new enough."""
+    seen = platform.python_version()
+    if tuple(map(int, platform.python_version_tuple()[:2])) < (3, 10):
+        yield Finding("python", FAIL, seen, "install Python 3.10 or newer and create the environment with it")
+    else:
+        yield Finding("python", OK, seen)
+
+
+def check_versions() -> Iterator[Finding]:
+    """The packages this plugin is built for are installed in a supported version."""
+    for package, (oldest, broken) in REQUIREMENTS.items():
+        wanted = f'"{package}>={".".join(map(str, oldest))}' + (f',!={".".join(map(str, broken))}.*"' if broken else '"')
+        try:
+            seen = version(package)
+        except PackageNotFoundError:
+            yield Finding(package, FAIL, "not installed", f"pip install {wanted}")
+            continue
+        numbers = tuple(int(number) for number in re.findall(r"\d+", seen.split("+")[0])[:3])
+        if numbers < oldest or (broken and numbers[: len(broken)] == broken):
+            yield Finding(package, FAIL, f"{seen} is not supported", f"pip install --upgrade {wanted}")
+        else:
+            yield Finding(package, OK, seen)
+
+
+def check_folders(environment: Mapping[str, str]) -> Iterator[Finding]:
+    """nnU-Net's three folders are set, exist and can be written."""
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        folder = environment.get(name)
+        if not folder:
+            yield Finding(name, FAIL, "not set", f"export {name}=/path/to/{name}")
+        elif not Path(folder).is_dir():
+            yield Finding(name, FAIL, f"{folder} is no folder", f"mkdir -p '{folder}', or correct the variable")
+        elif not is_writable(Path(folder)):
+            yield Finding(name, FAIL, f"{folder} cannot be written", f"chmod u+w '{folder}', or choose another folder")
+        else:
+            free_gigabytes = shutil.disk_usage(folder).free / 1e9
+            yield Finding(name, OK, f"{folder} ({free_gigabytes:.0f} GB free)")
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether a file can be made in `folder`, tried by making one (mode bits lie on network drives)."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+def check_search_path(environment: Mapping[str, str]) -> Iterator[Finding]:
+    """`nnUNet_extTrainer` names our trainers' folder, and every folder that it names exists."""
+    folders = search_path(environment)
+    missing = [folder for folder in folders if not Path(folder).is_dir()]
+    ours = trainers_directory()
+    if not folders:
+        yield Finding(VARIABLE, FAIL, "not set", SET_TRAINERS)
+    elif ours not in [Path(folder).resolve() for folder in folders]:
+        cure = f'export {VARIABLE}="$(nnunet_diffusion trainers_directory){os.pathsep}${VARIABLE}"'
+        yield Finding(VARIABLE, FAIL, f"{os.pathsep.join(folders)} lacks {ours}", cure)
+    elif missing:
+        yield Finding(VARIABLE, WARN, f"{', '.join(missing)} is no folder", "take it out of the variable")
+    else:
+        yield Finding(VARIABLE, OK, os.pathsep.join(folders))
+
+
+def check_torchvision() -> Iterator[Finding]:
+    """Torch and torchvision come from the same build, shown by running one compiled operator."""
+    torch = importlib.import_module("torch")
+    cure = "install both from one index: pip install --upgrade --force-reinstall torch torchvision"
+    try:
+        operators = importlib.import_module("torchvision.ops")
+        operators.nms(torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.tensor([1.0]), 0.5)
+    except Exception as error:  # ImportError, RuntimeError or AttributeError, as the two versions happen to differ
+        yield Finding("torchvision", FAIL, f"does not work with torch {torch.__version__} ({first_line(error)})", cure)
+    else:
+        yield Finding("torchvision", OK, f"{version('torchvision')} matches torch {torch.__version__}")
+
+
+def check_trainer() -> Iterator[Finding]:
+    """nnU-Net's own search finds DiffusionTrainer, as nnUNetv2_train and nnUNetv2_predict will."""
+    name = "DiffusionTrainer"
+    finder = importlib.import_module("nnunetv2.utilities.find_objects")
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            found = finder.recursive_find_trainer_class_by_name(name)
+    except RuntimeError as error:
+        if "Could not find requested" not in str(error):
+            raise
+        yield Finding("trainer", FAIL, f"nnU-Net does not find {name}", SET_TRAINERS)
+    except Exception as error:  # any trainer file in any folder of the variable can raise anything
+        seen = f"the search stopped with {type(error).__name__}: {first_line(error)}"
+        yield Finding("trainer", FAIL, seen, f"mend or take out the folder of {VARIABLE} whose file fails to import")
+    else:
+        yield Finding("trainer", OK, f"{found.__name__} found by nnU-Net")
+
+
+def check_device() -> Iterator[Finding]:
+    """A GPU is there and calculates in bfloat16; without one everything works, but slowly."""
+    torch = importlib.import_module("torch")
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        yield Finding("GPU", OK, f"{properties.name}, {properties.total_memory / 1e9:.0f} GB")
+        if torch.cuda.is_bf16_supported():
+            yield Finding("bfloat16", OK, "supported")
+        else:
+            yield Finding("bfloat16", WARN, "not supported", "training uses float16 instead; nothing to do")
+    elif shutil.which("nvidia-smi"):
+        cure = "install a build of torch for the driver's CUDA version (https://pytorch.org/get-started/locally/)"
+        yield Finding("GPU", WARN, f"nvidia-smi is there, but torch {torch.__version__} finds no GPU", cure)
+    elif torch.backends.mps.is_available():
+        yield Finding("GPU", OK, "Apple MPS: train and predict with -device mps")
+    else:
+        yield Finding("GPU", WARN, "none", "train and predict with -device cpu; real datasets want a CUDA GPU")
+
+
+def check_shared_memory() -> Iterator[Finding]:
+    """Background workers hand their batches over in /dev/shm, which containers keep small."""
+    folder = Path("/dev/shm")
+    if not folder.is_dir():
+        yield Finding("/dev/shm", OK, "not used on this system")
+        return
+    size = shutil.disk_usage(folder).total
+    seen = f"{size / 2**30:.1f} GiB"
+    if size < SMALL_SHARED_MEMORY_BYTES:
+        yield Finding("/dev/shm", WARN, seen, "start the container with --shm-size=8g, or train with nnUNet_n_proc_DA=0")
+    else:
+        yield Finding("/dev/shm", OK, seen)
+
+
+def check_solvers() -> Iterator[Finding]:
+    """The optional package behind the solvers dpm_solver, dpm_solver++ and unipc."""
+    try:
+        yield Finding("diffusers", OK, version("diffusers"))
+    except PackageNotFoundError:
+        cure = 'only for those: pip install "nnunet-diffusion[solvers]"'
+        yield Finding("diffusers", WARN, "not installed (solvers dpm_solver, dpm_solver++, unipc)", cure)

@@ -1,0 +1,1 @@
+"""The mathematics of the diffusion processes and their samplers: torch only, no network and no nnU-Net."""

@@ -1,0 +1,1 @@
+"""Metrics, paired comparison of models and corrupted starts (layer 3)."""

@@ -1,0 +1,173 @@
+"""Dice, HD95 and the count of corrected and broken voxels, for arrays of any number of dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import ndimage
+
+HD95_PERCENTILE = 95.0
+
+
+@dataclass(frozen=True)
+class ClassMetrics:
+    """Agreement of one class in one case.
+
+    Attributes:
+        dice: 0..1, NaN where the class is absent from both label maps.
+        hd95: mm, NaN where the class is absent from both, infinite where it is absent from one.
+        predicted_voxels: voxels of the class in the prediction.
+        reference_voxels: voxels of the class in the reference.
+    """
+
+    dice: float
+    hd95: float
+    predicted_voxels: int
+    reference_voxels: int
+
+
+@dataclass(frozen=True)
+class VoxelChanges:
+    """What a refinement did to its start, in voxels.
+
+    Attributes:
+        corrected: voxels wrong in the start and right in the result.
+        broken: voxels right in the start and wrong in the result.
+    """
+
+    corrected: int
+    broken: int
+
+
+def dice(prediction: ArrayLike, reference: ArrayLike) -> float:
+    """Dice coefficient of two masks of one shape.
+
+    Args:
+        prediction: boolean mask, (*spatial).
+        reference: boolean mask, (*spatial).
+
+    Returns:
+        2 |A and B| / (|A| + |B|), 0..1. Both empty: NaN, as nnU-Net's evaluation; one empty: 0.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    predicted, true = _masks(prediction, reference)
+    total = np.count_nonzero(predicted) + np.count_nonzero(true)
+    return 2.0 * np.count_nonzero(predicted & true) / total if total else float("nan")
+
+
+def hd95(prediction: ArrayLike, reference: ArrayLike, spacing_mm: Sequence[float]) -> float:
+    """95 % Hausdorff distance of two masks: the larger of the two directed 95th percentiles.
+
+    A mask's surface is its voxels with a face neighbour outside the mask; the array's border counts as outside, except
+    along axes of length one, which are left out: a slice is an image, not a volume that is surface all over. Directed
+    distances run from the centre of each surface voxel of one mask to the nearest surface voxel of the other, and
+    percentiles are linearly interpolated. (medpy pools both directions before taking the percentile.)
+
+    Args:
+        prediction: boolean mask, (*spatial).
+        reference: boolean mask, (*spatial).
+        spacing_mm: voxel size in mm along each axis of the masks.
+
+    Returns:
+        Distance in mm. Both empty: NaN (undefined); one empty: infinity (a miss is never better than a bad hit).
+
+    Raises:
+        ValueError: the shapes differ, or `spacing_mm` is not one positive number per axis.
+    """
+    predicted, true = _masks(prediction, reference)
+    spacing = _spacing(spacing_mm, predicted.ndim)
+    if not predicted.any() or not true.any():
+        return float("inf") if predicted.any() or true.any() else float("nan")
+    long_axes = [axis for axis, length in enumerate(predicted.shape) if length > 1]
+    predicted, true, spacing = predicted.squeeze(), true.squeeze(), tuple(spacing[axis] for axis in long_axes)
+    if not long_axes:
+        return 0.0
+    # Outside the joint bounding box all is background: cropping to it changes neither surfaces nor distances.
+    box = ndimage.find_objects((predicted | true).astype(np.uint8))[0]
+    surface_predicted, surface_true = _surface(predicted[box]), _surface(true[box])
+    to_true = ndimage.distance_transform_edt(~surface_true, sampling=spacing)[surface_predicted]
+    to_predicted = ndimage.distance_transform_edt(~surface_predicted, sampling=spacing)[surface_true]
+    return float(max(np.percentile(to_true, HD95_PERCENTILE), np.percentile(to_predicted, HD95_PERCENTILE)))
+
+
+def per_class_metrics(
+    prediction_labels: ArrayLike, reference_labels: ArrayLike, classes: Mapping[int, str], spacing_mm: Sequence[float]
+) -> dict[str, ClassMetrics]:
+    """Dice and HD95 of each named class of two label maps.
+
+    Args:
+        prediction_labels: integer label map, (*spatial).
+        reference_labels: integer label map, (*spatial).
+        classes: label -> name of the classes to measure; leave the background out.
+        spacing_mm: voxel size in mm along each axis.
+
+    Returns:
+        class name -> metrics, in the order of `classes`.
+
+    Raises:
+        ValueError: the shapes differ, `spacing_mm` does not fit, or two classes have one name.
+    """
+    if len(set(classes.values())) < len(classes):
+        raise ValueError(f"classes must have distinct names, got {list(classes.values())}: rename the doubled one")
+    predicted_labels, true_labels = np.asarray(prediction_labels), np.asarray(reference_labels)
+    metrics = {}
+    for label, name in classes.items():
+        predicted, true = predicted_labels == label, true_labels == label
+        metrics[name] = ClassMetrics(
+            dice=dice(predicted, true),
+            hd95=hd95(predicted, true, spacing_mm),
+            predicted_voxels=int(np.count_nonzero(predicted)),
+            reference_voxels=int(np.count_nonzero(true)),
+        )
+    return metrics
+
+
+def voxels_corrected_and_broken(start: ArrayLike, result: ArrayLike, reference: ArrayLike) -> VoxelChanges:
+    """Count the voxels that a refinement put right and those it put wrong.
+
+    Args:
+        start: integer label map that the refinement began with, (*spatial).
+        result: integer label map that it ended with, (*spatial).
+        reference: true label map, (*spatial).
+
+    Returns:
+        The two counts; a voxel that goes from one wrong class to another is in neither.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    before, after, true = np.asarray(start), np.asarray(result), np.asarray(reference)
+    _same_shape(before, true, "start")
+    _same_shape(after, true, "result")
+    right_before, right_after = before == true, after == true
+    return VoxelChanges(
+        corrected=int(np.count_nonzero(~right_before & right_after)),
+        broken=int(np.count_nonzero(right_before & ~right_after)),
+    )
+
+
+def _masks(prediction: ArrayLike, reference: ArrayLike) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    predicted, true = np.asarray(prediction, dtype=bool), np.asarray(reference, dtype=bool)
+    _same_shape(predicted, true, "prediction")
+    return predicted, true
+
+
+def _same_shape(array: NDArray, reference: NDArray, name: str) -> None:
+    if array.shape != reference.shape:
+        raise ValueError(f"{name} has shape {array.shape}, the reference {reference.shape}: compare on one grid")
+
+
+def _spacing(spacing_mm: Sequence[float], dimensions: int) -> tuple[float, ...]:
+    spacing = tuple(float(size) for size in spacing_mm)
+    if len(spacing) != dimensions or not all(0 < size < float("inf") for size in spacing):
+        raise ValueError(f"spacing_mm must be {dimensions} positive numbers, one per axis, got {spacing_mm}")
+    return spacing
+
+
+def _surface(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    return mask & ~ndimage.binary_erosion(mask, border_value=0)

@@ -1,0 +1,204 @@
+"""Blocks that several parts of the networks are made of: norms, residual block, slim dense block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pydoc import locate
+
+import torch
+from dynamic_network_architectures.building_blocks.helper import (
+    convert_conv_op_to_dim,
+    get_matching_batchnorm,
+    maybe_convert_scalar_to_list,
+)
+from torch import Tensor, nn
+from torch.nn import functional
+
+NORMS = ("batch", "instance", "group")
+MAX_GROUPS = 32
+MIN_CHANNELS_PER_GROUP = 4
+DENSE_SCALE = 0.2
+
+
+def resolve_conv_op(conv_op: type[nn.Module] | str) -> type[nn.Module]:
+    """Return the convolution class that nnU-Net's plans name.
+
+    Args:
+        conv_op: a convolution class of torch, or its dotted name such as "torch.nn.modules.conv.Conv3d".
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    found = locate(conv_op) if isinstance(conv_op, str) else conv_op
+    if not isinstance(found, type) or not issubclass(found, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        raise ValueError(f"conv_op must be a convolution class of torch or its dotted name, got {conv_op!r}")
+    return found
+
+
+def per_axis(name: str, values: Sequence[int | Sequence[int]], conv_op: type[nn.Module]) -> list[tuple[int, ...]]:
+    """Return one tuple of positive integers, one per spatial axis, for each stage.
+
+    Args:
+        name: what the values are, for the error text.
+        values: per stage an integer, used for all axes, or one integer per axis.
+        conv_op: the convolution class, which decides the number of axes.
+
+    Raises:
+        ValueError: if a stage has another number of axes, or a value below one.
+    """
+    axes = convert_conv_op_to_dim(conv_op)
+    stages = [tuple(int(v) for v in maybe_convert_scalar_to_list(conv_op, value)) for value in values]
+    for stage, sizes in enumerate(stages):
+        if len(sizes) != axes or min(sizes) < 1:
+            raise ValueError(f"{name}[{stage}] must hold {axes} integers of at least 1 (one per axis), got {sizes}")
+    return stages
+
+
+def group_count(channels: int) -> int:
+    """Return the number of groups for group normalisation.
+
+    The largest divisor of `channels` that is at most 32 and leaves at least 4 channels per group, or 1 if there is
+    none. Smaller groups come near instance normalisation, which would remove a time embedding added just before it.
+
+    Args:
+        channels: number of channels, at least 1.
+    """
+    limit = min(MAX_GROUPS, channels // MIN_CHANNELS_PER_GROUP)
+    return max((groups for groups in range(1, limit + 1) if channels % groups == 0), default=1)
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Return group normalisation with `group_count(channels)` groups."""
+    return nn.GroupNorm(group_count(channels), channels)
+
+
+class InstanceNorm(nn.GroupNorm):
+    """Instance normalisation that survives a feature map of a single voxel.
+
+    There a channel has no spread of its own (torch's instance normalisation refuses it, and the result would be a
+    constant), so the voxel is normalised over its channels instead.
+    """
+
+    def __init__(self, channels: int) -> None:
+        """Build the norm with one learned scale and shift per channel."""
+        super().__init__(channels, channels)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Normalise features of shape (B, C, *spatial)."""
+        groups = 1 if features[0, 0].numel() == 1 else self.num_groups
+        return functional.group_norm(features, groups, self.weight, self.bias, self.eps)
+
+
+def make_norm(norm: str, channels: int, conv_op: type[nn.Module]) -> nn.Module:
+    """Return the normalisation layer of that name.
+
+    Args:
+        norm: "batch" (in training needs more than one value per channel), "instance" or "group".
+        channels: number of channels.
+        conv_op: the convolution class, which decides the number of axes.
+
+    Raises:
+        ValueError: if the name is unknown.
+    """
+    if norm == "batch":
+        return get_matching_batchnorm(conv_op)(channels)
+    if norm == "instance":
+        return InstanceNorm(channels)
+    if norm == "group":
+        return group_norm(channels)
+    raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
+
+
+def make_conv(
+    conv_op: type[nn.Module],
+    in_channels: int,
+    out_channels: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int] | int = 1,
+    bias: bool = True,
+) -> nn.Module:
+    """Return a convolution that keeps the size (n becomes ceil(n / stride)).
+
+    Args:
+        conv_op: the convolution class.
+        in_channels: number of input channels.
+        out_channels: number of output channels.
+        kernel_size: odd kernel size per axis.
+        stride: stride per axis.
+        bias: False where a norm that removes it follows at once.
+    """
+    padding = [(size - 1) // 2 for size in kernel_size]
+    return conv_op(in_channels, out_channels, tuple(kernel_size), stride=stride, padding=padding, bias=bias)
+
+
+def pointwise(conv_op: type[nn.Module], in_channels: int, out_channels: int, bias: bool = True) -> nn.Module:
+    """Return a convolution with a kernel of one voxel."""
+    return conv_op(in_channels, out_channels, 1, bias=bias)
+
+
+class ResidualBlock(nn.Module):
+    """Two (GroupNorm - SiLU - convolution) with a residual connection; PGDiffSeg, Eq. 20 and Fig. 12.
+
+    The first brings the features to `out_channels`, the second has the residual connection: the reading of the paper
+    whose operations agree with those counted for it, which leave no room for a pointwise convolution in the shortcut.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: Sequence[int], conv_op: type[nn.Module]
+    ) -> None:
+        """Build the two blocks."""
+        super().__init__()
+
+        def block(channels: int) -> nn.Sequential:
+            return nn.Sequential(
+                group_norm(channels), nn.SiLU(), make_conv(conv_op, channels, out_channels, kernel_size)
+            )
+
+        self.widen, self.refine = block(in_channels), block(out_channels)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map (B, in_channels, *spatial) to (B, out_channels, *spatial)."""
+        features = self.widen(features)
+        return features + self.refine(features)
+
+
+class SlimDenseBlock(nn.Module):
+    """Layers that each receive the scaled sum of all earlier outputs; PGDiffSeg, Eq. 1 and Fig. 3."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Sequence[int],
+        conv_op: type[nn.Module],
+        *,
+        depth: int,
+        norm: str,
+    ) -> None:
+        """Build `depth` layers, of which the first brings the input to `out_channels`.
+
+        Raises:
+            ValueError: if depth is below one or the norm unknown.
+        """
+        super().__init__()
+        if depth < 1:
+            raise ValueError(f"sdb_depth must be at least 1, got {depth}")
+        # Fig. 3: H is two convolutions, norm and LeakyReLU
+        self.layers = nn.ModuleList(
+            nn.Sequential(
+                make_conv(conv_op, in_channels if layer == 0 else out_channels, out_channels, kernel_size, bias=False),
+                make_conv(conv_op, out_channels, out_channels, kernel_size, bias=False),
+                make_norm(norm, out_channels, conv_op),
+                nn.LeakyReLU(inplace=True),
+            )
+            for layer in range(depth)
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map (B, in_channels, *spatial) to (B, out_channels, *spatial)."""
+        newest = total = self.layers[0](features)
+        # Eq. 1: x_i = H(x_{i-1}) + 0.2 * (x_1 + ... + x_{i-1})
+        for layer in list(self.layers)[1:]:
+            newest = torch.add(layer(newest), total, alpha=DENSE_SCALE)
+            total = total + newest
+        return newest

@@ -1,0 +1,293 @@
+"""PGDiffSeg: denoiser with a condition flow for the image and a denoising flow for the noisy segmentation.
+
+Source: Feng et al. 2024, "PGDiffSeg: Prior-Guided Denoising Diffusion Model with Parameter-Shared Attention for Breast
+Cancer Segmentation", built here on any topology of nnU-Net.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nnunet_diffusion.networks.attention import ParameterSharedAttention, SelfAttention
+from nnunet_diffusion.networks.blocks import (
+    ResidualBlock,
+    SlimDenseBlock,
+    group_norm,
+    make_conv,
+    per_axis,
+    resolve_conv_op,
+)
+from nnunet_diffusion.networks.prior_supervision import PriorSupervision
+from nnunet_diffusion.networks.time_embedding import TimeEmbedding, TimeShift
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What the denoising side needs to know about an image, none of which depends on the noisy state.
+
+    Attributes:
+        skips: the condition flow before each downsampling, (B, features_per_stage[i + 1], *size of stage i).
+        bottleneck: the condition flow's end, (B, features_per_stage[-1], *size of the last stage).
+        prior: the prior-supervision branch's features, of the bottleneck's shape.
+        presence_logits: (B, presence_classes), one logit per foreground class.
+        location_logits: (B, location_classes, *size of the last stage but one).
+    """
+
+    skips: tuple[Tensor, ...]
+    bottleneck: Tensor
+    prior: Tensor
+    presence_logits: Tensor
+    location_logits: Tensor
+
+    def repeat_interleave(self, samples: int) -> Condition:
+        """Return the condition for `samples` noisy states per image, those of one image next to each other.
+
+        A batch of one image takes no further memory.
+        """
+
+        def repeat(x: Tensor) -> Tensor:
+            return x.unsqueeze(1).expand(-1, samples, *x.shape[1:]).flatten(0, 1)
+
+        return Condition(
+            tuple(repeat(skip) for skip in self.skips),
+            repeat(self.bottleneck),
+            repeat(self.prior),
+            repeat(self.presence_logits),
+            repeat(self.location_logits),
+        )
+
+
+class EncoderUnit(nn.Module):
+    """Denoising unit or condition unit: time embedding, residual block, downsampling; PGDiffSeg, Fig. 12a."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Sequence[int],
+        down_kernel_size: Sequence[int],
+        stride: Sequence[int],
+        conv_op: type[nn.Module],
+        time_width: int | None,
+    ) -> None:
+        """Build the unit; without a time embedding if `time_width` is None."""
+        super().__init__()
+        self.time = None if time_width is None else TimeShift(time_width, in_channels)
+        self.residual = ResidualBlock(in_channels, out_channels, kernel_size, conv_op)
+        self.down = make_conv(conv_op, out_channels, out_channels, down_kernel_size, stride)
+
+    def forward(self, features: Tensor, time: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the features before and after downsampling."""
+        if self.time is not None:
+            features = self.time(features, time)
+        skip = self.residual(features)
+        return skip, self.down(skip)
+
+
+class UpUnit(nn.Module):
+    """Time embedding, upsampling, concatenation with the skip, residual block; PGDiffSeg, Fig. 12c."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Sequence[int],
+        conv_op: type[nn.Module],
+        time_width: int,
+    ) -> None:
+        """Build the unit for a skip of `in_channels`."""
+        super().__init__()
+        self.time = TimeShift(time_width, in_channels)
+        self.up = make_conv(conv_op, in_channels, in_channels, kernel_size)
+        self.residual = ResidualBlock(2 * in_channels, out_channels, kernel_size, conv_op)
+
+    def forward(self, features: Tensor, skip: Tensor, time: Tensor) -> Tensor:
+        """Map features (B, in_channels, *smaller) and the skip (B, in_channels, *spatial) to the skip's size."""
+        # the skip's size, not a factor: odd sizes come back as they were
+        larger = functional.interpolate(self.time(features, time), size=skip.shape[2:], mode="nearest")
+        return self.residual(torch.cat([self.up(larger), skip], dim=1))
+
+
+class PGDiffSeg(nn.Module):
+    """Denoiser that works in two calls: `encode` sees the image, `forward` the noisy state and what was encoded.
+
+    The condition flow depends on the image and the timestep only (only on the image without time in that flow), so one
+    `encode` serves all samples of an ensemble. Any spatial size works: what is not divisible is upsampled to its skip.
+    """
+
+    def __init__(
+        self,
+        image_channels: int,
+        state_channels: int,
+        output_channels: int,
+        features_per_stage: Sequence[int],
+        strides: Sequence[int | Sequence[int]],
+        kernel_sizes: Sequence[int | Sequence[int]],
+        conv_op: type[nn.Module] | str,
+        *,
+        presence_classes: int,
+        location_classes: int,
+        sdb_depth: int = 4,
+        attention_tokens: int = 4096,
+        attention_stages: Sequence[int] | None = None,
+        norm: str = "batch",
+        time_in_condition_flow: bool = True,
+    ) -> None:
+        """Build the network on nnU-Net's topology.
+
+        Args:
+            image_channels: channels of the image (of everything the condition flow sees).
+            state_channels: channels of the noisy state.
+            output_channels: channels of the prediction.
+            features_per_stage: channels per stage, at least two stages; the first is the slim dense blocks' width.
+            strides: downsampling before each stage, the first all ones.
+            kernel_sizes: odd kernel size per stage.
+            conv_op: the convolution class, or its dotted name; it decides between 2D and 3D.
+            presence_classes: number of foreground classes whose presence the prior branch tells.
+            location_classes: number of channels of the location map.
+            sdb_depth: layers of each slim dense block (paper: 4).
+            attention_tokens: most voxels attended to; above it keys and values are pooled (paper: exact at 4096).
+            attention_stages: stages, 1 to n_stages - 1, that get parameter-shared attention; None: all (paper).
+            norm: "batch" (paper), "instance" or "group", in the slim dense blocks and the prior branch.
+            time_in_condition_flow: whether the condition flow sees the timestep (paper: yes).
+
+        Raises:
+            ValueError: if the topology or an option is not valid.
+        """
+        super().__init__()
+        conv_op = resolve_conv_op(conv_op)
+        features = [int(width) for width in features_per_stage]
+        strides = per_axis("strides", strides, conv_op)
+        kernels = per_axis("kernel_sizes", kernel_sizes, conv_op)
+        _check_topology(features, strides, kernels)
+        stages = range(1, len(features))
+        attended = set(stages if attention_stages is None else attention_stages)
+        if not attended <= set(stages):
+            raise ValueError(f"attention_stages must lie in 1..{len(features) - 1}, got {sorted(attended)}")
+        if attention_tokens < 1:
+            raise ValueError(f"attention_tokens must be at least 1, got {attention_tokens}")
+        self.image_channels, self.state_channels = image_channels, state_channels
+        self.time_in_condition_flow = time_in_condition_flow
+        time_width = 8 * features[0]
+        self.time_embedding = TimeEmbedding(4 * features[0], time_width)
+
+        def dense(channels: int) -> SlimDenseBlock:
+            return SlimDenseBlock(channels, features[0], kernels[0], conv_op, depth=sdb_depth, norm=norm)
+
+        def flow(width: int | None) -> nn.ModuleList:
+            return nn.ModuleList(
+                EncoderUnit(features[s - 1], features[s], kernels[s - 1], kernels[s], strides[s], conv_op, width)
+                for s in stages
+            )
+
+        # Fig. 2a: feature pre-extraction
+        self.image_dense, self.noisy_dense = dense(image_channels), dense(state_channels)
+        # Fig. 2b: the two parallel flows, and parameter-shared attention after each unit
+        self.condition_flow = flow(time_width if time_in_condition_flow else None)
+        self.denoising_flow = flow(time_width)
+        self.attention = nn.ModuleDict(
+            {str(s): ParameterSharedAttention(features[s], conv_op, attention_tokens) for s in sorted(attended)}
+        )
+        # Fig. 2c: prior knowledge guidance
+        self.prior = PriorSupervision(
+            image_channels,
+            features,
+            strides,
+            kernels,
+            conv_op,
+            presence_classes=presence_classes,
+            location_classes=location_classes,
+            norm=norm,
+        )
+        # Fig. 2d, 12b: residual - self-attention - residual
+        self.bottleneck = nn.Sequential(
+            ResidualBlock(features[-1], features[-1], kernels[-1], conv_op),
+            SelfAttention(features[-1], conv_op, attention_tokens),
+            ResidualBlock(features[-1], features[-1], kernels[-1], conv_op),
+        )
+        # Fig. 2e: up units, from the deepest to the full resolution
+        self.up_units = nn.ModuleList(
+            UpUnit(features[s], features[s - 1], kernels[s - 1], conv_op, time_width) for s in reversed(stages)
+        )
+        self.output = nn.Sequential(
+            group_norm(features[0]),
+            nn.SiLU(),
+            make_conv(conv_op, features[0], output_channels, kernels[0]),
+        )
+
+    def encode(self, image: Tensor, timestep: Tensor | None = None) -> Condition:
+        """Return what the denoising side needs to know about the image.
+
+        Args:
+            image: (B, image_channels, *spatial).
+            timestep: (B,) integers; may be None without time in the condition flow, and is ignored there.
+
+        Raises:
+            ValueError: if the image has another number of channels, or the timestep is missing.
+        """
+        if image.shape[1] != self.image_channels:
+            raise ValueError(f"image must have {self.image_channels} channels, got shape {tuple(image.shape)}")
+        time = None
+        if self.time_in_condition_flow:
+            if timestep is None:
+                raise ValueError("timestep is missing: the condition flow of this network depends on it")
+            time = self.time_embedding(timestep)
+        skips, bottleneck = self._encode_flow(self.image_dense(image), time, "condition")
+        prior = self.prior(image)
+        return Condition(skips, bottleneck, prior.features, prior.presence_logits, prior.location_logits)
+
+    def forward(self, noisy: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+        """Return the prediction for a noisy state.
+
+        Args:
+            noisy: (B, state_channels, *spatial).
+            timestep: (B,) integers.
+            condition: of the same B and spatial size; `condition.repeat_interleave` serves several states per image.
+
+        Returns:
+            (B, output_channels, *spatial), unbounded.
+
+        Raises:
+            ValueError: if the noisy state and the condition do not fit.
+        """
+        expected = (condition.bottleneck.shape[0], self.state_channels, *condition.skips[0].shape[2:])
+        if tuple(noisy.shape) != expected:
+            raise ValueError(
+                f"noisy must have the shape {expected} that fits network and condition, got {tuple(noisy.shape)}; "
+                "for several states per image use condition.repeat_interleave"
+            )
+        time = self.time_embedding(timestep)
+        skips, bottleneck = self._encode_flow(self.noisy_dense(noisy), time, "denoising")
+        # Eq. 6: the flows are added, and the prior branch to them
+        features = self.bottleneck(bottleneck + condition.bottleneck + condition.prior)
+        for unit, ours, theirs in zip(self.up_units, reversed(skips), reversed(condition.skips), strict=True):
+            features = unit(features, ours + theirs, time)
+        return self.output(features)
+
+    def _encode_flow(self, features: Tensor, time: Tensor | None, flow: str) -> tuple[tuple[Tensor, ...], Tensor]:
+        skips = []
+        for stage, unit in enumerate(self.condition_flow if flow == "condition" else self.denoising_flow, start=1):
+            skip, features = unit(features, time)
+            skips.append(skip)
+            if str(stage) in self.attention:
+                features = self.attention[str(stage)](features, flow)
+        return tuple(skips), features
+
+
+def _check_topology(
+    features: Sequence[int], strides: Sequence[Sequence[int]], kernels: Sequence[Sequence[int]]
+) -> None:
+    if len(features) < 2 or min(features) < 1:
+        raise ValueError(f"features_per_stage must hold at least 2 positive integers, got {features}")
+    for name, values in (("strides", strides), ("kernel_sizes", kernels)):
+        if len(values) != len(features):
+            raise ValueError(f"{name} must have one entry per stage ({len(features)}), got {len(values)}")
+    if max(strides[0]) > 1:
+        raise ValueError(f"strides[0] must be all ones (the first stage works at full resolution), got {strides[0]}")
+    if any(size % 2 == 0 for kernel in kernels for size in kernel):
+        raise ValueError(f"kernel_sizes must be odd, got {list(kernels)}")

@@ -1,0 +1,262 @@
+"""The network nnU-Net sees: pre-segmentor, denoiser and diffusion process in one module (layer 2)."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+from nnunet_diffusion import labels, losses, starts
+from nnunet_diffusion.diffusion.gaussian import GaussianDiffusion
+from nnunet_diffusion.diffusion.samplers import OnStep, sample, start_state
+from nnunet_diffusion.diffusion.schedules import noise_schedule
+from nnunet_diffusion.networks.pgdiffseg import Condition, PGDiffSeg
+from nnunet_diffusion.settings import DiffusionSettings
+
+SegmentationLoss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class _StartNoise:
+    key: tuple[tuple[int, ...], int, torch.device]
+    field: Tensor
+    generator_state: Tensor
+
+
+class DiffusionSegmenter(nn.Module):
+    """PD-DDPM around two networks: a frozen pre-segmentor and a denoiser.
+
+    In evaluation `segmenter(image)` gives logits, as any network of nnU-Net's does; with a target it gives the terms of
+    the training loss. `settings` may be replaced at any time by one that differs in inference settings.
+
+    Args:
+        presegmentor: image (B, C, *spatial) -> logits (B, K, *spatial), or a list of such (deep supervision), the
+            finest first. Frozen here, always in evaluation mode.
+        denoiser: `encode(image, timestep) -> condition` and `denoiser(noisy, timestep, condition) -> prediction`.
+        settings: validated settings; `prediction_type`, `schedule` and `timesteps` are fixed by the denoiser's training.
+    """
+
+    def __init__(self, presegmentor: nn.Module, denoiser: PGDiffSeg, settings: DiffusionSettings) -> None:
+        """Freeze the pre-segmentor and build the diffusion process."""
+        super().__init__()
+        self.presegmentor = presegmentor.requires_grad_(False).eval()
+        self.denoiser = denoiser
+        self.settings = settings
+        self.process = GaussianDiffusion(
+            noise_schedule(settings.schedule, settings.timesteps),
+            settings.prediction_type,
+            activation=lambda logits: logits.float().softmax(1),
+        )
+        self.evaluations = 0
+        self._evaluate = _evaluate
+        self._noise: _StartNoise | None = None
+
+    def train(self, mode: bool = True) -> DiffusionSegmenter:
+        """Switch the denoiser's mode; the pre-segmentor stays in evaluation."""
+        super().train(mode)
+        self.presegmentor.eval()
+        return self
+
+    def forward(
+        self,
+        image: Tensor,
+        target: Tensor | None = None,
+        segmentation_loss: SegmentationLoss | None = None,
+        generator: Generator | None = None,
+    ) -> Any:
+        """Segment `image`, or, with a target, return the terms of the training loss.
+
+        Args:
+            image: (B, C, *spatial) preprocessed patch.
+            target: (B, 1, *spatial) label map, for training.
+            segmentation_loss: (logits, target) -> scalar, needed for `prediction_type` "logits".
+            generator: randomness of training, on the image's device.
+
+        Returns:
+            (B, K, *spatial) bounded logits, or a dictionary of scalars whose sum is the loss.
+        """
+        if target is None:
+            return self.segment(image)
+        return self.training_losses(image, target, segmentation_loss, generator)
+
+    @torch.compiler.disable
+    def segment(self, image: Tensor) -> Tensor:
+        """Return bounded logits (B, K, *spatial), a fresh tensor, same for the same image."""
+        return labels.probabilities_to_logits(self.sample(image))
+
+    def presegment(self, image: Tensor) -> Tensor:
+        """Return the pre-segmentor's class probabilities (B, K, *spatial), float32."""
+        with torch.no_grad():
+            output = self.presegmentor(image)
+            return (output[0] if isinstance(output, (list, tuple)) else output).float().softmax(1)
+
+    def sample(self, image: Tensor, presegmentation: Tensor | None = None, on_step: OnStep | None = None) -> Tensor:
+        """Run `settings.samples` reverse processes and return their mean probabilities.
+
+        Args:
+            image: (B, C, *spatial) preprocessed patch.
+            presegmentation: (B, K, *spatial) probabilities to start from; by default the pre-segmentor's.
+            on_step: called as (timestep, noisy, clean) after each evaluation, for pictures; tensors are
+                (B * samples, K, *spatial), those of one image next to each other.
+
+        Returns:
+            (B, K, *spatial) probabilities, float32.
+        """
+        settings = self.settings
+        needed = not settings.from_noise or settings.condition_on_presegmentation or settings.presegmentation_weight > 0
+        if presegmentation is None and needed:
+            presegmentation = self.presegment(image)
+        shape = (len(image) * settings.samples, self.denoiser.state_channels, *image.shape[2:])
+        start, generator = self._start_noise(shape, image.device)
+        if not settings.from_noise and presegmentation is not None:
+            repeated = presegmentation.float().repeat_interleave(settings.samples, 0)
+            start = start_state(repeated, start, settings.start_step, self.process)
+        with torch.no_grad(), self._precision(image):
+            clean = sample(
+                settings.sampler,
+                self._predictor(self._condition_image(image, presegmentation)),
+                start,
+                settings.start_step,
+                settings.steps,
+                self.process,
+                generator=generator,
+                eta=settings.eta,
+                on_step=on_step,
+            )
+        members = labels.state_to_probabilities(clean).view(len(image), settings.samples, *shape[1:])
+        return self._fuse(members.mean(1), presegmentation)
+
+    def _fuse(self, probabilities: Tensor, presegmentation: Tensor | None) -> Tensor:
+        weight = self.settings.presegmentation_weight
+        if weight == 0 or presegmentation is None:
+            return probabilities
+        return torch.lerp(probabilities, presegmentation.to(probabilities), weight)
+
+    def _predictor(self, image: Tensor) -> Callable[[Tensor, int], Tensor]:
+        """Return the samplers' view of the denoiser: the condition flow is evaluated once a timestep, for all samples."""
+        settings, constant = self.settings, {}
+
+        def predict(noisy: Tensor, timestep: int) -> Tensor:
+            key = timestep if settings.time_in_condition_flow else 0
+            if key not in constant:
+                constant.clear()
+                constant[key] = self.encode(image, timestep)
+            self.evaluations += settings.samples
+            times = torch.full((len(noisy),), timestep, device=noisy.device)
+            return self.denoiser(noisy, times, constant[key].repeat_interleave(settings.samples))
+
+        return predict
+
+    def encode(self, image: Tensor, timestep: int) -> Condition:
+        """Evaluate the condition flow and the prior branch at one timestep; `image` (B, C, *spatial)."""
+        return self.denoiser.encode(image, torch.full((len(image),), timestep, device=image.device))
+
+    def _condition_image(self, image: Tensor, presegmentation: Tensor | None) -> Tensor:
+        if not self.settings.condition_on_presegmentation or presegmentation is None:
+            return image
+        return torch.cat((image, labels.probabilities_to_state(presegmentation).to(image)), 1)
+
+    def _start_noise(self, shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Generator]:
+        """Return the start's noise and the generator that continues after it, both from the settings' seed.
+
+        Every tile and mirror of a volume has the same shape and seed, so the noise is drawn once and kept. It is drawn
+        on the CPU: the same on every device.
+        """
+        key = (shape, self.settings.seed, device)
+        if self._noise is None or self._noise.key != key:
+            generator = torch.Generator().manual_seed(self.settings.seed)
+            field = torch.randn(shape, generator=generator).to(device)
+            self._noise = _StartNoise(key, field, generator.get_state())
+        generator = torch.Generator()
+        generator.set_state(self._noise.generator_state)
+        return self._noise.field, generator
+
+    def training_losses(
+        self, image: Tensor, target: Tensor, segmentation_loss: SegmentationLoss | None, generator: Generator | None
+    ) -> dict[str, Tensor]:
+        """Return the weighted terms of the training loss: `denoising`, `presence`, `location`."""
+        settings = self.settings
+        generator = generator or torch.Generator(image.device)
+        clean = labels.labels_to_state(target, self.denoiser.state_channels)
+        start = self._training_start(clean, image, generator)
+        timestep = torch.randint(0, settings.max_train_step, (len(image),), generator=generator, device=image.device)
+        noise = torch.randn(clean.shape, generator=generator, device=image.device)
+        noisy = self.process.add_noise(start, noise, timestep)
+        condition_image = self._condition_image(image, (start + 1) / 2)
+        prediction, presence, location = self._evaluate(self.denoiser, noisy, condition_image, timestep)
+        with torch.autocast(image.device.type, enabled=False):
+            return {
+                "denoising": self._denoising_loss(prediction, clean, noisy, timestep, target, segmentation_loss),
+                "presence": settings.presence_weight * losses.presence_loss(presence, clean),
+                "location": settings.location_weight * losses.location_loss(location, clean),
+            }
+
+    def _training_start(self, clean: Tensor, image: Tensor, generator: Generator) -> Tensor:
+        """Return the state each sample's noise is added to: the truth, a corrupted truth, or the pre-segmentation."""
+        settings, start = self.settings, clean
+        draw = torch.rand(len(clean), generator=generator, device=clean.device).view(-1, *[1] * (clean.ndim - 1))
+        if settings.corruption_probability > 0:
+            wrong = labels.probabilities_to_state(starts.corrupt(clean, generator))
+            start = torch.where(draw < settings.corruption_probability, wrong, start)
+        if settings.presegmentation_start_probability > 0:
+            own = labels.probabilities_to_state(self.presegment(image))
+            start = torch.where(draw > 1 - settings.presegmentation_start_probability, own, start)
+        return start
+
+    def _denoising_loss(
+        self,
+        prediction: Tensor,
+        clean: Tensor,
+        noisy: Tensor,
+        timestep: Tensor,
+        target: Tensor,
+        segmentation_loss: SegmentationLoss | None,
+    ) -> Tensor:
+        settings = self.settings
+        if settings.prediction_type == "logits":
+            if segmentation_loss is None:
+                raise ValueError("prediction_type 'logits' needs a segmentation_loss (logits, target) -> scalar.")
+            return segmentation_loss(prediction.float(), target)
+        wanted = self.process.target(clean, self.process.to_noise(clean, noisy, timestep), timestep)
+        if settings.min_snr_gamma == 0:
+            return losses.squared_error(prediction, wanted)
+        alpha_bar = self.process.schedule.at(timestep, clean)
+        weight = losses.min_snr_weight(alpha_bar, settings.prediction_type, settings.min_snr_gamma)
+        return losses.squared_error(prediction, wanted, weight)
+
+    def compile_training(self) -> None:
+        """Compile the denoiser's training evaluation (`torch.compile`); weights and their names are untouched."""
+        self._evaluate = torch.compile(_evaluate)
+
+    @contextlib.contextmanager
+    def overridden(self, **changes: Any) -> Iterator[DiffusionSegmenter]:
+        """Use other inference settings inside a `with` block."""
+        before = self.settings
+        self.settings = dataclasses.replace(before, **changes)
+        try:
+            yield self
+        finally:
+            self.settings = before
+
+    @staticmethod
+    def _precision(image: Tensor) -> contextlib.AbstractContextManager:
+        """Evaluate a denoiser trained in bfloat16 in bfloat16, whatever precision the caller's autocast has."""
+        if has_bfloat16(image.device) and torch.is_autocast_enabled(image.device.type):
+            return torch.autocast(image.device.type, dtype=torch.bfloat16)
+        return contextlib.nullcontext()
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether `device` is a GPU that computes in bfloat16 natively (compute capability 8.0 or newer)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+
+
+def _evaluate(denoiser: PGDiffSeg, noisy: Tensor, image: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One evaluation that touches every parameter: prediction, presence logits, location logits."""
+    condition = denoiser.encode(image, timestep)
+    return denoiser(noisy, timestep, condition), condition.presence_logits, condition.location_logits

@@ -1,0 +1,241 @@
+"""Settings of a diffusion segmentation, kept in the plans under `configurations.<name>.diffusion` (layer 2)."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from nnunet_diffusion.diffusion.gaussian import PREDICTION_TYPES
+from nnunet_diffusion.diffusion.samplers import SAMPLERS
+from nnunet_diffusion.diffusion.schedules import SCHEDULES
+
+PLANS_KEY = "diffusion"
+NORMS = ("batch", "instance", "group")
+
+
+def _setting(default: Any, doc: str, *, choices: Sequence[str] = (), low: float | None = None, high: float | None = None) -> Any:
+    return field(default=default, metadata={"doc": doc, "choices": tuple(choices), "low": low, "high": high})
+
+
+@dataclass(frozen=True)
+class DiffusionSettings:
+    """Every choice a user may make without writing code.
+
+    Sources: PGDiffSeg (Feng et al. 2024, arXiv:2410.17812) for the denoiser and its losses; PD-DDPM (Guo et al. 2022)
+    for `start_step`; the defaults are those of `default_settings`, chosen by the figures in documentation/results.md.
+
+    Raises:
+        ValueError: naming the key, its value and the legal choices or range, if a value is out of range, of the wrong
+            type, or contradicts another.
+    """
+
+    features_per_stage: tuple[int, ...] = field(
+        metadata={"doc": "Denoiser width at each stage of nnU-Net's topology; the first is that of the slim dense blocks."}
+    )
+    version: int = _setting(1, "Version of this section's layout.", low=1, high=1)
+    # the diffusion process
+    prediction_type: str = _setting("logits", "What the denoiser predicts.", choices=PREDICTION_TYPES)
+    schedule: str = _setting("linear", "Noise schedule; `linear` is the paper's.", choices=tuple(SCHEDULES))
+    timesteps: int = _setting(1000, "Length T of the forward process, in steps.", low=2)
+    # the denoiser
+    sdb_depth: int = _setting(4, "Layers of each slim dense block (PGDiffSeg Fig. 3).", low=1, high=16)
+    attention_tokens: int = _setting(
+        4096, "Attention is exact up to this many tokens; above, keys and values are pooled to at most as many.", low=16
+    )
+    norm: str = _setting(
+        "batch", "Normalisation in the slim dense blocks and the prior branch; `batch` is the paper's.", choices=NORMS
+    )
+    time_in_condition_flow: bool = _setting(
+        True, "Embed the timestep in the condition flow too (the paper); false makes that flow a constant of the image."
+    )
+    condition_on_presegmentation: bool = _setting(
+        False, "Give the start's probabilities to the condition flow as further image channels."
+    )
+    # training
+    max_train_step: int = _setting(1000, "Training draws timesteps below this one; at most `timesteps`.", low=1)
+    corruption_probability: float = _setting(
+        0.5, "Share of training samples whose noisy state is made from a corrupted truth (the target stays the truth).", low=0, high=1
+    )
+    presegmentation_start_probability: float = _setting(
+        0.0, "Share of training samples whose noisy state is made from the pre-segmentation.", low=0, high=1
+    )
+    min_snr_gamma: float = _setting(0.0, "Min-SNR weight of the squared error (Hang et al. 2023); 0 switches it off.", low=0)
+    presence_weight: float = _setting(1.0, "lambda 1 of Eq. 10: weight of the presence loss.", low=0)
+    location_weight: float = _setting(1.0, "lambda 2 of Eq. 10: weight of the location loss.", low=0)
+    learning_rate: float = _setting(1e-3, "Initial learning rate of AdamW; decays as nnU-Net's (poly 0.9).", low=0)
+    weight_decay: float = _setting(1e-2, "Weight decay of AdamW.", low=0)
+    ema_decay: float = _setting(
+        0.999, "Decay of the weights' moving average, reached by the warm-up (1 + n) / (10 + n).", low=0, high=0.999999
+    )
+    # inference
+    sampler: str = _setting("ddim", "Sampler of the reverse process.", choices=tuple(SAMPLERS))
+    start_step: int = _setting(300, "T' of PD-DDPM: noising steps at the start of the reverse process, 1..timesteps.", low=1)
+    steps: int = _setting(1, "Network evaluations of one reverse process, 1..start_step.", low=1)
+    eta: float = _setting(0.0, "Randomness of DDIM: 0 deterministic, 1 as DDPM.", low=0, high=1)
+    samples: int = _setting(1, "Reverse processes whose probabilities are averaged.", low=1, high=1000)
+    presegmentation_weight: float = _setting(
+        0.0, "Weight of the pre-segmentation's own probabilities in that average, 0..1.", low=0, high=1
+    )
+    from_noise: bool = _setting(False, "Start from pure noise at `timesteps` (DDPM) instead of the pre-segmentation.")
+    seed: int = _setting(1234, "Seed of training noise and of the reverse processes.", low=0, high=2**31 - 1)
+    presegmentor_trainer: str = _setting(
+        "", "Trainer whose network is the pre-segmentor; empty: the nnU-Net trainer of the same length."
+    )
+
+    def __post_init__(self) -> None:
+        """Check types, ranges and contradictions."""
+        object.__setattr__(self, "features_per_stage", _positive_integers(self.features_per_stage))
+        for entry in dataclasses.fields(self):
+            if entry.name != "features_per_stage":
+                object.__setattr__(self, entry.name, _checked(entry, getattr(self, entry.name)))
+        _at_most(self, "max_train_step", "timesteps")
+        _at_most(self, "start_step", "timesteps")
+        _at_most(self, "steps", "start_step")
+        if self.from_noise and self.start_step != self.timesteps:
+            raise ValueError(
+                f"diffusion.from_noise is true, so diffusion.start_step must be timesteps ({self.timesteps}), got "
+                f"{self.start_step}."
+            )
+        self._check_training_starts()
+
+    def _check_training_starts(self) -> None:
+        altered = self.corruption_probability + self.presegmentation_start_probability
+        if altered > 1 + 1e-9:
+            raise ValueError(
+                "diffusion.corruption_probability + diffusion.presegmentation_start_probability must be at most 1, got "
+                f"{self.corruption_probability} + {self.presegmentation_start_probability}."
+            )
+        # with a start other than the truth, the targets of epsilon and v grow as 1 / sqrt(1 - alpha_bar)
+        if altered > 0 and self.prediction_type in ("epsilon", "v"):
+            raise ValueError(
+                f"diffusion.prediction_type {self.prediction_type!r} has no bounded target for noisy states that are not made "
+                "from the truth: set corruption_probability and presegmentation_start_probability to 0, or take "
+                "'x0' or 'logits'."
+            )
+        if self.condition_on_presegmentation and altered < 1 - 1e-9:
+            raise ValueError(
+                "diffusion.condition_on_presegmentation would show the denoiser the truth: corruption_probability + "
+                f"presegmentation_start_probability must be 1, got {altered}."
+            )
+
+    def to_plans(self) -> dict[str, Any]:
+        """Return the JSON-ready section of the plans; `from_plans` reads it back unchanged."""
+        section = dataclasses.asdict(self)
+        section["features_per_stage"] = list(self.features_per_stage)
+        return section
+
+    @classmethod
+    def from_plans(cls, configuration: Mapping[str, Any]) -> DiffusionSettings:
+        """Read the settings of one resolved configuration of nnU-Net's plans.
+
+        Args:
+            configuration: `ConfigurationManager.configuration`; its `diffusion` section may be absent or partial, what
+                is missing comes from `default_settings`.
+
+        Raises:
+            ValueError: on an unknown key (naming the nearest known ones) or a bad value.
+        """
+        section = configuration.get(PLANS_KEY, {})
+        if not isinstance(section, Mapping):
+            raise ValueError(f"The plans' {PLANS_KEY!r} section must be a dictionary, got {type(section).__name__}: {section!r}.")
+        known = [entry.name for entry in dataclasses.fields(cls)]
+        for key in section:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=3) or known
+                raise ValueError(f"Unknown key diffusion.{key} (value {section[key]!r}) in the plans. Known: {', '.join(near)}.")
+        if section.get("version", 1) != 1:
+            raise ValueError(
+                f"diffusion.version is {section['version']!r}, this nnunet-diffusion reads 1: upgrade it with "
+                "pip install -U nnunet-diffusion."
+            )
+        settings = default_settings(configuration, prediction_type=section.get("prediction_type", "logits"))
+        return dataclasses.replace(settings, **section)
+
+
+def default_settings(configuration: Mapping[str, Any], prediction_type: str = "logits") -> DiffusionSettings:
+    """Return the settings for a configuration of plain nnU-Net plans.
+
+    Args:
+        configuration: resolved configuration with `architecture.arch_kwargs.features_per_stage` and `batch_size`.
+        prediction_type: the defaults of training starts depend on it.
+
+    Raises:
+        NotImplementedError: if the plans' architecture does not describe nnU-Net's encoder-decoder topology.
+    """
+    topology = topology_of(configuration)
+    truth_only = prediction_type in ("epsilon", "v")
+    return DiffusionSettings(
+        # half of nnU-Net's width: two flows then cost about what nnU-Net's encoder costs (documentation/results.md)
+        features_per_stage=tuple(max(8, width // 2) for width in topology["features_per_stage"]),
+        # statistics of a batch of two patches are unreliable (METHODS 2)
+        norm="batch" if int(configuration["batch_size"]) >= 8 else "instance",
+        prediction_type=prediction_type,
+        corruption_probability=0.0 if truth_only else 0.5,
+    )
+
+
+def topology_of(configuration: Mapping[str, Any]) -> dict[str, Any]:
+    """Return conv_op, strides, kernel_sizes and features_per_stage of nnU-Net's own network.
+
+    Raises:
+        NotImplementedError: naming the missing key, for architectures without that topology.
+    """
+    architecture = configuration["architecture"]
+    keywords = architecture["arch_kwargs"]
+    wanted = ("conv_op", "strides", "kernel_sizes", "features_per_stage")
+    missing = [key for key in wanted if key not in keywords]
+    if missing:
+        raise NotImplementedError(
+            f"Architecture {architecture.get('network_class_name')} has no {', '.join(missing)} in its arch_kwargs: the "
+            "denoiser can be sized after nnU-Net's PlainConvUNet and ResidualEncoderUNet plans only."
+        )
+    return {key: keywords[key] for key in wanted}
+
+
+def settings_table() -> str:
+    """Return the reference of all settings as a markdown table (documentation/settings.md is made by it)."""
+    rows = ["| key | default | legal values | meaning |", "|---|---|---|---|"]
+    for entry in dataclasses.fields(DiffusionSettings):
+        default = "half of nnU-Net's" if entry.default is dataclasses.MISSING else f"`{entry.default!r}`"
+        rows.append(f"| `{entry.name}` | {default} | {_legal(entry) or 'text'} | {entry.metadata['doc']} |")
+    return "\n".join(rows) + "\n"
+
+
+def _legal(entry: dataclasses.Field) -> str:
+    low, high, choices = (entry.metadata.get(key) for key in ("low", "high", "choices"))
+    if choices:
+        return ", ".join(f"`{choice}`" for choice in choices)
+    if isinstance(entry.default, bool):
+        return "true, false"
+    if entry.default is dataclasses.MISSING:
+        return "positive integers, one per stage"
+    return " and ".join(f"{sign} {limit}" for sign, limit in ((">=", low), ("<=", high)) if limit is not None)
+
+
+def _positive_integers(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, (list, tuple)) or not value or any(type(width) is not int or width < 1 for width in value):
+        raise ValueError(f"diffusion.features_per_stage must be a list of positive integers, one per stage, got {value!r}.")
+    return tuple(value)
+
+
+def _checked(entry: dataclasses.Field, value: Any) -> Any:
+    kind = type(entry.default)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise ValueError(f"diffusion.{entry.name} must be of type {kind.__name__}, got {value!r} ({type(value).__name__}).")
+    low, high, choices = entry.metadata["low"], entry.metadata["high"], entry.metadata["choices"]
+    outside = kind in (int, float) and not (
+        (low is None or value >= low) and (high is None or value <= high) and abs(value) < float("inf")
+    )
+    if outside or (choices and value not in choices):
+        raise ValueError(f"diffusion.{entry.name} is {value!r}; legal: {_legal(entry)}.")
+    return value
+
+
+def _at_most(settings: DiffusionSettings, key: str, limit: str) -> None:
+    if getattr(settings, key) > getattr(settings, limit):
+        raise ValueError(f"diffusion.{key} is {getattr(settings, key)}, more than diffusion.{limit} ({getattr(settings, limit)}).")

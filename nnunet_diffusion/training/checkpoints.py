@@ -1,0 +1,65 @@
+"""Reading and writing nnU-Net checkpoints without losing a finished one and without running code from a file."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+# what nnU-Net's own checkpoints hold beside tensors and plain Python: numpy scalars in the logged curves
+SAFE_TYPES = [
+    np.dtype,
+    type(np.dtype(np.float32)),
+    type(np.dtype(np.float64)),
+    type(np.dtype(np.int64)),
+    np._core.multiarray.scalar if hasattr(np, "_core") else np.core.multiarray.scalar,
+]
+
+
+def read_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Read a checkpoint of an nnU-Net trainer with `weights_only=True` and a short list of safe types.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is truncated, is no checkpoint, or holds anything but tensors and plain values; names the file
+            and the cure.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"No checkpoint at {path}. Train first, or correct the path.")
+    try:
+        with torch.serialization.safe_globals(SAFE_TYPES):
+            checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"Checkpoint {path} holds more than tensors and plain values and is not read: {error}") from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise ValueError(
+            f"Checkpoint {path} ({path.stat().st_size} bytes) is truncated or damaged: {error}. Remove it and continue from "
+            "another checkpoint of the same folder, or train again."
+        ) from error
+    if not isinstance(checkpoint, dict) or "network_weights" not in checkpoint:
+        raise ValueError(f"{path} is not a checkpoint of an nnU-Net trainer: it has no 'network_weights'.")
+    return checkpoint
+
+
+def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
+    """Write a checkpoint aside and rename it, so that the previous one stays whole until the new one is.
+
+    Raises:
+        OSError: if it cannot be written (full disk, read-only folder); the previous file is untouched.
+    """
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        torch.save(checkpoint, aside)
+        os.replace(aside, path)
+    except (OSError, RuntimeError) as error:
+        aside.unlink(missing_ok=True)
+        raise OSError(
+            f"Could not write {path}: {error}. The previous checkpoint, if any, is untouched: free some space or make the "
+            "folder writable, then continue with --c."
+        ) from error

@@ -1,0 +1,379 @@
+"""The trainer behind `nnUNetv2_train ... -tr DiffusionTrainer`: nnU-Net's own, with another network and train step."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.collate_outputs import collate_outputs
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from nnunet_diffusion import labels
+from nnunet_diffusion.explain.figures import curves_figure
+from nnunet_diffusion.networks.pgdiffseg import PGDiffSeg
+from nnunet_diffusion.segmenter import DiffusionSegmenter, has_bfloat16
+from nnunet_diffusion.settings import PLANS_KEY, DiffusionSettings, topology_of
+from nnunet_diffusion.training.checkpoints import read_checkpoint, write_checkpoint
+from nnunet_diffusion.training.presegmentor import build_presegmentor, ensure_presegmentor, load_presegmentor_weights
+
+LOSS_TERMS = ("denoising", "presence", "location")
+CHECKPOINT_KEY = "diffusion"
+
+
+class DiffusionTrainer(nnUNetTrainer):
+    """Trains the PGDiffSeg denoiser beside the frozen nnU-Net it starts from.
+
+    Planning, preprocessing, augmentation, folds, logging, validation and export are nnU-Net's. The denoiser learns with
+    AdamW and nnU-Net's poly schedule; its moving average (EMA) is what is validated, saved as `network_weights` and used
+    by inference. `checkpoint_best` goes by a proxy Dice: one sample, one step, the pre-segmentation not mixed in.
+
+    Raises:
+        NotImplementedError: for regions, ignore label, cascade and distributed training.
+    """
+
+    epochs: int | None = None  # of the length variants; None: nnU-Net's 1000
+    presegmentor_trainer = "nnUNetTrainer"
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net's signature
+    ) -> None:
+        """Set nnU-Net up, read the settings and write them into the plans."""
+        _refuse_unsupported(plans, configuration, dataset_json)
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.settings = DiffusionSettings.from_plans(self.configuration_manager.configuration)
+        if not self.settings.presegmentor_trainer:
+            self.settings = dataclasses.replace(
+                self.settings, presegmentor_trainer=self.presegmentor_trainer
+            )
+        self.num_epochs = self.epochs or self.num_epochs
+        self.enable_deep_supervision = False
+        self.save_every = 1
+        self.ema: AveragedModel | None = None
+        self._resumed = False
+        self._adopt(self.settings)
+
+    def _adopt(self, settings: DiffusionSettings) -> None:
+        """Use `settings` and write them where inference finds them (get_configuration returns cached copies)."""
+        self.settings = settings
+        self.initial_lr, self.weight_decay = settings.learning_rate, settings.weight_decay
+        self.plans_manager.plans["configurations"][self.configuration_name][PLANS_KEY] = settings.to_plans()
+        self.configuration_manager.configuration[PLANS_KEY] = settings.to_plans()
+
+    # the network -----------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def build_network_architecture(
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        """Build the segmenter from the plans alone, as inference must; deep supervision makes no difference."""
+        settings = DiffusionSettings.from_plans(configuration_manager.configuration)
+        presegmentor = build_presegmentor(
+            settings.presegmentor_trainer or DiffusionTrainer.presegmentor_trainer,
+            plans_manager,
+            configuration_manager,
+            num_input_channels,
+            num_output_channels,
+        )
+        topology = topology_of(configuration_manager.configuration)
+        if len(settings.features_per_stage) != len(topology["strides"]):
+            raise ValueError(
+                f"diffusion.features_per_stage has {len(settings.features_per_stage)} entries, the plans' network has "
+                f"{len(topology['strides'])} stages: give one width per stage."
+            )
+        denoiser = PGDiffSeg(
+            num_input_channels + num_output_channels * settings.condition_on_presegmentation,
+            num_output_channels,
+            num_output_channels,
+            settings.features_per_stage,
+            topology["strides"],
+            topology["kernel_sizes"],
+            topology["conv_op"],
+            presence_classes=num_output_channels - 1,
+            location_classes=num_output_channels - 1,
+            sdb_depth=settings.sdb_depth,
+            attention_tokens=settings.attention_tokens,
+            norm=settings.norm,
+            time_in_condition_flow=settings.time_in_condition_flow,
+        )
+        return DiffusionSegmenter(presegmentor, denoiser, settings)
+
+    @property
+    def segmenter(self) -> DiffusionSegmenter:
+        """The network under whatever wraps it."""
+        return getattr(self.network, "module", self.network)
+
+    def initialize(self) -> None:
+        """Build network, optimizer and loss as nnU-Net does; then the moving average, compilation and precision."""
+        super().initialize()
+        self.ema = AveragedModel(self.segmenter.denoiser, multi_avg_fn=self._average, use_buffers=True)
+        self.ema.requires_grad_(False).eval()
+        if super()._do_i_compile():
+            self.print_to_log_file("Using torch.compile for the denoiser's training step...")
+            self.segmenter.compile_training()
+        if has_bfloat16(self.device):
+            self.grad_scaler = None  # bfloat16 has float32's range
+
+    def _do_i_compile(self) -> bool:
+        """Keep nnU-Net from compiling the whole network: its reverse process is a Python loop."""
+        return False
+
+    def plot_network_architecture(self) -> None:
+        """Leave the drawing out: nnU-Net's needs a package that cannot draw this network."""
+
+    def set_deep_supervision_enabled(self, enabled: bool) -> None:
+        """Leave the network as it is: it has one output."""
+
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
+        """AdamW over the denoiser, nnU-Net's learning rate schedule."""
+        optimizer = torch.optim.AdamW(
+            self.segmenter.denoiser.parameters(), self.initial_lr, weight_decay=self.weight_decay
+        )
+        return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
+
+    # the moving average ----------------------------------------------------------------------------------------------
+
+    def _average(self, averaged: Any, current: Any, count: Any) -> None:
+        """Move the average: decay = min(d, (1 + n) / (10 + n)), so that the first weights are soon forgotten."""
+        assert self.ema is not None
+        steps = int(self.ema.n_averaged)  # `count` is its copy on the GPU: reading that would wait for the GPU
+        decay = min(self.settings.ema_decay, (1 + steps) / (10 + steps))
+        if torch.is_floating_point(averaged[0]):
+            torch._foreach_lerp_(averaged, current, 1 - decay)
+        else:
+            torch._foreach_copy_(averaged, current)
+
+    @contextlib.contextmanager
+    def _averaged_weights(self) -> Iterator[None]:
+        """Put the averaged denoiser into the network for a `with` block."""
+        assert self.ema is not None
+        segmenter, raw = self.segmenter, self.segmenter.denoiser
+        segmenter.denoiser = self.ema.module
+        try:
+            yield
+        finally:
+            segmenter.denoiser = raw
+
+    # training --------------------------------------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        """Have the pre-segmentor trained, embed it, then start as nnU-Net does."""
+        if not self.was_initialized:
+            self.initialize()
+        self._refuse_other_folds_settings()
+        if not self._resumed:
+            checkpoint = ensure_presegmentor(
+                self.settings.presegmentor_trainer,
+                self.plans_manager.dataset_name,
+                self.configuration_name,
+                self.fold,
+                self.plans_manager.plans_name,
+                self.device,
+                self.print_to_log_file,
+            )
+            weights = load_presegmentor_weights(
+                checkpoint, self.plans_manager.plans, self.configuration_name, self.fold, self.dataset_json["labels"]
+            )
+            self.segmenter.presegmentor.load_state_dict(weights)
+        self._warn_about_presegmentation_starts()
+        super().on_train_start()
+
+    def _refuse_other_folds_settings(self) -> None:
+        path = Path(self.output_folder_base) / "plans.json"
+        if not path.is_file():
+            return
+        existing = json.loads(path.read_text())["configurations"].get(self.configuration_name, {}).get(PLANS_KEY)
+        ours = self.settings.to_plans()
+        if existing is not None and existing != ours:
+            differing = [key for key in ours if existing.get(key) != ours[key]]
+            raise ValueError(
+                f"{path} belongs to a training with other settings ({', '.join(differing)}: "
+                f"{[existing.get(key) for key in differing]} there, {[ours[key] for key in differing]} here), and all folds of "
+                "a model share it. Give the plans another plans_name, or remove that folder."
+            )
+
+    def _warn_about_presegmentation_starts(self) -> None:
+        if self.settings.presegmentation_start_probability > 0:
+            self.print_to_log_file(
+                "WARNING: diffusion.presegmentation_start_probability shows the denoiser the pre-segmentor's output on cases "
+                "that network was trained on. It makes fewer mistakes there than on new cases."
+            )
+
+    def on_train_epoch_start(self) -> None:
+        """Seed the epoch's noise, so that a resumed training draws what an uninterrupted one does."""
+        super().on_train_epoch_start()
+        self._generator = torch.Generator(self.device).manual_seed(self.settings.seed + 1 + self.current_epoch)
+
+    def train_step(self, batch: dict) -> dict:
+        """One optimizer step; returns the loss and its terms."""
+        labels.check_labels(batch["target"], self.label_manager.num_segmentation_heads, batch.get("keys"))
+        image = batch["data"].to(self.device, non_blocking=True)
+        target = batch["target"].to(self.device, non_blocking=True)
+        self.optimizer.zero_grad(set_to_none=True)
+        with self._autocast():
+            terms = self.network(image, target, self.loss, self._generator)
+        loss = sum(terms.values())
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"The loss is {loss.item()} in epoch {self.current_epoch} on cases {batch.get('keys')}: look for NaN or "
+                "infinite voxels in them, or lower diffusion.learning_rate."
+            )
+        self._step(loss)
+        self.ema.update_parameters(self.segmenter.denoiser)
+        return {"loss": loss.detach().cpu().numpy(), **{key: term.detach().cpu().numpy() for key, term in terms.items()}}
+
+    def _step(self, loss: torch.Tensor) -> None:
+        parameters = self.segmenter.denoiser.parameters()
+        if self.grad_scaler is None:
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 12)
+            self.optimizer.step()
+        else:
+            self.grad_scaler.scale(loss).backward()
+            self.grad_scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(parameters, 12)
+            self.grad_scaler.step(self.optimizer)
+            self.grad_scaler.update()
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        if self.device.type != "cuda":
+            return contextlib.nullcontext()
+        return torch.autocast("cuda", dtype=torch.bfloat16 if has_bfloat16(self.device) else torch.float16)
+
+    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
+        """Log the loss as nnU-Net does, and each of its terms."""
+        super().on_train_epoch_end(train_outputs)
+        means = {key: float(np.mean(values)) for key, values in collate_outputs(train_outputs).items()}
+        curves = self._curves()
+        for term in LOSS_TERMS:
+            curves.setdefault(f"{term}_loss", []).extend(
+                [float("nan")] * (self.current_epoch - len(curves.get(f"{term}_loss", [])))
+            )
+            self.logger.log(f"{term}_loss", means[term], self.current_epoch)
+        self.print_to_log_file(", ".join(f"{term} {means[term]:.4f}" for term in LOSS_TERMS))
+
+    def _curves(self) -> dict[str, list]:
+        return self.logger.local_logger.my_fantastic_logging
+
+    def validation_step(self, batch: dict) -> dict:
+        """nnU-Net's own step on the proxy: averaged weights, one sample, one step, no pre-segmentation mixed in."""
+        with self._averaged_weights(), self.segmenter.overridden(steps=1, samples=1, presegmentation_weight=0.0):
+            return super().validation_step(batch)
+
+    def on_epoch_end(self) -> None:
+        """End the epoch as nnU-Net does and draw the curves of the loss terms."""
+        self.print_to_log_file("Pseudo dice below: proxy, one step from the pre-segmentation with the averaged weights")
+        super().on_epoch_end()
+        curves = {key: self._curves()[key] for key in ("train_losses", *(f"{term}_loss" for term in LOSS_TERMS))}
+        curves["proxy_dice"] = self._curves()["mean_fg_dice"]
+        curves_figure(curves, Path(self.output_folder) / "progress_diffusion.png")
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """nnU-Net's own validation, by the averaged weights at the settings of inference."""
+        with self._averaged_weights():
+            super().perform_actual_validation(save_probabilities)
+
+    # checkpoints -----------------------------------------------------------------------------------------------------
+
+    def save_checkpoint(self, filename: str) -> None:
+        """Write nnU-Net's checkpoint with the averaged weights as `network_weights`; raw ones under a key of their own."""
+        if self.local_rank != 0:
+            return
+        if self.disable_checkpointing:
+            self.print_to_log_file("No checkpoint written, checkpointing is disabled")
+            return
+        assert self.ema is not None
+        with self._averaged_weights():
+            weights = self.segmenter.state_dict()
+        checkpoint = {
+            "network_weights": weights,
+            "optimizer_state": self.optimizer.state_dict(),
+            "grad_scaler_state": self.grad_scaler.state_dict() if self.grad_scaler is not None else None,
+            "logging": self.logger.get_checkpoint(),
+            "_best_ema": self._best_ema,
+            "current_epoch": self.current_epoch + 1,
+            "init_args": self.my_init_kwargs,
+            "trainer_name": self.__class__.__name__,
+            "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
+            CHECKPOINT_KEY: {
+                "denoiser_weights": self.segmenter.denoiser.state_dict(),
+                "averaged_steps": self.ema.n_averaged,
+            },
+        }
+        write_checkpoint(checkpoint, filename)
+
+    def load_checkpoint(self, filename_or_checkpoint: dict | str | Path) -> None:
+        """Restore everything a training needs to go on; settings come from the checkpoint.
+
+        Raises:
+            ValueError: if it is not a checkpoint of a diffusion trainer of this configuration, or its network differs.
+        """
+        checkpoint = filename_or_checkpoint
+        if not isinstance(checkpoint, dict):
+            checkpoint = read_checkpoint(checkpoint, self.device)
+        if CHECKPOINT_KEY not in checkpoint:
+            raise ValueError(
+                f"{_named(filename_or_checkpoint)} is a checkpoint of {checkpoint.get('trainer_name')}, not of a diffusion "
+                "trainer: its output folder was used by something else. Remove it, or take another plans_name."
+            )
+        saved = PlansManager(checkpoint["init_args"]["plans"]).get_configuration(self.configuration_name)
+        if not self.was_initialized:
+            self._adopt(DiffusionSettings.from_plans(saved.configuration))
+            self.initialize()
+        assert self.ema is not None
+        self.my_init_kwargs = checkpoint["init_args"]
+        self.current_epoch = checkpoint["current_epoch"]
+        self.logger.load_checkpoint(checkpoint["logging"])
+        self._best_ema = checkpoint["_best_ema"]
+        self.inference_allowed_mirroring_axes = checkpoint["inference_allowed_mirroring_axes"]
+        with self._averaged_weights():
+            self.segmenter.load_state_dict(checkpoint["network_weights"])
+        self.segmenter.denoiser.load_state_dict(checkpoint[CHECKPOINT_KEY]["denoiser_weights"])
+        self.ema.n_averaged.copy_(checkpoint[CHECKPOINT_KEY]["averaged_steps"])
+        self.optimizer.load_state_dict(checkpoint["optimizer_state"])
+        if self.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
+            self.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])
+        self._resumed = True
+
+
+def _refuse_unsupported(plans: dict, configuration: str, dataset_json: dict) -> None:
+    """Raise NotImplementedError, by name, before nnU-Net creates any folder."""
+    manager = PlansManager(plans)
+    label_manager = manager.get_label_manager(dataset_json)
+    refused = {
+        "distributed training (-num_gpus above 1)": dist.is_available() and dist.is_initialized(),
+        "region-based training (overlapping labels in dataset.json)": label_manager.has_regions,
+        "the ignore label": label_manager.has_ignore_label,
+        "the cascade (a configuration with previous_stage)": manager.get_configuration(configuration).previous_stage_name
+        is not None,
+    }
+    for feature, present in refused.items():
+        if present:
+            raise NotImplementedError(
+                f"DiffusionTrainer does not support {feature} yet ({manager.dataset_name}, {configuration}); nnUNetTrainer "
+                "does."
+            )
+
+
+def _named(source: dict | str | Path) -> str:
+    return "The given dictionary" if isinstance(source, dict) else str(source)
+

@@ -1,0 +1,127 @@
+"""The pre-segmentor: a normal nnU-Net of the same dataset, plans, configuration and fold, found or trained first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.file_path_utilities import get_output_folder
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+
+from nnunet_diffusion.training.checkpoints import read_checkpoint
+
+LOCK_NAME = "presegmentor.lock"
+# what must agree for one network's output to be another's start
+SAME_CONFIGURATION = ("spacing", "patch_size", "normalization_schemes", "use_mask_for_norm", "architecture")
+SAME_PLANS = ("dataset_name", "transpose_forward", "image_reader_writer")
+
+
+def ensure_presegmentor(
+    trainer_name: str,
+    dataset_name: str,
+    configuration: str,
+    fold: int | str,
+    plans_name: str,
+    device: torch.device,
+    log: Callable[[str], None],
+) -> Path:
+    """Return the final checkpoint of the pre-segmentor, training and validating it first where it does not exist.
+
+    The training is nnU-Net's own, with a checkpoint each epoch; a half-trained one is resumed. A lock in the fold's folder
+    keeps other jobs from training the same network meanwhile; it is the operating system's, so it ends with its job.
+
+    Args:
+        trainer_name: an nnU-Net trainer that nnU-Net's own search finds.
+        dataset_name: DatasetXXX_NAME.
+        configuration: for example "2d".
+        fold: 0.. or "all".
+        plans_name: plans in nnUNet_preprocessed/DATASET, without .json.
+        device: of training and validation.
+        log: takes one line.
+    """
+    folder = Path(get_output_folder(dataset_name, trainer_name, plans_name, configuration, fold))
+    final, validated = folder / "checkpoint_final.pth", folder / "validation" / "summary.json"
+    if final.is_file() and validated.is_file():
+        log(f"Pre-segmentor: {final} is trained already.")
+        return final
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder / LOCK_NAME, log):
+        if not final.is_file():
+            log(f"Pre-segmentor: {trainer_name} of fold {fold} is not trained yet, training it first (in {folder}).")
+            resumable = any((folder / f"checkpoint_{kind}.pth").is_file() for kind in ("latest", "best"))
+            trainer = _make_trainer(trainer_name, dataset_name, configuration, fold, plans_name, resumable, device)
+            trainer.save_every = 1
+            maybe_load_checkpoint(trainer, resumable, False)
+            trainer.run_training()
+        elif not validated.is_file():
+            trainer = _make_trainer(trainer_name, dataset_name, configuration, fold, plans_name, True, device)
+            trainer.load_checkpoint(str(final))
+        if not validated.is_file():
+            log("Pre-segmentor: validation with probabilities.")
+            trainer.perform_actual_validation(save_probabilities=True)
+    return final
+
+
+def _make_trainer(
+    name: str, dataset: str, configuration: str, fold: int | str, plans: str, resume: bool, device: torch.device
+) -> nnUNetTrainer:
+    return get_trainer_from_args(dataset, configuration, fold, name, plans, resume, device)  # type: ignore[arg-type]
+
+
+def _locked(path: Path, log: Callable[[str], None]) -> AbstractContextManager:
+    lock = FileLock(path)
+    try:
+        return lock.acquire(timeout=0)
+    except Timeout:
+        log(f"Pre-segmentor: another job trains it now ({path} is locked); waiting for that job.")
+        return lock.acquire()
+
+
+def load_presegmentor_weights(
+    path: Path, plans: Mapping[str, Any], configuration: str, fold: int | str, labels: Mapping[str, Any]
+) -> dict[str, torch.Tensor]:
+    """Return the weights of a pre-segmentor after checking that it fits.
+
+    Raises:
+        ValueError: naming what differs, if it was trained on another dataset, fold, labels, preprocessing or architecture.
+    """
+    checkpoint = read_checkpoint(path)
+    init = checkpoint["init_args"]
+    theirs, ours = PlansManager(init["plans"]), PlansManager(dict(plans))
+    differing = {
+        "configuration": (init["configuration"], configuration),
+        "fold": (str(init["fold"]), str(fold)),
+        "labels": (dict(init["dataset_json"]["labels"]), dict(labels)),
+        **{key: (theirs.plans.get(key), ours.plans.get(key)) for key in SAME_PLANS},
+    }
+    if init["configuration"] == configuration:
+        mine, other = (p.get_configuration(configuration).configuration for p in (ours, theirs))
+        differing.update({key: (other.get(key), mine.get(key)) for key in SAME_CONFIGURATION})
+    for key, (other_value, own_value) in differing.items():
+        if other_value != own_value:
+            raise ValueError(
+                f"Pre-segmentor {path} does not fit: its {key} is {other_value!r}, this training has {own_value!r}. Move its "
+                "folder away and start again: a fitting one is then trained first."
+            )
+    return {key.removeprefix("module."): value for key, value in checkpoint["network_weights"].items()}
+
+
+def build_presegmentor(
+    trainer_name: str,
+    plans_manager: PlansManager,
+    configuration_manager: ConfigurationManager,
+    num_input_channels: int,
+    num_output_channels: int,
+) -> torch.nn.Module:
+    """Build the network of the pre-segmentor's trainer, without deep supervision, as nnU-Net's inference does."""
+    trainer = recursive_find_trainer_class_by_name(trainer_name)
+    return trainer.build_network_architecture(
+        plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision=False
+    )

@@ -1,0 +1,1 @@
+"""Experiment planners; installed as nnunet_diffusion.planners."""

@@ -1,0 +1,285 @@
+r"""Compare nnU-Net with diffusion models that start from it, on one fold of an nnU-Net raw dataset.
+
+Plans and preprocesses by stock nnU-Net, trains nnU-Net and one denoiser per variant at equal length, predicts the
+validation cases at many settings, and writes rows.csv and report.md into WORKDIR/comparison/DATASET/. All that is
+finished is kept: the same command goes on where a time limit (exit code 75) or an interruption stopped it.
+
+    python tests/benchmarks/compare.py --dataset DATA/Dataset004_Hippocampus --workdir W --configuration 2d \
+        --epochs 10 --plans-name small --patch 56 40 --batch 32 --features 8 16 32 64 --prediction-types logits x0
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from comparison_plans import (
+    REPOSITORY,
+    STOCK_PLANS,
+    Folders,
+    diffusion_plans,
+    plan_and_preprocess,
+    read_plans,
+    set_up_folders,
+    smaller_plans,
+    write_plans,
+)
+from comparison_training import (
+    Deadline,
+    TimeIsUp,
+    Training,
+    control_epochs,
+    epoch_seconds,
+    share_presegmentor,
+    train,
+    write_control_trainer,
+)
+
+LENGTHS = {1: "_1epoch", 5: "_5epochs", 10: "_10epochs", 20: "_20epochs", 50: "_50epochs"}
+LENGTHS |= {100: "_100epochs", 250: "_250epochs", 1000: ""}
+
+
+def read_options(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--dataset", type=Path, required=True, help="raw dataset folder, DatasetXXX_NAME")
+    add("--workdir", type=Path, required=True, help="takes the three nnU-Net folders and the results")
+    add("--configuration", default="2d", choices=["2d", "3d_fullres", "3d_lowres"])
+    add("--fold", type=int, default=0)
+    add("--epochs", type=int, default=10, choices=LENGTHS, help="of nnU-Net and of each denoiser")
+    add("--trainers", nargs=2, metavar=("NNUNET", "DIFFUSION"), help="trainer classes instead of those of --epochs")
+    add("--plans-name", default=None, help="name of the plans made by --patch, --batch, --features (default small)")
+    add("--patch", type=int, nargs="+", help="patch size; without this, --batch and --features: stock nnUNetPlans")
+    add("--batch", type=int)
+    add("--features", type=int, nargs="+", help="nnU-Net's width at each stage")
+    add("--prediction-types", nargs="*", default=["logits"], help="one denoiser each")
+    add("--variant", action="append", default=[], metavar="NAME:JSON", help='a further denoiser, w:{"sdb_depth": 3}')
+    add("--start-steps", type=int, nargs="*", default=[100, 300, 500])
+    add("--steps", type=int, nargs="*", default=[1, 2, 5, 10])
+    add("--samples", type=int, nargs="*", default=[1, 5])
+    add("--noise-steps", type=int, nargs="*", default=[10, 50], help="steps of DDPM from pure noise")
+    add(
+        "--presegmentation-weights",
+        type=float,
+        nargs="*",
+        default=[],
+        help="further settings: start_step, fewest steps",
+    )
+    add("--no-repair", action="store_true", help="leave the repair test out")
+    add("--controls", nargs="*", default=[], choices=["longer", "stock"])
+    add("--control-epochs", type=int, help="length of the longer control (default: measured from the first denoiser)")
+    add("--cases", type=int, help="evaluate this many validation cases, evenly spaced")
+    add("--no-mirroring", action="store_true")
+    add("--tile-batch", type=int, default=16)
+    add("--device", default="cuda", choices=["cuda", "cpu", "mps"])
+    add("--seed", type=int, default=1234, help="of the reverse processes, the bootstrap and the corruptions")
+    add("--processes", type=int, default=os.cpu_count() or 1, help="of the preprocessing")
+    add("--time-limit", type=float, default=math.inf, help="seconds after which to stop cleanly")
+    add("--train-only", action="store_true")
+    options = parser.parse_args(words)
+    options.stock = not (options.patch or options.batch or options.features)
+    options.plans_name = options.plans_name or (STOCK_PLANS if options.stock else "small")
+    if (options.plans_name == STOCK_PLANS) != options.stock:
+        parser.error(f"--plans-name {STOCK_PLANS} and --patch, --batch or --features exclude each other")
+    return options
+
+
+def diffusion_sections(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Return variant name -> `diffusion` section of its plans.
+
+    Raises:
+        ValueError: a variant is not NAME:JSON or its name is taken.
+    """
+    sections: dict[str, dict[str, Any]] = {kind: {"prediction_type": kind} for kind in options.prediction_types}
+    for variant in options.variant:
+        name, _, text = variant.partition(":")
+        if not name.isidentifier() or not text or name in sections:
+            raise ValueError(f"--variant {variant!r} must be NAME:JSON with a new name of letters, digits and _")
+        sections[name] = json.loads(text)
+    return sections
+
+
+def sampling_settings(options: argparse.Namespace, defaults: Any) -> list[Any]:
+    """Return the settings to measure, the model's default first, each distinct result once.
+
+    Args:
+        options: of the command line.
+        defaults: the trained model's DiffusionSettings.
+    """
+    from comparison_evaluation import CORRUPTIONS, NNUNET, Setting
+
+    seed = {"seed": options.seed}
+    found = {"default": Setting("default: " + _describe(defaults, {}), NNUNET, seed)}
+    for start_step in options.start_steps:
+        for steps in options.steps:
+            for samples in options.samples:
+                _add(found, defaults, {"start_step": start_step, "steps": steps, "samples": samples}, seed)
+        for weight in options.presegmentation_weights:
+            for samples in options.samples:
+                changes = {"start_step": start_step, "steps": min(options.steps), "samples": samples}
+                _add(found, defaults, changes | {"presegmentation_weight": weight}, seed)
+    for steps in options.noise_steps if defaults.max_train_step == defaults.timesteps else []:
+        changes = {"from_noise": True, "start_step": defaults.timesteps, "steps": steps, "samples": 1}
+        name = f"DDPM from noise, {steps} steps"
+        found[name] = Setting(name, "noise", changes | {"presegmentation_weight": 0.0} | seed)
+    settings = list(found.values())
+    if not options.no_repair:
+        one = [s for s in settings if s.start == NNUNET and s.changes.get("samples", 1) == 1]
+        fewest = {s.changes.get("start_step"): s for s in reversed(one) if "presegmentation_weight" not in s.changes}
+        for setting in fewest.values():
+            settings += [Setting(setting.name, corruption, setting.changes) for corruption in CORRUPTIONS]
+    return settings
+
+
+def _add(found: dict[str, Any], defaults: Any, changes: dict[str, Any], seed: dict[str, int]) -> None:
+    from comparison_evaluation import NNUNET, Setting
+
+    if changes["steps"] <= changes["start_step"] and any(getattr(defaults, key) != changes[key] for key in changes):
+        name = _describe(defaults, changes)
+        found[name] = Setting(name, NNUNET, changes | seed)
+
+
+def _describe(defaults: Any, changes: dict[str, Any]) -> str:
+    value = {key: changes.get(key, getattr(defaults, key)) for key in ("start_step", "steps", "samples")}
+    weight = changes.get("presegmentation_weight", defaults.presegmentation_weight)
+    plural = ["s" if value[key] > 1 else "" for key in ("steps", "samples")]
+    text = f"T'={value['start_step']}, {value['steps']} step{plural[0]}, {value['samples']} sample{plural[1]}"
+    return text + (f", nnU-Net weight {weight:g}" if weight else "")
+
+
+def train_all(folders: Folders, options: argparse.Namespace, deadline: Deadline) -> dict[str, Training]:
+    """Train what is missing; return the models by name, nnU-Net first."""
+    plan_and_preprocess(folders, options.configuration, options.processes)
+    plans = read_plans(folders, STOCK_PLANS)
+    if not options.stock:
+        changes = (options.plans_name, options.configuration, options.patch, options.batch, options.features)
+        plans = smaller_plans(plans, *changes)
+        write_plans(folders, plans)
+    suffix = LENGTHS[options.epochs]
+    nnunet, diffusion = options.trainers or (f"nnUNetTrainer{suffix}", f"DiffusionTrainer{suffix}")
+    rest = (options.configuration, options.fold, options.device)
+    models = {"nnU-Net": Training(nnunet, options.plans_name, *rest)}
+    train(folders, models["nnU-Net"], deadline, validate=True)
+    for variant, section in diffusion_sections(options).items():
+        variant_plans = diffusion_plans(plans, options.configuration, variant, section)
+        write_plans(folders, variant_plans)
+        models[variant] = Training(diffusion, variant_plans["plans_name"], *rest)
+        share_presegmentor(folders, models["nnU-Net"], variant_plans["plans_name"])
+        train(folders, models[variant], deadline)
+    for control in options.controls:
+        name, training = _control(folders, options, control, models)
+        train(folders, training, deadline)
+        models[name] = training
+    return models
+
+
+def _control(
+    folders: Folders, options: argparse.Namespace, control: str, models: dict[str, Training]
+) -> tuple[str, Training]:
+    rest = (options.configuration, options.fold, options.device)
+    nnunet = models["nnU-Net"]
+    if control == "stock":
+        return "nnU-Net on stock nnUNetPlans", Training(nnunet.trainer, STOCK_PLANS, *rest)
+    kept = output_folder(folders, options) / "control_epochs.json"
+    if options.control_epochs is None and not kept.is_file():
+        denoiser = next(training for name, training in models.items() if name != "nnU-Net")
+        epochs = control_epochs(epoch_seconds(folders, nnunet), epoch_seconds(folders, denoiser))
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(epochs))
+    epochs = options.control_epochs or json.loads(kept.read_text())
+    return f"nnU-Net, {epochs} epochs", Training(write_control_trainer(folders, epochs), options.plans_name, *rest)
+
+
+def output_folder(folders: Folders, options: argparse.Namespace) -> Path:
+    """Return this comparison's folder; models and settings may be added to it later."""
+    length = options.trainers[1] if options.trainers else f"{options.epochs}epochs"
+    mirrored = "_unmirrored" if options.no_mirroring else ""
+    name = f"{options.plans_name}_{options.configuration}_{length}_fold{options.fold}{mirrored}"
+    return folders.work / "comparison" / folders.dataset / name
+
+
+def evaluate_all(
+    folders: Folders, options: argparse.Namespace, models: dict[str, Training], deadline: Deadline
+) -> None:
+    """Measure every model, then write the report; it is written too, from what there is, when time is up."""
+    from comparison_evaluation import NNUNET, Model, RowFile, Setting, evaluate
+    from comparison_report import write_report
+
+    output = output_folder(folders, options)
+    (output / NNUNET).mkdir(parents=True, exist_ok=True)
+    cases = validation_cases(folders, options)
+    classes = json.loads((folders.raw / "dataset.json").read_text())["labels"]
+    rows = RowFile(output / "rows.csv", len(classes) - 1)
+    try:
+        for name, training in models.items():
+            model = Model(
+                name,
+                training.folder(folders).parent,
+                options.fold,
+                options.device,
+                mirror=not options.no_mirroring,
+                tile_batch=options.tile_batch,
+            )
+            settings = [Setting("", NNUNET, {})]
+            if hasattr(model.segmenter, "settings"):
+                settings = sampling_settings(options, model.segmenter.settings)
+            evaluate(model, settings, cases, folders.raw, output / NNUNET, rows, deadline.check, options.seed)
+    finally:
+        if rows.rows:
+            (output / "report.md").write_text(write_report(rows.rows, _heading(folders, options, models), options.seed))
+            print(f"Report: {output / 'report.md'}")
+
+
+def validation_cases(folders: Folders, options: argparse.Namespace) -> list[str]:
+    """Return the validation cases of the fold, or `--cases` of them, evenly spaced in their sorted list."""
+    cases = sorted(json.loads((folders.preprocessed / "splits_final.json").read_text())[options.fold]["val"])
+    if options.cases and options.cases < len(cases):
+        cases = [cases[round(place)] for place in np.linspace(0, len(cases) - 1, options.cases)]
+    return cases
+
+
+def _heading(folders: Folders, options: argparse.Namespace, models: dict[str, Training]) -> str:
+    section = read_plans(folders, options.plans_name)["configurations"][options.configuration]
+    widths = section["architecture"]["arch_kwargs"]["features_per_stage"]
+    lines = [
+        f"# {folders.dataset}, {options.configuration}, fold {options.fold}\n",
+        f"Plans {options.plans_name}: patch {section['patch_size']}, batch {section['batch_size']}, nnU-Net's widths "
+        f"{widths}. Mirroring {'off' if options.no_mirroring else 'on'}, device {options.device}, up to "
+        f"{options.tile_batch} tiles in a batch, seed {options.seed}. Differences are model minus nnU-Net on the same "
+        "cases; only cases that have the class.\n",
+    ]
+    for name, training in models.items():
+        if (training.folder(folders) / "checkpoint_final.pth").is_file():
+            seconds = epoch_seconds(folders, training)
+            typical = float(np.median(seconds))
+            lines.append(f"* {name}: {training.trainer}, {len(seconds)} epochs of {typical:.1f} s (median)")
+    return "\n".join([*lines, ""])
+
+
+def main() -> int:
+    """Run the whole comparison."""
+    options = read_options()
+    deadline = Deadline(time.time() + options.time_limit)
+    folders = set_up_folders(options.dataset, options.workdir)
+    sys.path.insert(0, str(REPOSITORY))
+    try:
+        models = train_all(folders, options, deadline)
+        if not options.train_only:
+            evaluate_all(folders, options, models, deadline)
+    except TimeIsUp:
+        print("Time is up; the same command goes on from here.")
+        return os.EX_TEMPFAIL
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,170 @@
+"""Folders, plans and splits of the comparison: nnU-Net's own planning, then smaller copies of its plans."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+STOCK_PLANS = "nnUNetPlans"
+TRAINERS_VARIABLE = "nnUNet_extTrainer"
+SMALLEST_FEATURE_MAP = 4
+"""Edge in voxels below which nnU-Net's planner pools no further."""
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where the comparison of one dataset keeps what it makes."""
+
+    work: Path
+    dataset: str
+
+    @property
+    def raw(self) -> Path:
+        """Raw data (a link to the dataset given)."""
+        return self.work / "nnUNet_raw" / self.dataset
+
+    @property
+    def preprocessed(self) -> Path:
+        """Plans, splits and preprocessed cases."""
+        return self.work / "nnUNet_preprocessed" / self.dataset
+
+    @property
+    def results(self) -> Path:
+        """Trained models."""
+        return self.work / "nnUNet_results" / self.dataset
+
+    @property
+    def control_trainers(self) -> Path:
+        """Trainers written for control lengths that nnU-Net does not have."""
+        return self.work / "trainers"
+
+    def model(self, trainer: str, plans_name: str, configuration: str) -> Path:
+        """Folder of one model."""
+        return self.results / f"{trainer}__{plans_name}__{configuration}"
+
+
+def set_up_folders(dataset: Path, work: Path) -> Folders:
+    """Make nnU-Net's three folders, point its environment there and link the raw data; call before importing nnunetv2.
+
+    Raises:
+        FileNotFoundError: `dataset` is no raw dataset of nnU-Net's.
+    """
+    if not (dataset / "dataset.json").is_file() or not dataset.name.startswith("Dataset"):
+        raise FileNotFoundError(
+            f"--dataset {dataset} is not a raw dataset (DatasetXXX_NAME with dataset.json and imagesTr)"
+        )
+    folders = Folders(work.resolve(), dataset.name)
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        (folders.work / name).mkdir(parents=True, exist_ok=True)
+        os.environ[name] = str(folders.work / name)
+    folders.control_trainers.mkdir(exist_ok=True)
+    if not folders.raw.exists():
+        folders.raw.symlink_to(dataset.resolve())
+    ours = [str(REPOSITORY / "trainers"), str(folders.control_trainers)]
+    given = os.environ.get(TRAINERS_VARIABLE, "").split(os.pathsep)
+    os.environ[TRAINERS_VARIABLE] = os.pathsep.join(dict.fromkeys([*ours, *filter(None, given)]))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+    return folders
+
+
+def plan_and_preprocess(folders: Folders, configuration: str, processes: int) -> None:
+    """Run stock nnUNetv2_plan_and_preprocess unless it is done, then take the dataset's own split along."""
+    done = folders.preprocessed / f".{configuration}_is_preprocessed"
+    if not done.is_file():
+        number = folders.dataset[7:10]
+        command = [sys.executable, "-m", "nnunetv2.experiment_planning.plan_and_preprocess_entrypoints"]
+        words = ["-d", str(int(number)), "-c", configuration, "-npfp", str(processes), "-np", str(processes)]
+        # nnU-Net's planner takes the number of augmentation workers for its threads and fails on 0
+        subprocess.run([*command, *words], check=True, env={**os.environ, "nnUNet_n_proc_DA": str(processes)})
+        done.touch()
+    split = folders.raw / "splits_final.json"
+    if split.is_file() and not (folders.preprocessed / split.name).is_file():
+        shutil.copy(split, folders.preprocessed / split.name)
+
+
+def write_plans(folders: Folders, plans: Mapping[str, Any]) -> None:
+    """Write plans under their name.
+
+    Raises:
+        ValueError: other plans of that name are there already: their models would be mistaken for these.
+    """
+    path = folders.preprocessed / f"{plans['plans_name']}.json"
+    text = json.dumps(plans, indent=2)
+    if path.is_file() and json.loads(path.read_text()) != json.loads(text):
+        raise ValueError(f"{path} holds other plans: choose another --plans-name or variant name, or remove it")
+    path.write_text(text)
+
+
+def read_plans(folders: Folders, name: str) -> dict[str, Any]:
+    """Read plans of the preprocessed dataset."""
+    return json.loads((folders.preprocessed / f"{name}.json").read_text())
+
+
+def smaller_plans(
+    stock: Mapping[str, Any],
+    name: str,
+    configuration: str,
+    patch: Sequence[int] | None,
+    batch: int | None,
+    features: Sequence[int] | None,
+) -> dict[str, Any]:
+    """Return a copy of `stock` with another patch size, batch size or widths; the preprocessed data stay the same.
+
+    Strides and kernels follow nnU-Net's planner for the new patch, cut to as many stages as `features` has.
+
+    Raises:
+        ValueError: the patch has the wrong number of axes, is not divisible by the strides, or is too small for as
+            many stages.
+    """
+    from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
+
+    plans = copy.deepcopy(dict(stock))
+    plans["plans_name"] = name
+    section = plans["configurations"][configuration]
+    arguments = section["architecture"]["arch_kwargs"]
+    if patch is not None and len(patch) != len(section["patch_size"]):
+        raise ValueError(f"--patch {patch} must have {len(section['patch_size'])} axes, as {configuration}")
+    patch = list(section["patch_size"] if patch is None else patch)
+    _, strides, kernels, _, _ = get_pool_and_conv_props(section["spacing"], patch, SMALLEST_FEATURE_MAP, 999)
+    features = list(features or arguments["features_per_stage"][: len(strides)])
+    stages = len(features)
+    if stages > len(strides):
+        raise ValueError(f"--features has {stages} stages, a patch of {patch} allows {len(strides)}: give fewer")
+    strides, kernels = strides[:stages], kernels[:stages]
+    total = np.prod(strides, axis=0)
+    if any(np.mod(patch, total)):
+        raise ValueError(f"--patch {patch} must be divisible by the product of the strides, {total.tolist()}")
+    old_stages = arguments["n_stages"]
+    for key, value in arguments.items():
+        if isinstance(value, (list, tuple)) and key.startswith("n_") and len(value) in (old_stages, old_stages - 1):
+            length = stages - (old_stages - len(value))
+            arguments[key] = [*value, *[value[-1]] * length][:length]
+    arguments |= {
+        "n_stages": stages,
+        "features_per_stage": features,
+        "strides": [list(stride) for stride in strides],
+        "kernel_sizes": [list(kernel) for kernel in kernels],
+    }
+    section |= {"patch_size": patch, "batch_size": batch or section["batch_size"]}
+    return plans
+
+
+def diffusion_plans(
+    base: Mapping[str, Any], configuration: str, variant: str, section: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return a copy of `base` named BASE_variant whose `diffusion` section is `section`."""
+    plans = copy.deepcopy(dict(base))
+    plans["plans_name"] = f"{base['plans_name']}_{variant}"
+    plans["configurations"][configuration]["diffusion"] = dict(section)
+    return plans

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+
+from nnunet_diffusion.diffusion.schedules import SCHEDULES, NoiseSchedule, noise_schedule
+
+
+def test_linear_schedule_is_the_papers():
+    schedule = noise_schedule("linear", 1000)
+    assert schedule.name == "linear"
+    assert schedule.timesteps == 1000
+    assert schedule.betas[0].item() == pytest.approx(1e-4, abs=1e-18)
+    assert schedule.betas[-1].item() == pytest.approx(2e-2, abs=1e-16)
+    assert schedule.alpha_bar[0].item() == pytest.approx(1 - 1e-4, abs=1e-15)
+    assert schedule.alpha_bar[-1].item() == pytest.approx(4.0358e-5, abs=5e-10)
+
+
+def test_alpha_bar_is_the_running_product():
+    for name in SCHEDULES:
+        schedule = noise_schedule(name, 50)
+        product = 1.0
+        for beta, alpha_bar, alpha_bar_prev in zip(
+            schedule.betas, schedule.alpha_bar, schedule.alpha_bar_prev, strict=True
+        ):
+            assert alpha_bar_prev.item() == pytest.approx(product, abs=1e-15)
+            product *= 1 - beta.item()
+            assert alpha_bar.item() == pytest.approx(product, abs=1e-15)
+
+
+def test_cosine_schedule_follows_the_squared_cosine():
+    schedule = noise_schedule("cosine", 1000)
+
+    def curve(share: float) -> float:
+        return math.cos((share + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    for timestep in (0, 10, 499, 900):
+        expected = curve((timestep + 1) / 1000) / curve(0)
+        assert schedule.alpha_bar[timestep].item() == pytest.approx(expected, abs=1e-12)
+    assert schedule.betas[-1].item() == 0.999
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("timesteps", [2, 10, 1000])
+def test_schedules_are_valid_or_refused(name, timesteps):
+    if name == "linear" and timesteps < 21:
+        with pytest.raises(ValueError, match=rf"timesteps is {timesteps}.*at least 21.*cosine"):
+            noise_schedule(name, timesteps)
+        return
+    schedule = noise_schedule(name, timesteps)
+    assert schedule.betas.shape == schedule.alpha_bar.shape == schedule.alpha_bar_prev.shape == (timesteps,)
+    assert schedule.betas.dtype == schedule.alpha_bar.dtype == torch.float64
+    assert ((schedule.betas > 0) & (schedule.betas < 1)).all()
+    assert ((schedule.alpha_bar > 0) & (schedule.alpha_bar < schedule.alpha_bar_prev)).all()
+    assert schedule.alpha_bar_prev[0] == 1
+
+
+def test_linear_schedule_scales_with_its_length():
+    assert noise_schedule("linear", 21).betas[-1].item() < 1
+    with pytest.raises(ValueError, match="at least 21"):
+        noise_schedule("linear", 20)
+    short, long = noise_schedule("linear", 250), noise_schedule("linear", 1000)
+    assert short.betas[-1].item() == pytest.approx(4 * long.betas[-1].item(), rel=1e-12)
+    assert math.log(short.alpha_bar[-1].item()) == pytest.approx(math.log(long.alpha_bar[-1].item()), rel=0.03)
+
+
+def test_at_broadcasts_over_a_batch():
+    schedule = noise_schedule("linear", 100)
+    like = torch.zeros(3, 2, 4, 5, dtype=torch.float64)
+    values = schedule.at(torch.tensor([0, 7, -1]), like)
+    assert values.shape == (3, 1, 1, 1)
+    assert values.flatten().tolist() == [schedule.alpha_bar[0].item(), schedule.alpha_bar[7].item(), 1.0]
+    assert schedule.at(7, like).shape == (1, 1, 1, 1)
+    assert schedule.at(7, like).item() == schedule.alpha_bar[7].item()
+    assert schedule.at(-1, like).item() == 1.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_half_precision_leaves_the_schedule_unchanged(dtype):
+    schedule = noise_schedule("cosine", 100)
+    before = copy.deepcopy((schedule.betas, schedule.alpha_bar, schedule.alpha_bar_prev))
+    value = schedule.at(torch.tensor([3]), torch.zeros(1, 1, 2, dtype=dtype))
+    assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    after = (schedule.betas, schedule.alpha_bar, schedule.alpha_bar_prev)
+    for old, new in zip(before, after, strict=True):
+        assert new.dtype == torch.float64
+        assert torch.equal(old, new)
+
+
+def test_at_follows_the_device_of_its_tensor():
+    schedule = noise_schedule("linear", 100)
+    assert schedule.at(5, torch.zeros(1, 1, 2, device="meta")).device.type == "meta"
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(ValueError, match="'quadratic'.*linear, cosine"):
+        noise_schedule("quadratic", 10)
+    with pytest.raises(ValueError, match="timesteps is 0"):
+        noise_schedule("cosine", 0)
+    for timestep in (-2, 10):
+        with pytest.raises(ValueError, match=f"timestep is {timestep}"):
+            noise_schedule("cosine", 10).at(timestep, torch.zeros(1))
+    with pytest.raises(ValueError, match="strictly between 0 and 1"):
+        NoiseSchedule("mine", torch.tensor([0.5, 1.0]))
+    with pytest.raises(ValueError, match="strictly between 0 and 1"):
+        NoiseSchedule("mine", torch.tensor([0.5, float("nan")]))
+    with pytest.raises(ValueError, match=r"shape \(2, 1\)"):
+        NoiseSchedule("mine", torch.full((2, 1), 0.5))

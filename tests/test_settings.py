@@ -1,0 +1,102 @@
+"""Settings: read, write, defaults, refusals."""
+
+import dataclasses
+import json
+
+import pytest
+
+from nnunet_diffusion.settings import DiffusionSettings, default_settings, settings_table, topology_of
+
+
+def configuration(**section):
+    plans = {
+        "batch_size": 12,
+        "architecture": {
+            "network_class_name": "PlainConvUNet",
+            "arch_kwargs": {
+                "n_stages": 3,
+                "features_per_stage": [32, 64, 128],
+                "conv_op": "torch.nn.modules.conv.Conv2d",
+                "kernel_sizes": [[3, 3]] * 3,
+                "strides": [[1, 1], [2, 2], [2, 2]],
+            },
+        },
+    }
+    if section:
+        plans["diffusion"] = section
+    return plans
+
+
+def test_plans_without_section_get_the_defaults_and_survive_json():
+    settings = DiffusionSettings.from_plans(configuration())
+    assert settings == default_settings(configuration())
+    assert settings.features_per_stage == (16, 32, 64)
+    section = json.loads(json.dumps(settings.to_plans()))
+    assert DiffusionSettings.from_plans(configuration(**section)) == settings
+
+
+def test_partial_section_keeps_the_other_defaults():
+    settings = DiffusionSettings.from_plans(configuration(start_step=50, steps=3, features_per_stage=[4, 8, 8]))
+    assert settings == dataclasses.replace(
+        default_settings(configuration()), start_step=50, steps=3, features_per_stage=(4, 8, 8)
+    )
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v"])
+def test_prediction_types_without_bounded_targets_train_on_the_truth_by_default(prediction_type):
+    assert DiffusionSettings.from_plans(configuration(prediction_type=prediction_type)).corruption_probability == 0
+    with pytest.raises(ValueError, match=f"{prediction_type}.*corruption_probability"):
+        DiffusionSettings.from_plans(configuration(prediction_type=prediction_type, corruption_probability=0.5))
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"start_stepp": 3}, ["start_stepp", "start_step"]),
+        ({"start_step": 2000}, ["start_step", "2000", "timesteps", "1000"]),
+        ({"start_step": 10, "steps": 11}, ["steps", "11", "start_step", "10"]),
+        ({"max_train_step": 1001}, ["max_train_step", "1001", "timesteps"]),
+        ({"sampler": "euler"}, ["sampler", "euler", "ddim", "unipc"]),
+        ({"prediction_type": "mu"}, ["prediction_type", "mu", "epsilon"]),
+        ({"schedule": "quadratic"}, ["schedule", "quadratic", "linear", "cosine"]),
+        ({"steps": 2.0}, ["steps", "int", "2.0"]),
+        ({"steps": True}, ["steps", "int", "True"]),
+        ({"time_in_condition_flow": 1}, ["time_in_condition_flow", "bool"]),
+        ({"eta": 1.5}, ["eta", "1.5", "<= 1"]),
+        ({"eta": float("nan")}, ["eta", "nan"]),
+        ({"features_per_stage": [16, 0, 2]}, ["features_per_stage", "[16, 0, 2]"]),
+        ({"features_per_stage": 16}, ["features_per_stage", "16"]),
+        ({"from_noise": True}, ["from_noise", "start_step", "1000"]),
+        ({"corruption_probability": 0.7, "presegmentation_start_probability": 0.5}, ["0.7", "0.5", "at most 1"]),
+        ({"condition_on_presegmentation": True}, ["condition_on_presegmentation", "truth", "0.5"]),
+        ({"version": 2}, ["version", "2", "upgrade"]),
+        ({"seed": -1}, ["seed", "-1", ">= 0"]),
+    ],
+)
+def test_bad_settings_are_refused_by_key_value_and_choices(section, words):
+    with pytest.raises(ValueError) as error:
+        DiffusionSettings.from_plans(configuration(**section))
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_section_of_another_type_is_refused():
+    with pytest.raises(ValueError, match="must be a dictionary"):
+        DiffusionSettings.from_plans({**configuration(), "diffusion": [1]})
+
+
+def test_integer_is_read_as_float_where_a_float_is_meant():
+    assert DiffusionSettings.from_plans(configuration(learning_rate=1)).learning_rate == 1.0
+
+
+def test_architecture_without_topology_is_refused_by_name():
+    broken = configuration()
+    del broken["architecture"]["arch_kwargs"]["strides"]
+    with pytest.raises(NotImplementedError, match="PlainConvUNet has no strides"):
+        topology_of(broken)
+
+
+def test_table_names_every_setting():
+    table = settings_table()
+    for entry in dataclasses.fields(DiffusionSettings):
+        assert f"| `{entry.name}` |" in table
