@@ -43,7 +43,7 @@ class DiffusionSettings:
     # the denoiser
     sdb_depth: int = _setting(4, "Layers of each slim dense block (PGDiffSeg Fig. 3).", low=1, high=16)
     attention_tokens: int = _setting(
-        4096, "Attention is exact up to this many tokens; above, keys and values are pooled to at most as many.", low=16
+        1024, "Attention is exact up to this many tokens; above, keys and values are pooled to at most as many.", low=16
     )
     norm: str = _setting(
         "batch", "Normalisation in the slim dense blocks and the prior branch; `batch` is the paper's.", choices=NORMS

@@ -87,6 +87,7 @@ class Workplace:
         return {
             **with_trainers(os.environ),
             **{f"nnUNet_{name}": str(self.folder / name) for name in ("raw", "preprocessed", "results")},
+            "nnUNet_def_n_proc": "2",  # each worker imports torch, which takes longer than the work of so few images
             "nnUNet_compile": "f",  # compiling costs more than so short a training gains
             "OMP_WAIT_POLICY": "passive",  # waiting threads leave the cores to nnU-Net's augmentation workers
             "PYTHONUNBUFFERED": "1",

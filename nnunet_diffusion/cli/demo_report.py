@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,8 +95,9 @@ def load_predictor(model: Path, device: Any, *, mirroring: bool) -> nnUNetPredic
     """nnU-Net's own predictor with the final weights of fold 0."""
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
-    predictor = nnUNetPredictor(use_mirroring=mirroring, device=device, allow_tqdm=False)
-    predictor.initialize_from_trained_model_folder(str(model), use_folds=(0,))
+    with contextlib.redirect_stdout(io.StringIO()):  # the search for the trainer's class is long-winded
+        predictor = nnUNetPredictor(use_mirroring=mirroring, device=device, allow_tqdm=False)
+        predictor.initialize_from_trained_model_folder(str(model), use_folds=(0,))
     # the stock predictor loads the weights when it predicts; the figure needs them before
     predictor.network.load_state_dict(predictor.list_of_parameters[0])
     predictor.network.to(device).eval()
@@ -106,7 +108,7 @@ def time_method(
     name: str,
     predictor: nnUNetPredictor,
     images: Mapping[str, Labels],
-    settings: Callable[[], AbstractContextManager] = nullcontext,
+    settings: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
 ) -> MethodResult:
     """Segment every image in process, counting seconds and network evaluations.
 
@@ -132,7 +134,7 @@ def time_method(
     return MethodResult(name, segmentations, len(calls) / count, network.evaluations / count, seconds / count)
 
 
-@contextmanager
+@contextlib.contextmanager
 def counted_calls(module: Any) -> Iterator[list[None]]:
     """List that grows by one entry with each call of `module` inside the context."""
     calls: list[None] = []

@@ -134,7 +134,11 @@ def sampling_settings(options: argparse.Namespace, defaults: Any) -> list[Any]:
     settings = list(found.values())
     if not options.no_repair:
         one = [s for s in settings if s.start == NNUNET and s.changes.get("samples", 1) == 1]
-        fewest = {s.changes.get("start_step"): s for s in reversed(one) if "presegmentation_weight" not in s.changes}
+        fewest = {
+            s.changes.get("start_step", defaults.start_step): s
+            for s in reversed(one)
+            if "presegmentation_weight" not in s.changes
+        }
         for setting in fewest.values():
             settings += [Setting(setting.name, corruption, setting.changes) for corruption in CORRUPTIONS]
     return settings
@@ -255,7 +259,7 @@ def _heading(folders: Folders, options: argparse.Namespace, models: dict[str, Tr
         f"Plans {options.plans_name}: patch {section['patch_size']}, batch {section['batch_size']}, nnU-Net's widths "
         f"{widths}. Mirroring {'off' if options.no_mirroring else 'on'}, device {options.device}, up to "
         f"{options.tile_batch} tiles in a batch, seed {options.seed}. Differences are model minus nnU-Net on the same "
-        "cases; only cases that have the class.\n",
+        "cases; only cases that have the class. Samplers are those of the models' settings, from noise too.\n",
     ]
     for name, training in models.items():
         if (training.folder(folders) / "checkpoint_final.pth").is_file():

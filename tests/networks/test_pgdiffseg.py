@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -91,6 +92,35 @@ def test_gradient_reaches_image_noisy_and_timestep(topology):
     prediction = net(noisy, tensors[2], net.encode(image, tensors[3]))
     for tensor in torch.autograd.grad(prediction.square().sum(), tensors):
         assert tensor.reshape(2, -1).abs().amax(dim=1).min() > 1e-8
+
+
+def test_prediction_uses_every_part_of_the_condition_and_adds_the_prior_to_the_bottleneck():
+    net = build().double().eval()
+    image, noisy, timestep = inputs()
+    condition = net.encode(image, timestep)
+    prediction = net(noisy, timestep, condition)
+    parts = [*condition.skips, condition.bottleneck, condition.prior]
+    gradients = torch.autograd.grad(prediction.square().sum(), parts)
+    assert all(gradient.abs().max() > 1e-8 for gradient in gradients)
+    # Eq. 6: only the sum of the two counts
+    moved = replace(condition, bottleneck=condition.prior, prior=condition.bottleneck)
+    torch.testing.assert_close(net(noisy, timestep, moved), prediction, rtol=0, atol=1e-10)
+
+
+def test_skip_is_the_sum_of_both_flows():
+    net = build().double().eval()
+    image, noisy, timestep = inputs()
+    received = []
+    hooks = [unit.register_forward_pre_hook(lambda _, given: received.append(given[1])) for unit in net.up_units]
+    condition = net.encode(image, timestep)
+    net(noisy, timestep, condition)
+    net(noisy, timestep, replace(condition, skips=tuple(torch.zeros_like(skip) for skip in condition.skips)))
+    for hook in hooks:
+        hook.remove()
+    both, ours = received[:2], received[2:]
+    # up units run from the deepest skip to the shallowest
+    torch.testing.assert_close(both[0] - ours[0], condition.skips[1], rtol=0, atol=1e-10)
+    torch.testing.assert_close(both[1] - ours[1], condition.skips[0], rtol=0, atol=1e-10)
 
 
 def test_each_sample_depends_on_its_own_timestep():
