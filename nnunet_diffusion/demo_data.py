@@ -18,8 +18,6 @@ from scipy.ndimage import gaussian_filter, gaussian_filter1d
 
 Array = NDArray[np.float64]
 
-DATASET_ID = 901
-DATASET_NAME = "Dataset901_DemoUltrasound"
 KINDS = ("cyst", "benign", "malignant", "normal")
 # One repeating list decides the kind by the case's number: a third malignant, a seventh without a lesion.
 KIND_CYCLE = ("malignant", "benign", "normal", "malignant", "cyst", "benign", "malignant")
@@ -160,9 +158,7 @@ def insert_lesion(tissue: Tissue, kind: str, rng: np.random.Generator) -> tuple[
     )
 
 
-def lesion_outline(
-    shape: tuple[int, ...], kind: str, rng: np.random.Generator
-) -> tuple[Array, Array, Array, Array]:
+def lesion_outline(shape: tuple[int, ...], kind: str, rng: np.random.Generator) -> tuple[Array, Array, Array, Array]:
     """Polar description of a lesion around a random centre.
 
     Returns:
@@ -225,21 +221,17 @@ def blur_pulse(field: NDArray, axial_px: float, lateral_px: float) -> NDArray:
     return gaussian_filter(field.real, sigma) + 1j * gaussian_filter(field.imag, sigma)
 
 
-def write_dataset(raw_folder: Path, training: int = 60, test: int = 20, seed: int = 2026) -> Path:
+def write_dataset(folder: Path, training: int = 60, test: int = 20, seed: int = 2026) -> None:
     """Write the demo dataset in nnU-Net's raw format: 8-bit PNG, dataset.json last, as the mark of completeness.
 
     Args:
-        raw_folder: nnUNet_raw; the dataset becomes its subfolder Dataset901_DemoUltrasound.
+        folder: Folder of the dataset, such as nnUNet_raw/Dataset901_DemoUltrasound; made if it is missing.
         training: Number of images in imagesTr and labelsTr.
         test: Number of images in imagesTs, with truth in labelsTs.
         seed: Seed of the whole dataset.
-
-    Returns:
-        Folder of the dataset.
     """
     import SimpleITK
 
-    folder = Path(raw_folder) / DATASET_NAME
     for part, count, first_seed in (("Tr", training, 0), ("Ts", test, 100_000)):
         images, labels = folder / f"images{part}", folder / f"labels{part}"
         images.mkdir(parents=True, exist_ok=True)
@@ -258,4 +250,3 @@ def write_dataset(raw_folder: Path, training: int = 60, test: int = 20, seed: in
         "file_ending": ".png",
     }
     (folder / "dataset.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-    return folder

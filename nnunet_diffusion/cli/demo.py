@@ -17,8 +17,9 @@ from typing import Any
 
 from nnunet_diffusion.cli.errors import CommandError
 from nnunet_diffusion.cli.trainers_directory import with_trainers
-from nnunet_diffusion.demo_data import DATASET_ID, DATASET_NAME, write_dataset
 
+DATASET_ID = 901
+DATASET_NAME = "Dataset901_DemoUltrasound"
 PLANS_NAME = "nnUNetPlansDemo"
 SILENCE_SECONDS = 10.0
 
@@ -43,7 +44,7 @@ class Recipe:
     test_images: int = 20
     trainer: str = "DiffusionTrainer_5epochs"
     presegmentor: str = "nnUNetTrainer_5epochs"
-    patch_size: int = 128
+    patch_size: int = 96
     batch_size: int = 4
     features_per_stage: tuple[int, ...] = (8, 16, 32, 64, 64)
     diffusion: tuple[tuple[str, Any], ...] = (("attention_tokens", 256),)
@@ -97,7 +98,9 @@ class Workplace:
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add `demo` to the command line."""
-    parser = subparsers.add_parser("demo", help="generate images, train, predict, report (about 10 minutes on two cores)")
+    parser = subparsers.add_parser(
+        "demo", help="generate images, train, predict, report (about 10 minutes on two cores)"
+    )
     parser.add_argument("--folder", type=Path, default=Path("demo"), help="where to put everything (default: demo)")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is a GPU, else cpu")
     parser.set_defaults(run=run)
@@ -167,6 +170,7 @@ def default_device() -> str:
 def demo_steps(place: Workplace) -> dict[str, Callable[[], object]]:
     """Name and action of each step, in order; an interrupted one can be run again."""
     from nnunet_diffusion.cli.demo_report import write_report
+    from nnunet_diffusion.demo_data import write_dataset
 
     recipe, number = place.recipe, str(DATASET_ID)
     model = ["-d", number, "-c", "2d", "-f", "0", "-p", PLANS_NAME, "-device", place.device]
@@ -181,9 +185,7 @@ def demo_steps(place: Workplace) -> dict[str, Callable[[], object]]:
         run_command(["nnUNetv2_train", *words, *resume], place)
 
     return {
-        "generate images": lambda: write_dataset(
-            place.raw.parent, training=recipe.training_images, test=recipe.test_images
-        ),
+        "generate images": lambda: write_dataset(place.raw, training=recipe.training_images, test=recipe.test_images),
         "plan and preprocess": lambda: plan_and_preprocess(place),
         "write small plans": lambda: write_small_plans(place.preprocessed, recipe),
         "train": train,

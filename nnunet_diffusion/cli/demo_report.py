@@ -23,6 +23,25 @@ Labels = NDArray[np.integer[Any]]
 FIGURE_KINDS = ("malignant", "benign", "cyst")
 FIGURE_STEPS = 5
 SPACING_PIXELS = (1.0, 1.0)
+TEMPLATE = """# Demo of nnunet-diffusion
+
+{recipe.training_images} generated training images; {with_lesion} test images with a lesion, {without_lesion} without.
+Trainers `{recipe.presegmentor}` and `{recipe.trainer}`, plans `nnUNetPlansDemo` (patch {recipe.patch_size} x
+{recipe.patch_size}), device {device}. The training is brief and the networks are small: this shows that everything
+works, not how good it gets.
+
+{table}
+Dice is the mean over the test images with a lesion (a miss counts 0); HD95 the mean over those where both truth and
+result show one. DDPM starts from pure noise and runs without mirroring, to spare time; the other two are nnU-Net's
+stock prediction with mirroring.
+
+{agreement}
+
+![Reverse process](report.png)
+
+From nnU-Net's segmentation noised to T' = {start_step} down to 0, here in {figure_steps} steps over the whole image.
+Error map: white right, red missed, blue too much.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +69,6 @@ def write_report(place: Workplace) -> None:
     Args:
         place: A demo whose models are trained and whose test images are predicted by the stock command.
     """
-    os.environ.update(place.environment())  # nnU-Net looks for the trainers in nnUNet_extTrainer
     import torch
 
     recipe, device = place.recipe, torch.device(place.device)
@@ -58,9 +76,10 @@ def write_report(place: Workplace) -> None:
     truth = {case: read_labels(place.raw / "labelsTs" / f"{case}.png") for case in cases}
     images = {case: read_labels(place.raw / "imagesTs" / f"{case}_0000.png") for case in cases}
 
-    plain = load_predictor(place.model(recipe.presegmentor), device, mirroring=True)
-    diffusion = load_predictor(place.model(recipe.trainer), device, mirroring=True)
-    unmirrored = load_predictor(place.model(recipe.trainer), device, mirroring=False)
+    with environment(place.environment()):  # nnU-Net looks for the trainers in nnUNet_extTrainer
+        plain = load_predictor(place.model(recipe.presegmentor), device, mirroring=True)
+        diffusion = load_predictor(place.model(recipe.trainer), device, mirroring=True)
+        unmirrored = load_predictor(place.model(recipe.trainer), device, mirroring=False)
     settings = unmirrored.network.settings
     from_noise = {
         "from_noise": True, "start_step": settings.timesteps, "steps": recipe.ddpm_steps, "sampler": "ddpm",
@@ -82,6 +101,18 @@ def write_report(place: Workplace) -> None:
     text = report_text(place, results, truth, settings, agreement)
     (place.folder / "report.md").write_text(text, encoding="utf-8")
     print(text, flush=True)
+
+
+@contextlib.contextmanager
+def environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Environment of the process replaced by `variables` inside the context."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def read_labels(path: Path) -> Labels:
@@ -168,9 +199,7 @@ def draw_figure(
         case = next((name for name in images if name.startswith(kind)), None)
         if case is not None:
             process, result = reverse_process(predictor, images[case])
-            rows.append(
-                ReportRow(case, images[case], truth[case], results[0].segmentations[case], process, result)
-            )
+            rows.append(ReportRow(case, images[case], truth[case], results[0].segmentations[case], process, result))
     report_figure(rows, path)
 
 
@@ -224,27 +253,15 @@ def report_text(
     header = ["method", "Dice", "HD95 (pixels)", "lesions missed", f"false alarms (of {len(truth) - len(lesions)})"]
     header += ["evaluations per image (nnU-Net + denoiser)", "seconds per image"]
     rows = [[result.name, *quality_cells(result, truth), *cost_cells(result)] for result in results]
-    recipe = place.recipe
-    return "\n".join(
-        [
-            "# Demo of nnunet-diffusion",
-            "",
-            f"{recipe.training_images} generated training images; {len(lesions)} test images with a lesion and "
-            f"{len(truth) - len(lesions)} without. Trainers `{recipe.presegmentor}` and `{recipe.trainer}`, plans "
-            f"`nnUNetPlansDemo` (patch {recipe.patch_size} x {recipe.patch_size}), device {place.device}. The training "
-            "is brief and the networks are small: this shows that everything works, not how good it gets.",
-            "",
-            markdown_table(header, rows),
-            "Dice is the mean over the test images with a lesion (a miss counts 0); HD95 the mean over those where both "
-            "truth and result show one. DDPM starts from pure noise and runs without mirroring, to spare time; the other "
-            "two are nnU-Net's stock prediction with mirroring.",
-            "",
-            *agreement,
-            "",
-            f"![Reverse process](report.png)\n\nFrom nnU-Net's segmentation noised to T' = {settings.start_step} down to 0, "
-            f"here in {FIGURE_STEPS} steps over the whole image; error map: white right, red missed, blue too much.",
-            "",
-        ]
+    return TEMPLATE.format(
+        recipe=place.recipe,
+        device=place.device,
+        with_lesion=len(lesions),
+        without_lesion=len(truth) - len(lesions),
+        table=markdown_table(header, rows),
+        agreement="\n".join(agreement),
+        start_step=settings.start_step,
+        figure_steps=FIGURE_STEPS,
     )
 
 

@@ -96,7 +96,9 @@ def check_python() -> Iterator[Finding]:
 def check_versions() -> Iterator[Finding]:
     """The packages this plugin is built for are installed in a supported version."""
     for package, (oldest, broken) in REQUIREMENTS.items():
-        wanted = f'"{package}>={".".join(map(str, oldest))}' + (f',!={".".join(map(str, broken))}.*"' if broken else '"')
+        wanted = f'"{package}>={".".join(map(str, oldest))}' + (
+            f',!={".".join(map(str, broken))}.*"' if broken else '"'
+        )
         try:
             seen = version(package)
         except PackageNotFoundError:
@@ -208,7 +210,9 @@ def check_shared_memory() -> Iterator[Finding]:
     size = shutil.disk_usage(folder).total
     seen = f"{size / 2**30:.1f} GiB"
     if size < SMALL_SHARED_MEMORY_BYTES:
-        yield Finding("/dev/shm", WARN, seen, "start the container with --shm-size=8g, or train with nnUNet_n_proc_DA=0")
+        yield Finding(
+            "/dev/shm", WARN, seen, "start the container with --shm-size=8g, or train with nnUNet_n_proc_DA=0"
+        )
     else:
         yield Finding("/dev/shm", OK, seen)
 

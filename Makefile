@@ -1,0 +1,43 @@
+# make demo   everything from set-up to demo/report.md
+# make test   set-up, then all checks and tests
+# make lint   the checks without the tests
+# make clean  remove what the others made, except the environment (make distclean removes that too)
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+
+# Threads and worker processes of nnU-Net: tests are small, and two cores are soon full.
+TEST_ENVIRONMENT := OMP_NUM_THREADS=1 nnUNet_def_n_proc=1 nnUNet_compile=f
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint clean distclean
+
+help:
+	@sed -n 's/^# make/make/p' Makefile
+
+$(READY): setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "python3 is older than 3.10: install a newer one and run make PYTHON=/path/to/python3"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -e '.[dev,solvers]'
+	touch $@
+
+demo: $(READY)
+	$(BIN)/nnunet_diffusion demo --folder demo
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest
+
+clean:
+	rm -rf demo build dist .ci/cache .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV) *.egg-info

@@ -1,0 +1,199 @@
+r"""Cost of DiffusionTrainer beside nnU-Net at one plan: FLOPs, seconds and memory of a training step and of inference.
+
+    python tests/benchmarks/speed.py --plans nnUNetPlans.json --configuration 2d --classes 2 --device cpu --batch 2
+
+FLOPs are counted by `torch.utils.flop_counter` (2 per multiply-accumulate), seconds are medians, both networks in one
+run. `--section '{"features_per_stage": [32, 64, ...]}'` changes the diffusion settings, `--attention` adds the memory
+of parameter-shared attention at 1k to 65k tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
+from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch.utils.flop_counter import FlopCounterMode
+
+from nnunet_diffusion.networks.attention import ParameterSharedAttention
+from nnunet_diffusion.segmenter import has_bfloat16
+from nnunet_diffusion.training import DiffusionTrainer
+
+
+def read_options() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--plans", type=Path, required=True)
+    parser.add_argument("--configuration", default="2d")
+    parser.add_argument("--channels", type=int, default=1)
+    parser.add_argument("--classes", type=int, default=2, help="with background")
+    parser.add_argument("--batch", type=int, help="default: the plans'")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--section", type=json.loads, default={}, help="diffusion settings as JSON")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--compile", action="store_true", help="torch.compile both networks' training")
+    parser.add_argument("--attention", action="store_true")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Print the table."""
+    options = read_options()
+    device = torch.device(options.device)
+    plans = json.loads(options.plans.read_text())
+    plans["configurations"][options.configuration]["diffusion"] = options.section
+    manager = PlansManager(plans)
+    configuration = manager.get_configuration(options.configuration)
+    batch = options.batch or configuration.batch_size
+    shape = (batch, options.channels, *configuration.patch_size)
+    image = torch.randn(shape, device=device)
+    target = torch.randint(0, options.classes, (batch, 1, *shape[2:]), device=device)
+    print(f"{options.plans.stem} {options.configuration}, batch and patch {shape}, {options.section}, {device}")
+    print("| | GFLOP a sample | ratio | milliseconds a batch | ratio | peak GiB |\n|---|---|---|---|---|---|")
+
+    nnunet = get_network_from_plans(
+        configuration.network_arch_class_name,
+        configuration.network_arch_init_kwargs,
+        configuration.network_arch_init_kwargs_req_import,
+        options.channels,
+        options.classes,
+        deep_supervision=True,
+    ).to(device)
+    network = DiffusionTrainer.build_network_architecture(
+        manager, configuration, options.channels, options.classes, False
+    ).to(device)
+    rows: dict[str, tuple[float, float, float]] = {}
+    rows["nnU-Net training step"] = measure(nnunet_step(nnunet, image, target, options.compile), options, device)
+    if options.compile:
+        network.compile_training()
+    rows["DiffusionTrainer training step"] = measure(diffusion_step(network, image, target), options, device)
+    nnunet.decoder.deep_supervision = False
+    nnunet.eval()
+    network.eval()
+    rows["nnU-Net inference"] = measure(lambda: inference(nnunet, image), options, device)
+    rows["PD-DDPM inference (default)"] = measure(lambda: inference(network, image), options, device)
+    for name, (flops, seconds, peak) in rows.items():
+        base = rows["nnU-Net training step" if "training" in name else "nnU-Net inference"]
+        print(
+            f"| {name} | {flops / batch / 1e9:.2f} | {flops / base[0]:.2f} | {seconds * 1e3:.1f} | {seconds / base[1]:.2f} | "
+            f"{peak:.2f} |"
+        )
+    for name, module in (("nnU-Net", nnunet), ("denoiser", network.denoiser)):
+        print(f"parameters of {name}: {sum(p.numel() for p in module.parameters()) / 1e6:.2f} M")
+    if options.attention:
+        attention_memory(device)
+
+
+def precision(device: torch.device) -> contextlib.AbstractContextManager:
+    """Return nnU-Net's autocast, bfloat16 where the device has it."""
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    return torch.autocast("cuda", dtype=torch.bfloat16 if has_bfloat16(device) else torch.float16)
+
+
+def nnunet_step(
+    network: torch.nn.Module, image: torch.Tensor, target: torch.Tensor, compiled: bool
+) -> Callable[[], None]:
+    """Return nnU-Net's training step: forward, Dice + cross-entropy with deep supervision, backward, SGD."""
+    optimizer = torch.optim.SGD(network.parameters(), 1e-2, momentum=0.99, nesterov=True, foreach=True)
+    evaluate = torch.compile(network) if compiled else network
+    plain = DC_and_CE_loss(
+        {"batch_dice": True, "smooth": 1e-5, "do_bg": False, "ddp": False}, {}, dice_class=MemoryEfficientSoftDiceLoss
+    )
+    with torch.no_grad():
+        sizes = [output.shape[2:] for output in network(image[:1])]
+    weights = [0.5**i for i in range(len(sizes) - 1)] + [0.0] if len(sizes) > 1 else [1.0]
+    loss = DeepSupervisionWrapper(plain, weights)
+    targets = [torch.nn.functional.interpolate(target.float(), size=size, mode="nearest") for size in sizes]
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with precision(image.device):
+            loss(evaluate(image), targets).backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 12)
+        optimizer.step()
+
+    return step
+
+
+def diffusion_step(network: torch.nn.Module, image: torch.Tensor, target: torch.Tensor) -> Callable[[], None]:
+    """Return DiffusionTrainer's training step without the moving average's update (no FLOPs)."""
+    optimizer = torch.optim.AdamW(network.denoiser.parameters(), 1e-3)
+    loss = DC_and_CE_loss(
+        {"batch_dice": True, "smooth": 1e-5, "do_bg": False, "ddp": False}, {}, dice_class=MemoryEfficientSoftDiceLoss
+    )
+    generator = torch.Generator(image.device)
+
+    def step() -> None:
+        network.train()
+        optimizer.zero_grad(set_to_none=True)
+        with precision(image.device):
+            terms = network(image, target, loss, generator)
+        sum(terms.values()).backward()
+        torch.nn.utils.clip_grad_norm_(network.denoiser.parameters(), 12)
+        optimizer.step()
+
+    return step
+
+
+def inference(network: torch.nn.Module, image: torch.Tensor) -> None:
+    """Segment a batch."""
+    with torch.inference_mode(), precision(image.device):
+        network(image)
+
+
+def measure(step: Callable[[], None], options: argparse.Namespace, device: torch.device) -> tuple[float, float, float]:
+    """Return FLOPs, median seconds and peak memory in GiB (0 on a CPU) of one call."""
+    step()
+    counter = FlopCounterMode(display=False)
+    if not options.compile:
+        with counter:
+            step()
+    times = []
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(options.repeats):
+        synchronize()
+        begin = time.perf_counter()
+        step()
+        synchronize()
+        times.append(time.perf_counter() - begin)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
+    return max(counter.get_total_flops(), 1), sorted(times)[len(times) // 2], peak
+
+
+def attention_memory(device: torch.device) -> None:
+    """Print the bytes autograd keeps for parameter-shared attention, and the GPU's peak, by number of tokens."""
+    print("\n| tokens | MiB kept for backward | peak MiB on the GPU |\n|---|---|---|")
+    for side in (32, 64, 128, 256):
+        attention = ParameterSharedAttention(64, torch.nn.Conv2d, 4096).to(device)
+        features = torch.randn(1, 64, side, side, device=device, requires_grad=True)
+        kept = 0
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal kept
+            kept += tensor.numel() * tensor.element_size()
+            return tensor
+
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+        with precision(device), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = attention(features, "denoising")
+        output.sum().backward()
+        peak = (torch.cuda.max_memory_allocated() - before) / 2**20 if device.type == "cuda" else float("nan")
+        print(f"| {side * side} | {kept / 2**20:.1f} | {peak:.1f} |")
+
+
+if __name__ == "__main__":
+    main()

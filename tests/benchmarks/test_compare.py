@@ -1,0 +1,246 @@
+from __future__ import annotations
+
+import copy
+import csv
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nnunet_diffusion.settings import DiffusionSettings
+
+pytest.importorskip("nnunetv2")
+
+import compare
+import comparison_plans
+import comparison_training
+from comparison_evaluation import CORRUPTIONS, NNUNET, CountedNetwork, Row, RowFile
+from comparison_report import mean_rows, write_report
+
+STOCK = {
+    "plans_name": "nnUNetPlans",
+    "configurations": {
+        "2d": {
+            "batch_size": 366,
+            "patch_size": [56, 40],
+            "spacing": [1.0, 1.0],
+            "data_identifier": "nnUNetPlans_2d",
+            "architecture": {
+                "network_class_name": "PlainConvUNet",
+                "arch_kwargs": {
+                    "n_stages": 4,
+                    "features_per_stage": [32, 64, 128, 256],
+                    "kernel_sizes": [[3, 3]] * 4,
+                    "strides": [[1, 1], [2, 2], [2, 2], [2, 2]],
+                    "n_conv_per_stage": [2, 2, 2, 2],
+                    "n_conv_per_stage_decoder": [2, 2, 2],
+                    "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+                },
+            },
+        }
+    },
+}
+
+
+def options(*words: str):
+    return compare.read_options(["--dataset", "d", "--workdir", "w", *words])
+
+
+def row(model: str, case: str, label: str = "front", dice: float = 0.5, **changes) -> Row:
+    values = {
+        "setting": "" if model == NNUNET else "T'=300",
+        "start": NNUNET,
+        "hd95": 2.0,
+        "start_dice": 0.5,
+        "start_hd95": 2.0,
+        "reference_voxels": 10,
+        "predicted_voxels": 12,
+        "corrected": 3,
+        "broken": 1,
+        "seconds": 0.25,
+        "presegmentor_evaluations": 4,
+        "denoiser_evaluations": 0 if model == NNUNET else 8,
+    }
+    return Row(model=model, case=case, label=label, dice=dice, **(values | changes))
+
+
+def test_smaller_plans_follow_nnunets_topology() -> None:
+    before = copy.deepcopy(STOCK)
+    plans = comparison_plans.smaller_plans(STOCK, "small", "2d", [40, 32], 8, [8, 16, 32])
+    section = plans["configurations"]["2d"]
+    arguments = section["architecture"]["arch_kwargs"]
+    assert before == STOCK
+    assert (plans["plans_name"], section["patch_size"], section["batch_size"]) == ("small", [40, 32], 8)
+    assert section["data_identifier"] == "nnUNetPlans_2d"
+    assert arguments["strides"] == [[1, 1], [2, 2], [2, 2]]
+    lengths = [
+        arguments[key] for key in ("n_stages", "features_per_stage", "n_conv_per_stage", "n_conv_per_stage_decoder")
+    ]
+    assert lengths == [3, [8, 16, 32], [2, 2, 2], [2, 2]]
+
+
+def test_smaller_plans_can_have_more_stages_than_stock() -> None:
+    plans = comparison_plans.smaller_plans(STOCK, "small", "2d", [128, 128], None, [8, 16, 32, 64, 64, 64])
+    arguments = plans["configurations"]["2d"]["architecture"]["arch_kwargs"]
+    assert arguments["n_conv_per_stage"] == [2] * 6 and arguments["n_conv_per_stage_decoder"] == [2] * 5
+    assert len(arguments["kernel_sizes"]) == 6
+    assert plans["configurations"]["2d"]["batch_size"] == 366
+
+
+@pytest.mark.parametrize(
+    ("patch", "features", "message"),
+    [
+        ([40, 32, 8], [8, 16], "must have 2 axes"),
+        ([41, 32], [8, 16], "divisible by the product of the strides"),
+        ([16, 16], [8] * 9, "give fewer"),
+    ],
+)
+def test_smaller_plans_name_what_is_wrong(patch: list[int], features: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        comparison_plans.smaller_plans(STOCK, "small", "2d", patch, 8, features)
+
+
+def test_plans_of_one_name_are_not_replaced(tmp_path: Path) -> None:
+    folders = comparison_plans.Folders(tmp_path, "Dataset004_X")
+    folders.preprocessed.mkdir(parents=True)
+    plans = comparison_plans.diffusion_plans(STOCK, "2d", "x0", {"prediction_type": "x0"})
+    comparison_plans.write_plans(folders, plans)
+    comparison_plans.write_plans(folders, plans)
+    assert comparison_plans.read_plans(folders, "nnUNetPlans_x0")["configurations"]["2d"]["diffusion"] == {
+        "prediction_type": "x0"
+    }
+    with pytest.raises(ValueError, match="holds other plans"):
+        comparison_plans.write_plans(folders, plans | {"extra": 1})
+
+
+def test_control_trains_for_both_networks_time() -> None:
+    # 10 epochs of 2 s, and a denoiser of 10 epochs of 3 s (the first compiles): 15 more, rounded up
+    assert comparison_training.control_epochs([2.0] * 10, [60.0] + [3.0] * 9) == 25
+    assert comparison_training.control_epochs([2.0] * 10, [3.1] * 10) == 26
+
+
+def test_control_trainer_is_found_by_nnunet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    folders = comparison_plans.Folders(tmp_path, "Dataset004_X")
+    folders.control_trainers.mkdir()
+    name = comparison_training.write_control_trainer(folders, 37)
+    monkeypatch.setenv("nnUNet_extTrainer", str(folders.control_trainers))
+    assert recursive_find_trainer_class_by_name(name).__name__ == "nnUNetTrainer_37epochs"
+
+
+def test_deadline_stops() -> None:
+    comparison_training.Deadline().check()
+    with pytest.raises(comparison_training.TimeIsUp):
+        comparison_training.Deadline(0.0).check()
+
+
+def test_variants_become_plans_sections() -> None:
+    chosen = options("--prediction-types", "x0", "--variant", 'wide:{"samples": 5}')
+    assert compare.diffusion_sections(chosen) == {"x0": {"prediction_type": "x0"}, "wide": {"samples": 5}}
+    for wrong in ("wide", "x0:{}", "a b:{}"):
+        with pytest.raises(ValueError, match="must be NAME:JSON"):
+            compare.diffusion_sections(options("--prediction-types", "x0", "--variant", wrong))
+
+
+def test_settings_are_legal_distinct_and_repaired_at_each_start_step() -> None:
+    defaults = DiffusionSettings(features_per_stage=(8, 16))
+    settings = compare.sampling_settings(options("--presegmentation-weights", "0.5"), defaults)
+    for setting in settings:
+        DiffusionSettings(**{"features_per_stage": (8, 16)} | setting.changes)
+    keys = [(setting.name, setting.start) for setting in settings]
+    assert len(set(keys)) == len(keys)
+    # 3 T' x 4 steps x 2 ensembles; one is the default
+    plain = [s for s in settings if s.start == NNUNET and "presegmentation_weight" not in s.changes]
+    assert len(plain) == 3 * 4 * 2
+    assert len([s for s in settings if s.start == "noise"]) == 2
+    # the default (T' = 300, one step) stands for its start step
+    assert len([s for s in settings if s.start in CORRUPTIONS]) == 3 * len(CORRUPTIONS)
+    assert not [s for s in compare.sampling_settings(options("--no-repair"), defaults) if s.start in CORRUPTIONS]
+    low = DiffusionSettings(features_per_stage=(8, 16), max_train_step=400)
+    assert not [s for s in compare.sampling_settings(options(), low) if s.start == "noise"]
+
+
+def test_stock_plans_and_small_plans_exclude_each_other() -> None:
+    assert options().plans_name == "nnUNetPlans"
+    assert options("--batch", "4").plans_name == "small"
+    with pytest.raises(SystemExit):
+        options("--batch", "4", "--plans-name", "nnUNetPlans")
+    with pytest.raises(SystemExit):
+        options("--plans-name", "small")
+
+
+def test_cases_are_evenly_spaced(tmp_path: Path) -> None:
+    folders = comparison_plans.Folders(tmp_path, "Dataset004_X")
+    folders.preprocessed.mkdir(parents=True)
+    split = [{"train": [], "val": [f"c{number:02d}" for number in range(21)]}]
+    (folders.preprocessed / "splits_final.json").write_text(json.dumps(split))
+    assert compare.validation_cases(folders, options("--cases", "3")) == ["c00", "c10", "c20"]
+    assert len(compare.validation_cases(folders, options())) == 21
+
+
+def test_rows_survive_an_interruption(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    rows = RowFile(path, classes=2)
+    rows.append([row("logits", "a"), row("logits", "a", "back", math.nan, hd95=math.inf)])
+    rows.append([row("logits", "b"), row("logits", "b", "back")])
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:-1]) + lines[-1][:9])
+    again = RowFile(path, classes=2)
+    assert again.done == {("logits", "T'=300", NNUNET, "a")}
+    assert math.isnan(again.rows[1].dice) and again.rows[1].hd95 == math.inf
+    with path.open() as file:
+        assert len(list(csv.reader(file))) == 3
+
+
+def test_report_pairs_lesions_and_sets_normal_cases_apart() -> None:
+    cases = {"ill1": 0.5, "ill2": 0.7}
+    rows = [row(NNUNET, case, dice=dice) for case, dice in cases.items()]
+    rows += [row("logits", case, dice=dice + 0.1) for case, dice in cases.items()]
+    normal = {"reference_voxels": 0, "start_dice": math.nan, "hd95": math.nan}
+    rows += [row(NNUNET, "well", dice=0.0, predicted_voxels=40, **normal)]
+    rows += [row("logits", "well", dice=math.nan, **(normal | {"predicted_voxels": 0}))]
+    rows += [row("logits", case, start="eroded 2", start_dice=0.6, dice=0.8) for case in cases]
+    report = write_report(rows, "# heading", seed=0)
+    assert "| nnU-Net | 2 | 0 | 0.6000 | 0.6000 | - | - | - | - | - |" in report
+    assert "| logits, T'=300 | 2 | 0 | 0.7000 | 0.7000 | +0.1000 | +0.1000 to +0.1000 | 0.5 | 3.0 | 1.0 |" in report
+    assert "| nnU-Net | 1 | 100.0 % | 40.0 |" in report and "| logits, T'=300 | 1 | 0.0 % | - |" in report
+    assert "| logits, T'=300, eroded 2 | front | 2 | 0.6000 | 0.8000 | +0.2000 |" in report
+    assert "mean of the classes" not in report
+
+
+def test_mean_rows_average_the_classes_that_have_a_dice() -> None:
+    rows = [row("logits", "a", "front", 0.4), row("logits", "a", "back", 0.8), row("logits", "b", "front", 0.2)]
+    rows += [row("logits", "b", "back", math.nan)]
+    means = {each.case: each for each in mean_rows(rows)}
+    assert means["a"].dice == pytest.approx(0.6) and means["b"].dice == pytest.approx(0.2)
+    assert means["a"].corrected == 6
+    assert "## Dice, mean of the classes" in write_report(
+        [*rows, *(row(NNUNET, "a", c) for c in ("front", "back"))], "", 0
+    )
+
+
+def test_given_starts_reach_the_segmenter_with_background_in_the_padding() -> None:
+    import torch
+
+    seen = {}
+
+    class Segmenter(torch.nn.Module):
+        def sample(self, image, presegmentation):
+            seen.update(image=image, presegmentation=presegmentation)
+            return presegmentation
+
+        def forward(self, image):
+            return image
+
+    network = CountedNetwork(Segmenter(), image_channels=2)
+    tile = torch.zeros(1, 2 + 3, 4)
+    tile[0, 3, 0] = 1
+    logits = network(tile)
+    np.testing.assert_array_equal(logits.argmax(1), [[1, 0, 0, 0]])
+    np.testing.assert_array_equal(seen["presegmentation"].sum(1), np.ones((1, 4)))
+    assert seen["image"].shape == (1, 2, 4)
+    network(tile[:, :2])
+    assert network.presegmentor_evaluations == 1

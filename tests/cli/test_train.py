@@ -1,0 +1,151 @@
+"""`nnunet_diffusion train`: what is wrong gets one line with the cure, what is right reaches nnU-Net unchanged."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+import pytest
+
+from nnunet_diffusion.cli import train
+from nnunet_diffusion.cli.main import main
+from nnunet_diffusion.cli.trainers_directory import VARIABLE, trainers_directory
+
+DATASET = "Dataset007_Toy"
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """nnU-Net's folders with one dataset that is ready for training in 2d; returns the preprocessed one."""
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setenv(name, str(tmp_path / name))
+    monkeypatch.setenv(VARIABLE, "/elsewhere")
+    (tmp_path / "nnUNet_raw" / DATASET).mkdir()
+    dataset = tmp_path / "nnUNet_preprocessed" / DATASET
+    (dataset / "nnUNetPlans_2d").mkdir(parents=True)
+    (dataset / "nnUNetPlans_2d" / "case.b2nd").touch()
+    write(dataset / "dataset.json", {})
+    write(dataset / "dataset_fingerprint.json", {})
+    write(
+        dataset / "nnUNetPlans.json",
+        {
+            "dataset_name": DATASET,
+            "configurations": {
+                "2d": {"data_identifier": "nnUNetPlans_2d"},
+                "child": {"inherits_from": "2d"},
+                "3d_fullres": {"data_identifier": "nnUNetPlans_3d_fullres"},
+            },
+        },
+    )
+    return dataset
+
+
+def write(path, content):
+    path.write_text(json.dumps(content))
+
+
+def error_of(capsys, *words: str) -> str:
+    """The one line that the command prints before it exits with 2."""
+    assert main(["train", *words]) == 2
+    captured = capsys.readouterr()
+    assert not captured.out
+    lines = captured.err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("nnunet_diffusion train: error: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize("name", ["nnUNet_preprocessed", "nnUNet_results"])
+def test_unset_folder(folders, monkeypatch, capsys, name):
+    monkeypatch.delenv(name)
+    assert f"export {name}=" in error_of(capsys, "7", "2d", "0")
+
+
+def test_folder_that_does_not_exist(folders, monkeypatch, capsys):
+    monkeypatch.setenv("nnUNet_preprocessed", "/nowhere/at/all")
+    line = error_of(capsys, "7", "2d", "0")
+    assert "/nowhere/at/all" in line and "nnUNetv2_plan_and_preprocess" in line
+
+
+def test_unknown_dataset(folders, capsys):
+    assert "dataset 8 is not in" in error_of(capsys, "8", "2d", "0")
+    assert "dataset Dataset008_X is not in" in error_of(capsys, "Dataset008_X", "2d", "0")
+    assert "must be a number such as 4" in error_of(capsys, "Toy", "2d", "0")
+
+
+def test_dataset_that_is_only_raw(folders, capsys):
+    (folders.parents[1] / "nnUNet_raw" / "Dataset008_Raw").mkdir()
+    line = error_of(capsys, "8", "3d_fullres", "0")
+    assert "run: nnUNetv2_plan_and_preprocess -d 8 -c 3d_fullres --verify_dataset_integrity" in line
+
+
+def test_two_datasets_of_one_number(folders, capsys):
+    (folders.parent / "Dataset007_Other").mkdir()
+    assert "ambiguous: Dataset007_Other, Dataset007_Toy" in error_of(capsys, "7", "2d", "0")
+
+
+@pytest.mark.parametrize("name", ["dataset.json", "dataset_fingerprint.json"])
+def test_missing_fingerprint(folders, capsys, name):
+    (folders / name).unlink()
+    line = error_of(capsys, "7", "2d", "0")
+    assert f"has no {name}" in line and "run: nnUNetv2_extract_fingerprint -d 7" in line
+
+
+def test_missing_plans(folders, capsys):
+    line = error_of(capsys, "7", "2d", "0", "-p", "nnUNetResEncUNetMPlans")
+    assert "there are: nnUNetPlans" in line and "nnUNetv2_plan_experiment -d 7" in line
+    (folders / "nnUNetPlans.json").unlink()
+    assert "run: nnUNetv2_plan_experiment -d 7" in error_of(capsys, "7", "2d", "0")
+
+
+def test_plans_that_are_no_json(folders, capsys):
+    (folders / "nnUNetPlans.json").write_text("{")
+    assert "is no valid JSON" in error_of(capsys, "7", "2d", "0")
+
+
+def test_plans_of_another_dataset(folders, capsys):
+    write(folders / "nnUNetPlans.json", {"dataset_name": "Dataset001_Other", "configurations": {"2d": {}}})
+    assert "was made for Dataset001_Other, not for Dataset007_Toy" in error_of(capsys, "7", "2d", "0")
+
+
+def test_unknown_configuration(folders, capsys):
+    assert "choose one of: 2d, child, 3d_fullres" in error_of(capsys, "7", "3d_lowres", "0")
+
+
+def test_configuration_without_preprocessed_cases(folders, capsys):
+    line = error_of(capsys, "7", "3d_fullres", "0")
+    assert "run: nnUNetv2_preprocess -d 7 -plans_name nnUNetPlans -c 3d_fullres" in line
+
+
+def test_wrong_fold(folders, capsys):
+    assert "fold is 'x'" in error_of(capsys, "7", "2d", "x")
+
+
+def test_gpu_that_is_not_there(folders, monkeypatch, capsys):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "add: -device cpu" in error_of(capsys, "7", "2d", "0")
+
+
+def test_missing_words_are_named(folders, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "7"])
+    assert stopped.value.code == 2
+    assert "configuration, fold" in capsys.readouterr().err
+
+
+@pytest.mark.nnunet
+@pytest.mark.parametrize("configuration", ["2d", "child"])
+@pytest.mark.parametrize("trainer", [[], ["-tr", "DiffusionTrainer_5epochs"]])
+def test_everything_reaches_nnunet_unchanged(folders, monkeypatch, trainer, configuration):
+    from nnunetv2.run import run_training
+
+    seen = []
+    monkeypatch.setattr(run_training, "run_training_entry", lambda: seen.append((sys.argv[1:], os.environ[VARIABLE])))
+    monkeypatch.setattr(sys, "argv", ["before"])
+    words = ["-device", "cpu", "--c", DATASET, configuration, "all", "--npz", *trainer]
+    assert train.run(words) == 0
+    expected = words if trainer else [*words, "-tr", "DiffusionTrainer"]
+    assert seen == [(expected, os.pathsep.join([str(trainers_directory()), "/elsewhere"]))]

@@ -1,0 +1,119 @@
+"""Small nnU-Net workplaces made from real cases, shared by all tests that run nnU-Net."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+DATA = Path(os.environ.get("NNUNET_DIFFUSION_TEST_DATA", REPOSITORY / "../shared/data")).resolve()
+TINY_TRAINERS = REPOSITORY / "tests" / "nnunet" / "tiny_trainers"
+TRAINERS = REPOSITORY / "trainers"
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """nnU-Net's three folders with one small dataset, planned and preprocessed."""
+
+    root: Path
+    dataset: str
+
+    @property
+    def raw(self):
+        return self.root / "raw" / self.dataset
+
+    @property
+    def preprocessed(self):
+        return self.root / "preprocessed" / self.dataset
+
+    @property
+    def results(self):
+        return self.root / "results" / self.dataset
+
+    @property
+    def environment(self):
+        return {
+            "nnUNet_raw": str(self.root / "raw"),
+            "nnUNet_preprocessed": str(self.root / "preprocessed"),
+            "nnUNet_results": str(self.root / "results"),
+            "nnUNet_extTrainer": os.pathsep.join((str(TRAINERS), str(TINY_TRAINERS))),
+            "nnUNet_n_proc_DA": "0",
+            "nnUNet_def_n_proc": "2",
+            "OMP_NUM_THREADS": "2",
+        }
+
+    def run(self, command, *arguments, check=True, **variables):
+        """Run one of nnU-Net's console commands on the CPU; return the finished process."""
+        script = Path(sys.executable).parent / command
+        done = subprocess.run(
+            [sys.executable, str(script), *map(str, arguments)],
+            env={**os.environ, **self.environment, **variables},
+            capture_output=True,
+            text=True,
+            timeout=800,
+        )
+        if check and done.returncode != 0:
+            pytest.fail(f"{command} {arguments} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}")
+        return done
+
+    def write_plans(self, name, configuration, base="nnUNetPlans", batch=2, features=(8, 8, 16), patch=None, **section):
+        """Derive small plans with a `diffusion` section from nnU-Net's own."""
+        plans = json.loads((self.preprocessed / f"{base}.json").read_text())
+        plans["plans_name"] = name
+        chosen = plans["configurations"][configuration]
+        keywords = chosen["architecture"]["arch_kwargs"]
+        stages = len(features)
+        chosen["batch_size"], keywords["n_stages"], keywords["features_per_stage"] = batch, stages, list(features)
+        chosen["patch_size"] = patch or chosen["patch_size"]
+        for key in ("kernel_sizes", "strides", "n_conv_per_stage", "n_blocks_per_stage"):
+            if key in keywords:
+                keywords[key] = keywords[key][:stages]
+        keywords["n_conv_per_stage_decoder"] = keywords["n_conv_per_stage_decoder"][: stages - 1]
+        if section:
+            chosen["diffusion"] = section
+        plans["configurations"] = {configuration: chosen}
+        (self.preprocessed / f"{name}.json").write_text(json.dumps(plans))
+
+
+@pytest.fixture(scope="session")
+def hippocampus_data():
+    """The real dataset's folder."""
+    folder = DATA / "Dataset004_Hippocampus"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is absent; set NNUNET_DIFFUSION_TEST_DATA")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def hippocampus(hippocampus_data, tmp_path_factory):
+    """Ten real training cases and two test cases, preprocessed in 2d and 3d_fullres with small plans `Tiny`."""
+    place = Workplace(tmp_path_factory.mktemp("nnunet"), "Dataset004_Hippocampus")
+    cases = sorted(path.name.removesuffix(".nii.gz") for path in (hippocampus_data / "labelsTr").iterdir())
+    for folder in ("imagesTr", "labelsTr", "imagesTs"):
+        (place.raw / folder).mkdir(parents=True)
+    for case in cases[:10]:
+        shutil.copy(hippocampus_data / "imagesTr" / f"{case}_0000.nii.gz", place.raw / "imagesTr")
+        shutil.copy(hippocampus_data / "labelsTr" / f"{case}.nii.gz", place.raw / "labelsTr")
+    for case in cases[-2:]:
+        shutil.copy(hippocampus_data / "imagesTr" / f"{case}_0000.nii.gz", place.raw / "imagesTs")
+    description = json.loads((hippocampus_data / "dataset.json").read_text())
+    (place.raw / "dataset.json").write_text(json.dumps({**description, "numTraining": 10}))
+    place.run(
+        "nnUNetv2_plan_and_preprocess", "-d", 4, "-c", "2d", "3d_fullres", "-npfp", 2, "-np", 2,
+        "--verify_dataset_integrity", nnUNet_n_proc_DA="1",  # the planner takes it for its number of threads
+    )  # fmt: skip
+    place.write_plans("Tiny", "2d", patch=[32, 32])
+    place.write_plans("Tiny3d", "3d_fullres", patch=[16, 24, 16])
+    return place
+
+
+@pytest.fixture(scope="session")
+def trained_2d(hippocampus):
+    """The 2d model trained by the one command a user types; its pre-segmentor is trained by it too."""
+    done = hippocampus.run("nnUNetv2_train", 4, "2d", 0, "-tr", "TinyDiffusionTrainer", "-p", "Tiny", "-device", "cpu")
+    return hippocampus, done.stdout

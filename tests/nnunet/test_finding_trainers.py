@@ -1,0 +1,41 @@
+"""nnU-Net's own search finds our trainers, alone and beside another directory."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parents[1]
+TRAINERS, TINY_TRAINERS = TESTS.parent / "trainers", TESTS / "nnunet" / "tiny_trainers"
+
+pytestmark = [pytest.mark.nnunet, pytest.mark.slow]
+NAMES = ["DiffusionTrainer"] + [f"DiffusionTrainer_{n}epochs" for n in (5, 10, 20, 50, 100, 250)] + ["DiffusionTrainer_1epoch"]
+SEARCH = """
+import sys
+from pathlib import Path
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as find
+for name in sys.argv[1:]:
+    trainer = find(name)
+    print("FOUND", name, trainer.__name__, trainer.epochs, trainer.presegmentor_trainer)
+    find(trainer.presegmentor_trainer)
+"""
+
+
+@pytest.mark.parametrize("directories", [[TRAINERS], [TINY_TRAINERS, TRAINERS]])
+def test_every_trainer_and_its_presegmentor_is_found(directories):
+    done = subprocess.run(
+        [sys.executable, "-c", SEARCH, *NAMES],
+        env={**os.environ, "nnUNet_extTrainer": os.pathsep.join(map(str, directories))},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines() if line.startswith("FOUND")]
+    assert [line[1] for line in lines] == [line[2] for line in lines] == NAMES
+    for _, name, _, epochs, presegmentor in lines:
+        suffix = name.removeprefix("DiffusionTrainer")
+        assert presegmentor == f"nnUNetTrainer{suffix}"
+        assert epochs == (suffix.strip("_epochs") or "None")

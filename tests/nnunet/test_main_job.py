@@ -1,0 +1,125 @@
+"""The main job as a user types it: nnUNetv2_train -tr DiffusionTrainer..., then stock nnUNetv2_predict, on real cases."""
+
+import json
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+
+pytestmark = [pytest.mark.nnunet, pytest.mark.slow]
+
+
+def predict(place, out, *arguments, configuration="2d", plans="Tiny"):
+    place.run(
+        "nnUNetv2_predict", "-i", place.raw / "imagesTs", "-o", out, "-d", 4, "-c", configuration, "-p", plans,
+        "-tr", "TinyDiffusionTrainer", "-f", 0, "-device", "cpu", *arguments,
+    )  # fmt: skip
+    return {path.name: sitk.ReadImage(str(path)) for path in sorted(out.glob("*.nii.gz"))}
+
+
+def assert_geometry_and_labels(place, found):
+    images = sorted((place.raw / "imagesTs").iterdir())
+    assert len(found) == len(images) == 2
+    for path in images:
+        image, segmentation = sitk.ReadImage(str(path)), found[path.name.replace("_0000", "")]
+        for key in ("GetSize", "GetSpacing", "GetOrigin", "GetDirection"):
+            assert getattr(segmentation, key)() == pytest.approx(getattr(image, key)())
+        assert set(np.unique(sitk.GetArrayFromImage(segmentation))) <= {0, 1, 2}
+
+
+def test_one_command_trains_both_networks_completely(trained_2d):
+    place, log = trained_2d
+    assert "not trained yet, training it first" in log
+    first = place.results / "TinynnUNetTrainer__Tiny__2d" / "fold_0"
+    ours = place.results / "TinyDiffusionTrainer__Tiny__2d"
+    validation = json.loads((place.preprocessed / "splits_final.json").read_text())[0]["val"]
+    for folder in (first, ours / "fold_0"):
+        assert (folder / "checkpoint_final.pth").is_file()
+        assert (folder / "checkpoint_best.pth").is_file()
+        assert (folder / "progress.png").is_file()
+        assert json.loads((folder / "validation" / "summary.json").read_text())["foreground_mean"]["Dice"] >= 0
+        assert not (folder / "checkpoint_latest.pth").exists()
+    assert sorted(path.stem for path in (first / "validation").glob("*.npz")) == sorted(validation)
+    assert (ours / "fold_0" / "progress_diffusion.png").is_file()
+    section = json.loads((ours / "plans.json").read_text())["configurations"]["2d"]["diffusion"]
+    assert section["presegmentor_trainer"] == "TinynnUNetTrainer"
+
+
+def test_checkpoint_holds_the_presegmentor_unchanged_and_every_loss_term_as_a_curve(trained_2d):
+    place, _ = trained_2d
+    first, ours = (
+        torch.load(place.results / f"{name}__Tiny__2d" / "fold_0" / "checkpoint_final.pth", weights_only=False)
+        for name in ("TinynnUNetTrainer", "TinyDiffusionTrainer")
+    )
+    for key, value in first["network_weights"].items():
+        assert torch.equal(ours["network_weights"][f"presegmentor.{key}"], value)
+    for term in ("denoising_loss", "presence_loss", "location_loss"):
+        assert len(ours["logging"][term]) == 2
+        assert np.isfinite(ours["logging"][term]).all()
+    raw, averaged = ours["diffusion"]["denoiser_weights"], ours["network_weights"]
+    assert any(not torch.equal(averaged[f"denoiser.{key}"], value) for key, value in raw.items())
+    assert int(ours["diffusion"]["averaged_steps"]) == 4
+
+
+def test_stock_predict_gives_the_images_geometry_and_the_same_twice(trained_2d, tmp_path):
+    place, _ = trained_2d
+    found = predict(place, tmp_path / "one", "--save_probabilities")
+    assert_geometry_and_labels(place, found)
+    again = predict(place, tmp_path / "two", "-npp", 0, "-nps", 0)
+    for name, segmentation in found.items():
+        assert np.array_equal(*map(sitk.GetArrayFromImage, (segmentation, again[name])))
+        probabilities = np.load(tmp_path / "one" / name.replace(".nii.gz", ".npz"))["probabilities"]
+        assert np.allclose(probabilities.sum(0), 1, atol=1e-3)
+        assert np.array_equal(probabilities.argmax(0), sitk.GetArrayFromImage(segmentation))
+
+
+def test_validation_equals_stock_predict_so_both_use_the_averaged_weights(trained_2d, tmp_path):
+    place, _ = trained_2d
+    validation = place.results / "TinyDiffusionTrainer__Tiny__2d" / "fold_0" / "validation"
+    case = sorted(validation.glob("*.nii.gz"))[0]
+    (tmp_path / "in").mkdir()
+    image = case.name.replace(".nii.gz", "_0000.nii.gz")
+    (tmp_path / "in" / image).symlink_to(place.raw / "imagesTr" / image)
+    place.run(
+        "nnUNetv2_predict", "-i", tmp_path / "in", "-o", tmp_path / "out", "-d", 4, "-c", "2d", "-p", "Tiny",
+        "-tr", "TinyDiffusionTrainer", "-f", 0, "-device", "cpu",
+    )  # fmt: skip
+    ours, theirs = (sitk.GetArrayFromImage(sitk.ReadImage(str(path))) for path in (tmp_path / "out" / case.name, case))
+    assert np.array_equal(ours, theirs)
+
+
+def test_second_fold_and_prediction_by_both_folds(trained_2d, tmp_path):
+    place, _ = trained_2d
+    place.run("nnUNetv2_train", 4, "2d", 1, "-tr", "TinyDiffusionTrainer", "-p", "Tiny", "-device", "cpu")
+    assert_geometry_and_labels(place, predict(place, tmp_path, "-f", 0, 1))
+
+
+def test_3d_trains_and_predicts(hippocampus, tmp_path):
+    hippocampus.run(
+        "nnUNetv2_train", 4, "3d_fullres", 0, "-tr", "TinyDiffusionTrainer", "-p", "Tiny3d", "-device", "cpu", "--npz"
+    )
+    found = predict(hippocampus, tmp_path, configuration="3d_fullres", plans="Tiny3d")
+    assert_geometry_and_labels(hippocampus, found)
+
+
+def test_finished_training_continues_and_validates_again(trained_2d):
+    place, _ = trained_2d
+    done = place.run("nnUNetv2_train", 4, "2d", 0, "-tr", "TinyDiffusionTrainer", "-p", "Tiny", "-device", "cpu", "--val")
+    assert "Mean Validation Dice" in done.stdout
+
+
+def test_another_fold_with_other_settings_is_refused_by_key_and_value(trained_2d):
+    place, _ = trained_2d
+    before = (place.preprocessed / "Tiny.json").read_text()
+    try:
+        place.write_plans("Tiny", "2d", patch=[32, 32], start_step=77)
+        done = place.run(
+            "nnUNetv2_train", 4, "2d", 2, "-tr", "TinyDiffusionTrainer", "-p", "Tiny", "-device", "cpu", check=False
+        )
+    finally:
+        (place.preprocessed / "Tiny.json").write_text(before)
+    assert done.returncode != 0
+    assert "start_step" in done.stderr
+    assert "77" in done.stderr
+    assert "plans_name" in done.stderr
