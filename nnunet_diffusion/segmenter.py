@@ -86,7 +86,16 @@ class DiffusionSegmenter(nn.Module):
 
     @torch.compiler.disable
     def segment(self, image: Tensor) -> Tensor:
-        """Return bounded logits (B, K, *spatial), a fresh tensor, same for the same image."""
+        """Return bounded logits (B, K, *spatial), a fresh tensor, same for the same image.
+
+        Raises:
+            ValueError: if the image is not finite; the result would look like a segmentation.
+        """
+        if not torch.isfinite(image).all():
+            raise ValueError(
+                "The image has NaN or infinite voxels after preprocessing (one in the file spoils all of it). Replace "
+                "them in the case that nnU-Net named last, then predict again."
+            )
         return labels.probabilities_to_logits(self.sample(image))
 
     def presegment(self, image: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Small nnU-Net workplaces made from real cases, shared by all tests that run nnU-Net."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 REPOSITORY = Path(__file__).parents[1]
 DATA = Path(os.environ.get("NNUNET_DIFFUSION_TEST_DATA", REPOSITORY / "../shared/data")).resolve()
@@ -60,6 +62,24 @@ class Workplace:
         if check and done.returncode != 0:
             pytest.fail(f"{command} {arguments} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}")
         return done
+
+    @contextlib.contextmanager
+    def in_process(self, results):
+        """Set nnU-Net's variables in this process for a `with` block, the results elsewhere."""
+        with pytest.MonkeyPatch.context() as patch:
+            for key, value in {**self.environment, "nnUNet_results": str(results)}.items():
+                patch.setenv(key, value)
+            yield self
+
+    def trainer(self, kind, plans="Tiny", configuration="2d", fold=0, change=None, description=None, **section):
+        """Build a trainer on the CPU, inside `in_process`; `change` may alter the plans, `section` is its settings."""
+        content = json.loads((self.preprocessed / f"{plans}.json").read_text())
+        if section:
+            content["configurations"][configuration]["diffusion"] = section
+        if change is not None:
+            change(content)
+        description = description or json.loads((self.preprocessed / "dataset.json").read_text())
+        return kind({**content, "continue_training": False}, configuration, fold, description, torch.device("cpu"))
 
     def write_plans(self, name, configuration, base="nnUNetPlans", batch=2, features=(8, 8, 16), patch=None, **section):
         """Derive small plans with a `diffusion` section from nnU-Net's own."""
@@ -117,3 +137,10 @@ def trained_2d(hippocampus):
     """The 2d model trained by the one command a user types; its pre-segmentor is trained by it too."""
     done = hippocampus.run("nnUNetv2_train", 4, "2d", 0, "-tr", "TinyDiffusionTrainer", "-p", "Tiny", "-device", "cpu")
     return hippocampus, done.stdout
+
+
+@pytest.fixture
+def workplace(hippocampus, tmp_path):
+    """The small dataset for trainers in this process; their results go into the test's own folder."""
+    with hippocampus.in_process(tmp_path / "results") as place:
+        yield place

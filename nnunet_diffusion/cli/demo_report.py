@@ -1,10 +1,15 @@
-"""The demo's last step: time and evaluate the three methods, draw the reverse process, write the report."""
+"""The demo's last step: time and evaluate the three methods, draw the reverse process, write the report.
+
+A process of its own, `python -m nnunet_diffusion.cli.demo_report FOLDER DEVICE`, because the variables that it needs
+(where nnU-Net finds the trainers, how threads wait) are read when torch and nnU-Net are loaded.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import io
-import os
+import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nnunet_diffusion.cli.demo import PLANS_NAME, Recipe, Workplace
+
 if TYPE_CHECKING:
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-
-    from nnunet_diffusion.cli.demo import Workplace
 
 Labels = NDArray[np.integer[Any]]
 FIGURE_KINDS = ("malignant", "benign", "cyst")
@@ -26,7 +31,7 @@ SPACING_PIXELS = (1.0, 1.0)
 TEMPLATE = """# Demo of nnunet-diffusion
 
 {recipe.training_images} generated training images; {with_lesion} test images with a lesion, {without_lesion} without.
-Trainers `{recipe.presegmentor}` and `{recipe.trainer}`, plans `nnUNetPlansDemo` (patch {recipe.patch_size} x
+Trainers `{recipe.presegmentor}` and `{recipe.trainer}`, plans `{plans}` (patch {recipe.patch_size} x
 {recipe.patch_size}), device {device}. The training is brief and the networks are small: this shows that everything
 works, not how good it gets.
 
@@ -76,10 +81,9 @@ def write_report(place: Workplace) -> None:
     truth = {case: read_labels(place.raw / "labelsTs" / f"{case}.png") for case in cases}
     images = {case: read_labels(place.raw / "imagesTs" / f"{case}_0000.png") for case in cases}
 
-    with environment(place.environment()):  # nnU-Net looks for the trainers in nnUNet_extTrainer
-        plain = load_predictor(place.model(recipe.presegmentor), device, mirroring=True)
-        diffusion = load_predictor(place.model(recipe.trainer), device, mirroring=True)
-        unmirrored = load_predictor(place.model(recipe.trainer), device, mirroring=False)
+    plain = load_predictor(place.model(recipe.presegmentor), device, mirroring=True)
+    diffusion = load_predictor(place.model(recipe.trainer), device, mirroring=True)
+    unmirrored = load_predictor(place.model(recipe.trainer), device, mirroring=False)
     settings = unmirrored.network.settings
     from_noise = {
         "from_noise": True, "start_step": settings.timesteps, "steps": recipe.ddpm_steps, "sampler": "ddpm",
@@ -101,18 +105,6 @@ def write_report(place: Workplace) -> None:
     text = report_text(place, results, truth, settings, agreement)
     (place.folder / "report.md").write_text(text, encoding="utf-8")
     print(text, flush=True)
-
-
-@contextlib.contextmanager
-def environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Environment of the process replaced by `variables` inside the context."""
-    before = dict(os.environ)
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 def read_labels(path: Path) -> Labels:
@@ -255,6 +247,7 @@ def report_text(
     rows = [[result.name, *quality_cells(result, truth), *cost_cells(result)] for result in results]
     return TEMPLATE.format(
         recipe=place.recipe,
+        plans=PLANS_NAME,
         device=place.device,
         with_lesion=len(lesions),
         without_lesion=len(truth) - len(lesions),
@@ -285,3 +278,8 @@ def cost_cells(result: MethodResult) -> list[str]:
     """Network evaluations and seconds of one method."""
     evaluations = f"{result.presegmentor_evaluations:.0f} + {result.denoiser_evaluations:.0f}"
     return [evaluations, f"{result.seconds:.2f}"]
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    write_report(Workplace(folder, sys.argv[2], Recipe(**json.loads((folder / "recipe.json").read_text()))))

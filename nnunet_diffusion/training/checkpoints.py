@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +32,25 @@ def read_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"No checkpoint at {path}. Train first, or correct the path.")
+    if not zipfile.is_zipfile(path):  # torch.save writes zip files, whose directory stands at the end
+        raise ValueError(_damaged(path, "it does not end as a checkpoint does"))
     try:
         with torch.serialization.safe_globals(SAFE_TYPES):
             checkpoint = torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"Checkpoint {path} holds more than tensors and plain values and is not read: {error}") from error
     except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(
-            f"Checkpoint {path} ({path.stat().st_size} bytes) is truncated or damaged: {error}. Remove it and continue from "
-            "another checkpoint of the same folder, or train again."
-        ) from error
+        raise ValueError(_damaged(path, error)) from error
     if not isinstance(checkpoint, dict) or "network_weights" not in checkpoint:
         raise ValueError(f"{path} is not a checkpoint of an nnU-Net trainer: it has no 'network_weights'.")
     return checkpoint
+
+
+def _damaged(path: Path, reason: object) -> str:
+    return (
+        f"Checkpoint {path} ({path.stat().st_size} bytes) is truncated or damaged: {reason}. Remove it and continue "
+        "from another checkpoint of the same folder, or train again."
+    )
 
 
 def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:

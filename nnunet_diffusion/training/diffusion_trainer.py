@@ -19,12 +19,12 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from nnunet_diffusion import labels
 from nnunet_diffusion.explain.figures import curves_figure
 from nnunet_diffusion.networks.pgdiffseg import PGDiffSeg
 from nnunet_diffusion.segmenter import DiffusionSegmenter, has_bfloat16
 from nnunet_diffusion.settings import PLANS_KEY, DiffusionSettings, topology_of
 from nnunet_diffusion.training.checkpoints import read_checkpoint, write_checkpoint
+from nnunet_diffusion.training.checks import check_batch, refuse_foreign_plans, refuse_missing_folders
 from nnunet_diffusion.training.presegmentor import build_presegmentor, ensure_presegmentor, load_presegmentor_weights
 
 LOSS_TERMS = ("denoising", "presence", "location")
@@ -40,6 +40,8 @@ class DiffusionTrainer(nnUNetTrainer):
 
     Raises:
         NotImplementedError: for regions, ignore label, cascade and distributed training.
+        RuntimeError: if nnU-Net's folders are not set.
+        ValueError: if the plans are those of another dataset, or their `diffusion` section is wrong.
     """
 
     epochs: int | None = None  # of the length variants; None: nnU-Net's 1000
@@ -54,7 +56,9 @@ class DiffusionTrainer(nnUNetTrainer):
         device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net's signature
     ) -> None:
         """Set nnU-Net up, read the settings and write them into the plans."""
+        refuse_missing_folders()
         _refuse_unsupported(plans, configuration, dataset_json)
+        refuse_foreign_plans(plans["dataset_name"], dataset_json)
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.settings = DiffusionSettings.from_plans(self.configuration_manager.configuration)
         if not self.settings.presegmentor_trainer:
@@ -146,7 +150,10 @@ class DiffusionTrainer(nnUNetTrainer):
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
         """AdamW over the denoiser, nnU-Net's learning rate schedule."""
         optimizer = torch.optim.AdamW(
-            self.segmenter.denoiser.parameters(), self.initial_lr, weight_decay=self.weight_decay
+            self.segmenter.denoiser.parameters(),
+            self.initial_lr,
+            weight_decay=self.weight_decay,
+            fused=self.device.type == "cuda",  # launch-bound otherwise
         )
         return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
 
@@ -225,7 +232,7 @@ class DiffusionTrainer(nnUNetTrainer):
 
     def train_step(self, batch: dict) -> dict:
         """One optimizer step; returns the loss and its terms."""
-        labels.check_labels(batch["target"], self.label_manager.num_segmentation_heads, batch.get("keys"))
+        check_batch(batch, self.label_manager.num_segmentation_heads)
         image = batch["data"].to(self.device, non_blocking=True)
         target = batch["target"].to(self.device, non_blocking=True)
         self.optimizer.zero_grad(set_to_none=True)
@@ -276,6 +283,7 @@ class DiffusionTrainer(nnUNetTrainer):
 
     def validation_step(self, batch: dict) -> dict:
         """nnU-Net's own step on the proxy: averaged weights, one sample, one step, no pre-segmentation mixed in."""
+        check_batch(batch, self.label_manager.num_segmentation_heads)
         with self._averaged_weights(), self.segmenter.overridden(steps=1, samples=1, presegmentation_weight=0.0):
             return super().validation_step(batch)
 

@@ -16,6 +16,7 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunet_diffusion.training.checkpoints import read_checkpoint
+from nnunet_diffusion.training.checks import check_batch
 
 LOCK_NAME = "presegmentor.lock"
 # what must agree for one network's output to be another's start
@@ -58,6 +59,7 @@ def ensure_presegmentor(
             resumable = any((folder / f"checkpoint_{kind}.pth").is_file() for kind in ("latest", "best"))
             trainer = _make_trainer(trainer_name, dataset_name, configuration, fold, plans_name, resumable, device)
             trainer.save_every = 1
+            _check_batches(trainer)
             maybe_load_checkpoint(trainer, resumable, False)
             trainer.run_training()
         elif not validated.is_file():
@@ -73,6 +75,20 @@ def _make_trainer(
     name: str, dataset: str, configuration: str, fold: int | str, plans: str, resume: bool, device: torch.device
 ) -> nnUNetTrainer:
     return get_trainer_from_args(dataset, configuration, fold, name, plans, resume, device)  # type: ignore[arg-type]
+
+
+def _check_batches(trainer: nnUNetTrainer) -> None:
+    """Have bad cases refused by name: nnU-Net would train on NaN to the end, and stop at labels without a name."""
+
+    def checked(step: Callable[[dict], dict]) -> Callable[[dict], dict]:
+        def run(batch: dict) -> dict:
+            check_batch(batch, trainer.label_manager.num_segmentation_heads)
+            return step(batch)
+
+        return run
+
+    for name in ("train_step", "validation_step"):
+        setattr(trainer, name, checked(getattr(trainer, name)))
 
 
 def _locked(path: Path, log: Callable[[str], None]) -> AbstractContextManager:
@@ -120,8 +136,17 @@ def build_presegmentor(
     num_input_channels: int,
     num_output_channels: int,
 ) -> torch.nn.Module:
-    """Build the network of the pre-segmentor's trainer, without deep supervision, as nnU-Net's inference does."""
+    """Build the network of the pre-segmentor's trainer, without deep supervision, as nnU-Net's inference does.
+
+    Raises:
+        ValueError: if that trainer needs a pre-segmentor itself.
+    """
     trainer = recursive_find_trainer_class_by_name(trainer_name)
+    if hasattr(trainer, "presegmentor_trainer"):
+        raise ValueError(
+            f"diffusion.presegmentor_trainer is {trainer_name!r}, itself a diffusion trainer: give one of nnU-Net's, "
+            "for example 'nnUNetTrainer', or leave it empty."
+        )
     return trainer.build_network_architecture(
         plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision=False
     )

@@ -70,7 +70,7 @@ def test_demo_runs_end_to_end_and_a_second_run_reuses_it(tmp_path, monkeypatch, 
     assert "Pseudo dice" in (folder / "logs" / "nnUNetv2_train.log").read_text()
 
     capsys.readouterr()
-    monkeypatch.setattr(demo, "run_command", lambda *_, **__: pytest.fail("a second run starts no command"))
+    monkeypatch.setattr(demo, "stream", lambda *_: pytest.fail("a second run starts no command"))
     assert demo.run_recipe(folder, "cpu", TINY) == report
     assert capsys.readouterr().out.count("there already") == 7
 

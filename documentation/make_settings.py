@@ -1,0 +1,39 @@
+"""Write documentation/settings.md from the dataclass of settings: `python documentation/make_settings.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nnunet_diffusion.settings import settings_table
+
+TARGET = Path(__file__).with_name("settings.md")
+TEMPLATE = """# Settings
+
+Made by `python documentation/make_settings.py`; do not edit.
+
+All settings live in the plans, under `configurations.<name>.diffusion`. Plans without that section, or with a part of
+it, get the defaults below. An unknown key, a wrong type or an illegal value is refused with the key, the value and what
+is legal. How to set them, with an example: [quick start](quick_start.md#settings).
+
+{table}
+Three defaults follow the plans: `features_per_stage` is half of nnU-Net's width at each stage, at least 8; `norm` is
+`batch` for batches of 8 or more and `instance` below; `corruption_probability` is 0 for the prediction types `epsilon`
+and `v`.
+
+What must fit together: `max_train_step` and `start_step` are at most `timesteps`; `steps` is at most `start_step`;
+`from_noise` needs `start_step` equal to `timesteps`; `corruption_probability` and `presegmentation_start_probability`
+add up to at most 1, to 0 with `epsilon` or `v`, and to 1 with `condition_on_presegmentation`. `linear` needs at least
+21 `timesteps`. `dpm_solver`, `dpm_solver++` and `unipc` need the extra `solvers`. `eta` matters to `ddim` only.
+
+`sampler`, `start_step`, `steps`, `eta`, `samples`, `presegmentation_weight`, `from_noise` and `seed` may be changed
+[after training](quick_start.md#changing-inference-after-training); all others are fixed by it.
+"""
+
+
+def text() -> str:
+    """Content of settings.md."""
+    return TEMPLATE.format(table=settings_table())
+
+
+if __name__ == "__main__":
+    TARGET.write_text(text(), encoding="utf-8")

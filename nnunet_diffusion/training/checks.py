@@ -1,0 +1,59 @@
+"""Mistakes in the user's folders, plans and cases, found early and named together with the cure."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nnunet_diffusion import labels
+
+FOLDERS = ("nnUNet_preprocessed", "nnUNet_results")
+
+
+def refuse_missing_folders() -> None:
+    """Raise RuntimeError if nnU-Net's folders are not set; nnU-Net itself fails on a folder named None."""
+    for name in FOLDERS:
+        if not os.environ.get(name):
+            raise RuntimeError(f"{name} is not set: export {name}=/path/to/{name}, as for any nnU-Net training.")
+
+
+def refuse_foreign_plans(dataset_name: str, dataset_json: Mapping[str, Any]) -> None:
+    """Raise ValueError if the plans are those of another dataset: nnU-Net would train on that one's cases.
+
+    Args:
+        dataset_name: of the plans.
+        dataset_json: of the dataset that the user names.
+    """
+    path = Path(os.environ[FOLDERS[0]]) / dataset_name / "dataset.json"
+    theirs = json.loads(path.read_text()) if path.is_file() else None
+    for key in ("labels", "channel_names"):
+        if theirs is None or theirs.get(key) != dataset_json.get(key):
+            found = f"has {key} {theirs.get(key)}, not {dataset_json.get(key)}" if theirs else f"has no {path}"
+            raise ValueError(
+                f"These plans were made for {dataset_name}, which {found}. Plan this dataset with "
+                "nnUNetv2_plan_experiment, or bring plans over with nnUNetv2_move_plans_between_datasets, then run "
+                "nnUNetv2_preprocess."
+            )
+
+
+def check_batch(batch: Mapping[str, Any], num_classes: int) -> None:
+    """Raise ValueError, naming the case, on a label that dataset.json does not know and on NaN or infinite voxels.
+
+    Args:
+        batch: of nnU-Net's loader, on the CPU; `target` may be a list (deep supervision), the finest first.
+        num_classes: K, labels are 0..K-1.
+    """
+    image, target = batch["data"], batch["target"]
+    target = target[0] if isinstance(target, (list, tuple)) else target
+    for number, case in enumerate(batch.get("keys", range(len(image)))):
+        labels.check_labels(target[number], num_classes, case)
+        if not torch.isfinite(image[number]).all():
+            raise ValueError(
+                f"Case {case} has NaN or infinite voxels after preprocessing (one in the image spoils all of it). "
+                "Replace them in the image, then run nnUNetv2_plan_and_preprocess again."
+            )

@@ -1,0 +1,108 @@
+"""The documentation says what the code says: settings, links, places in the code, examples and error messages.
+
+Commands named in it are checked by test_layering.py.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from nnunet_diffusion.settings import DiffusionSettings
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "nnunet_diffusion"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "documentation").glob("*.md"))]
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+
+def name_of(path):
+    return str(path.relative_to(ROOT))
+
+
+def read(name):
+    return (ROOT / "documentation" / name).read_text(encoding="utf-8")
+
+
+def anchors(text):
+    """Anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_settings_reference_is_up_to_date():
+    spec = importlib.util.spec_from_file_location("make_settings", ROOT / "documentation" / "make_settings.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert read("settings.md") == module.text(), "run: python documentation/make_settings.py"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_relative_links_exist(page):
+    targets = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    broken = []
+    for target in targets:
+        if re.match(r"[a-z]+:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        linked = (page.parent / file).resolve() if file else page
+        known = anchors(linked.read_text(encoding="utf-8")) if anchor and linked.is_file() else {anchor}
+        if not linked.is_relative_to(ROOT) or not linked.exists() or anchor not in known:
+            broken.append(target)
+    assert not broken
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_places_in_the_code_exist(page):
+    for file, name in re.findall(r"`([\w/]+\.py)::([\w.]+)`", page.read_text(encoding="utf-8")):
+        body = ast.parse((PACKAGE / file).read_text(encoding="utf-8")).body
+        for part in name.split("."):
+            found = [node for node in body if part in names_of(node)]
+            assert found, f"{file} has no {name}"
+            body = getattr(found[0], "body", [])
+
+
+def names_of(node):
+    if isinstance(node, ast.AnnAssign):
+        return [ast.unparse(node.target)]
+    return [getattr(node, "name", None)]
+
+
+def test_examples_of_settings_are_legal():
+    network = {"conv_op": "Conv2d", "strides": [[1, 1]] + [[2, 2]] * 5, "kernel_sizes": [[3, 3]] * 6}
+    arch = {"network_class_name": "PlainConvUNet", "arch_kwargs": {**network, "features_per_stage": [32] * 6}}
+    examples = [json.loads(text) for text in re.findall(r"```json\n(.*?)```", read("quick_start.md"), re.DOTALL)]
+    assert examples
+    for example in examples:
+        section = example["configurations"]["2d"]["diffusion"]
+        settings = DiffusionSettings.from_plans({"architecture": arch, "batch_size": 12, "diffusion": section})
+        assert len(settings.features_per_stage) == 6
+        assert settings.to_plans().items() >= section.items()
+
+
+def test_messages_of_the_troubleshooting_table_are_those_of_the_code():
+    nodes = [node for path in SOURCES for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+    texts = [str(node.value) for node in nodes if isinstance(node, ast.Constant)]
+    table = read("quick_start.md").split("## Troubleshooting")[1].split("Messages of nnU-Net")[0]
+    messages = re.findall(r"^\| `([^`]+)`", table, re.MULTILINE)
+    assert len(messages) > 20
+    for message in messages:
+        fragments = [fragment.strip() for fragment in re.split(r"\.{3,}", message) if len(fragment.strip()) > 3]
+        assert fragments, message
+        missing = [fragment for fragment in fragments if not any(fragment in text for text in texts)]
+        assert not missing, f"{message}: the code says nothing like {missing}"
+
+
+def test_every_trainer_is_in_the_quick_start():
+    page, tree = (
+        read("quick_start.md"),
+        ast.parse((ROOT / "trainers" / "DiffusionTrainer_Xepochs.py").read_text(encoding="utf-8")),
+    )
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            assert f"| `{node.name}` | `nnUNetTrainer{node.name.removeprefix('DiffusionTrainer')}` |" in page

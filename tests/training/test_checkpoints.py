@@ -1,0 +1,149 @@
+"""Checkpoints: what is damaged, foreign or dangerous is refused by name, and a failed write costs nothing."""
+
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from nnunet_diffusion.training import DiffusionTrainer
+from nnunet_diffusion.training.checkpoints import read_checkpoint, write_checkpoint
+
+pytestmark = pytest.mark.nnunet
+CHECKPOINT = {"network_weights": {"layer.weight": torch.arange(1000.0)}, "logging": {"dice": [np.float32(0.5), 0.25]}}
+
+
+class Foreign:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_what_is_written_is_read_again_with_the_numpy_scalars_of_the_curves(tmp_path):
+    write_checkpoint(CHECKPOINT, tmp_path / "a.pth")
+    found = read_checkpoint(str(tmp_path / "a.pth"))
+    assert torch.equal(found["network_weights"]["layer.weight"], CHECKPOINT["network_weights"]["layer.weight"])
+    assert found["logging"] == CHECKPOINT["logging"]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.pth.*Train first"):
+        read_checkpoint(tmp_path / "nothing.pth")
+
+
+@pytest.mark.parametrize("damage", ["empty", "half", "last bytes", "zeros", "text"])
+def test_damaged_file_is_named_with_its_size_and_the_cure(tmp_path, damage):
+    path = tmp_path / "checkpoint_latest.pth"
+    write_checkpoint(CHECKPOINT, path)
+    whole = path.read_bytes()
+    path.write_bytes(
+        {
+            "empty": b"",
+            "half": whole[: len(whole) // 2],
+            "last bytes": whole[:-10],
+            "zeros": bytes(len(whole)),
+            "text": b"<html>404: not found</html>",
+        }[damage]
+    )
+    with pytest.raises(ValueError, match=rf"checkpoint_latest\.pth \({path.stat().st_size} bytes\) is truncated.*Remove"):
+        read_checkpoint(path)
+
+
+def test_code_in_a_file_is_refused_and_not_run(tmp_path):
+    made = tmp_path / "made_by_the_file"
+    torch.save({**CHECKPOINT, "init_args": Foreign(made)}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"a\.pth holds more than tensors and plain values"):
+        read_checkpoint(tmp_path / "a.pth")
+    assert not made.exists()
+    with (tmp_path / "b.pth").open("wb") as file:
+        pickle.dump(Foreign(made), file)
+    with pytest.raises(ValueError, match=r"b\.pth"):
+        read_checkpoint(tmp_path / "b.pth")
+    assert not made.exists()
+
+
+def test_something_else_saved_by_torch_is_refused(tmp_path):
+    torch.save({"state_dict": {}}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="no 'network_weights'"):
+        read_checkpoint(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("kind", [OSError, RuntimeError])  # torch's own writer raises the latter on a full disk
+def test_failed_write_leaves_the_previous_file_whole_and_nothing_else(tmp_path, monkeypatch, kind):
+    path = tmp_path / "checkpoint_latest.pth"
+    write_checkpoint(CHECKPOINT, path)
+    before = path.read_bytes()
+
+    def half(checkpoint, file):
+        with open(file, "wb") as opened:
+            opened.write(before[:100])
+        raise kind("No space left on device")
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(OSError, match=r"checkpoint_latest\.pth: No space left.*untouched.*--c"):
+        write_checkpoint({}, path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_trainer_writes_its_checkpoint_that_way(workplace, tmp_path, monkeypatch):
+    trainer = workplace.trainer(DiffusionTrainer)
+    trainer.initialize()
+    path = tmp_path / "checkpoint_latest.pth"
+    trainer.save_checkpoint(str(path))
+    before = path.read_bytes()
+
+    def half(checkpoint, file):
+        with open(file, "wb") as opened:
+            opened.write(before[:100])
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(OSError, match="untouched"):
+        trainer.save_checkpoint(str(path))
+    assert path.read_bytes() == before
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.fixture
+def nnunet_checkpoint(workplace, tmp_path):
+    trainer = workplace.trainer(nnUNetTrainer)
+    trainer.initialize()
+    trainer.save_checkpoint(str(tmp_path / "checkpoint_final.pth"))
+    return tmp_path / "checkpoint_final.pth"
+
+
+def test_checkpoint_of_nnunet_is_refused_by_the_diffusion_trainer(workplace, nnunet_checkpoint):
+    trainer = workplace.trainer(DiffusionTrainer)
+    with pytest.raises(ValueError, match=r"checkpoint_final\.pth is a checkpoint of nnUNetTrainer.*plans_name"):
+        trainer.load_checkpoint(str(nnunet_checkpoint))
+    with pytest.raises(ValueError, match="given dictionary is a checkpoint of nnUNetTrainer"):
+        trainer.load_checkpoint(read_checkpoint(nnunet_checkpoint))
+
+
+def test_checkpoint_is_accepted_as_text_path_and_dictionary(workplace, tmp_path):
+    trainer = workplace.trainer(DiffusionTrainer, seed=5)
+    trainer.initialize()
+    path = tmp_path / "a.pth"
+    trainer.save_checkpoint(str(path))
+    for source in (str(path), path, read_checkpoint(path)):
+        loaded = workplace.trainer(DiffusionTrainer)
+        loaded.load_checkpoint(source)
+        assert loaded.settings.seed == 5
+        theirs = trainer.network.state_dict()
+        assert all(torch.equal(value, theirs[key]) for key, value in loaded.network.state_dict().items())
+
+
+def test_disabled_checkpointing_writes_nothing(workplace, tmp_path):
+    trainer = workplace.trainer(DiffusionTrainer)
+    trainer.initialize()
+    trainer.disable_checkpointing = True
+    trainer.save_checkpoint(str(tmp_path / "a.pth"))
+    assert not (tmp_path / "a.pth").exists()

@@ -1,0 +1,218 @@
+"""The trainer in this process: steps, moving average, resuming, and what it refuses by name."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.functional import interpolate
+
+from nnunet_diffusion.training import DiffusionTrainer
+
+pytestmark = pytest.mark.nnunet
+
+
+def make_batch(size=(32, 32), number=2, seed=0):
+    """A smooth random image whose two structures are its bright and its very bright parts."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(number, 1, *[length // 8 for length in size], generator=generator)
+    image = interpolate(coarse, size=size, mode="bilinear" if len(size) == 2 else "trilinear")
+    return {
+        "data": image + 0.1 * torch.randn(image.shape, generator=generator),
+        "target": ((image > 0.3).short() + (image > 0.8).short()),
+        "keys": np.array([f"case_{i}" for i in range(number)]),
+    }
+
+
+def started(place, epoch=0, **arguments):
+    """A trainer at the beginning of an epoch; the same weights each time."""
+    torch.manual_seed(0)
+    trainer = place.trainer(DiffusionTrainer, **arguments)
+    trainer.initialize()
+    trainer.current_epoch = epoch
+    trainer.on_train_epoch_start()
+    return trainer
+
+
+def copy_of(module):
+    return {key: value.clone() for key, value in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("configuration, plans, size", [("2d", "Tiny", (32, 32)), ("3d_fullres", "Tiny3d", (16, 24, 16))])
+@pytest.mark.parametrize("prediction_type", ["logits", "epsilon"])
+def test_two_steps_move_every_parameter_of_the_denoiser_and_none_of_the_presegmentor(
+    workplace, configuration, plans, size, prediction_type
+):
+    # without weight decay, which moves a parameter that has no gradient too
+    trainer = started(
+        workplace, plans=plans, configuration=configuration, prediction_type=prediction_type, weight_decay=0.0
+    )
+    before = copy_of(trainer.network)
+    for seed in range(2):
+        trainer.train_step(make_batch(size, seed=seed))
+    trained = {f"denoiser.{name}" for name, _ in trainer.segmenter.denoiser.named_parameters()}
+    for key, value in trainer.network.state_dict().items():
+        if key in trained:
+            assert not torch.equal(value, before[key]), key
+        elif key.startswith("presegmentor."):
+            assert torch.equal(value, before[key]), key
+    assert not trainer.segmenter.presegmentor.training
+    optimised = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert optimised == {id(p) for p in trainer.segmenter.denoiser.parameters()}
+
+
+def test_step_returns_the_loss_and_its_terms(workplace):
+    losses = started(workplace).train_step(make_batch())
+    assert losses["loss"] == pytest.approx(sum(losses[term] for term in ("denoising", "presence", "location")), rel=1e-5)
+
+
+@pytest.mark.parametrize("ema_decay", [0.999, 0.2])  # 0.2 is below the warm-up's (1 + n) / (10 + n) from n = 2 on
+def test_moving_average_equals_the_hand_computed_one(workplace, ema_decay):
+    trainer = started(workplace, ema_decay=ema_decay, norm="batch")  # with running statistics
+    expected = None
+    for n in range(5):
+        trainer.train_step(make_batch(seed=n))
+        raw = copy_of(trainer.segmenter.denoiser)
+        decay = min(ema_decay, (1 + n) / (10 + n))
+        for key, value in raw.items():
+            if expected is not None and value.is_floating_point():
+                raw[key] = decay * expected[key].double() + (1 - decay) * value.double()
+        expected = raw
+    averaged = trainer.ema.module.state_dict()
+    assert any("running_var" in key for key in averaged)
+    for key, value in expected.items():
+        torch.testing.assert_close(averaged[key].double(), value.double(), rtol=1e-5, atol=1e-7)
+
+
+def test_validation_uses_the_average_in_one_step_and_leaves_the_weights_in_place(workplace):
+    trainer = started(workplace, steps=3, samples=2, presegmentation_weight=0.5)
+    for seed in range(4):
+        trainer.train_step(make_batch(seed=seed))
+    batch, denoiser = make_batch(seed=9), trainer.segmenter.denoiser
+    trainer.on_validation_epoch_start()
+    with torch.no_grad():
+        found = trainer.validation_step(batch)
+    assert trainer.segmenter.denoiser is denoiser
+    assert (trainer.settings.steps, trainer.segmenter.settings.steps) == (3, 3)
+
+    losses = {}
+    for name, weights in (("average", trainer.ema.module), ("raw", denoiser)):
+        segmenter = copy.deepcopy(trainer.segmenter)
+        segmenter.denoiser.load_state_dict(weights.state_dict())
+        with torch.no_grad(), segmenter.eval().overridden(steps=1, samples=1, presegmentation_weight=0.0):
+            losses[name] = trainer.loss(segmenter(batch["data"]), batch["target"]).item()
+    assert found["loss"].item() == pytest.approx(losses["average"], rel=1e-6)
+    assert found["loss"].item() != pytest.approx(losses["raw"], rel=1e-4)
+
+
+def test_checkpoint_holds_the_average_for_inference_and_the_weights_for_resuming(workplace, tmp_path):
+    trainer = started(workplace)
+    for seed in range(3):
+        trainer.train_step(make_batch(seed=seed))
+    trainer.save_checkpoint(str(tmp_path / "a.pth"))
+    saved = torch.load(tmp_path / "a.pth", weights_only=False)
+    for key, value in trainer.ema.module.state_dict().items():
+        assert torch.equal(saved["network_weights"][f"denoiser.{key}"], value)
+    for key, value in trainer.segmenter.denoiser.state_dict().items():
+        assert torch.equal(saved["diffusion"]["denoiser_weights"][key], value)
+    # inference builds the network from the plans alone and loads strictly
+    place = trainer.plans_manager, trainer.configuration_manager
+    network = DiffusionTrainer.build_network_architecture(*place, 1, 3, enable_deep_supervision=False)
+    network.load_state_dict(saved["network_weights"])
+
+
+def test_resumed_training_takes_the_same_next_step(workplace, tmp_path):
+    first = started(workplace, norm="batch")
+    for seed in range(3):
+        first.train_step(make_batch(seed=seed))
+    first._best_ema = 0.5
+    path = tmp_path / "latest.pth"
+    first.save_checkpoint(str(path))
+
+    second = workplace.trainer(DiffusionTrainer)  # other settings: the checkpoint's count
+    torch.manual_seed(1)
+    second.load_checkpoint(path)
+    assert second.settings == first.settings
+    assert (second.current_epoch, second._best_ema) == (1, 0.5)
+    first.current_epoch = 1
+    for trainer in (first, second):
+        trainer.on_train_epoch_start()
+    assert torch.equal(first._generator.get_state(), second._generator.get_state())
+    for seed in (7, 8):
+        torch.manual_seed(seed)  # of other uses, which must not matter
+        one = first.train_step(make_batch(seed=seed))
+        torch.manual_seed(seed + 100)
+        assert one == second.train_step(make_batch(seed=seed))
+    for mine, other in ((first.network, second.network), (first.ema, second.ema)):
+        theirs = other.state_dict()
+        assert all(torch.equal(value, theirs[key]) for key, value in mine.state_dict().items())
+    ours, theirs = first.optimizer.state_dict(), second.optimizer.state_dict()
+    assert ours["param_groups"] == theirs["param_groups"]
+    for key, state in ours["state"].items():
+        assert all(torch.equal(value, theirs["state"][key][name]) for name, value in state.items())
+    assert first.logger.get_checkpoint() == second.logger.get_checkpoint()
+
+
+def test_each_epoch_has_noise_of_its_own_from_the_settings_seed(workplace):
+    states = [
+        started(workplace, epoch=epoch, seed=seed)._generator.initial_seed() for epoch, seed in ((0, 1), (1, 1), (0, 9))
+    ]
+    assert len(set(states)) == 3
+    assert states[0] == started(workplace, seed=1)._generator.initial_seed()
+
+
+@pytest.mark.slow
+def test_overfits_a_batch_of_real_patches(workplace):
+    np.random.seed(0)
+
+    def larger_batch(plans):
+        plans["configurations"]["2d"]["batch_size"] = 4
+
+    trainer = started(workplace, change=larger_batch, learning_rate=5e-3, ema_decay=0.9)
+    batch = next(trainer.get_dataloaders()[0])
+    assert set(batch["target"].unique().tolist()) == {0, 1, 2}
+    losses = [trainer.train_step(batch)["loss"] for _ in range(100)]
+    assert np.mean(losses[-10:]) < np.mean(losses[:10]) - 1
+    trainer.on_validation_epoch_start()
+    with torch.no_grad():
+        found = trainer.validation_step(batch)
+    overlap, wrong = found["tp_hard"], found["fp_hard"] + found["fn_hard"]
+    assert (2 * overlap / (2 * overlap + wrong) > 0.9).all()
+
+
+def test_infinite_loss_names_epoch_and_cases(workplace):
+    trainer = started(workplace)
+    trainer.loss = lambda logits, target: logits.sum() * float("inf")
+    with pytest.raises(FloatingPointError, match="epoch 0 on cases .*case_1.*learning_rate"):
+        trainer.train_step(make_batch())
+
+
+LABELS = {
+    "region-based": {"background": 0, "whole": [1, 2], "part": 2},
+    "ignore label": {"background": 0, "Anterior": 1, "ignore": 2},
+}
+
+
+def cascaded(plans):
+    plans["configurations"]["2d"]["previous_stage"] = "3d_lowres"
+
+
+@pytest.mark.parametrize("feature", [*LABELS, "cascade"])
+def test_what_is_not_supported_is_refused_by_name_before_anything_is_written(workplace, tmp_path, feature):
+    description = {"labels": LABELS.get(feature, {"background": 0, "Anterior": 1, "Posterior": 2})}
+    if feature == "region-based":
+        description["regions_class_order"] = [1, 2]
+    change = cascaded if feature == "cascade" else None
+    with pytest.raises(NotImplementedError, match=f"{feature}.*Dataset004_Hippocampus.*nnUNetTrainer does"):
+        workplace.trainer(DiffusionTrainer, change=change, description=description)
+    assert not (tmp_path / "results").exists()
+
+
+def test_distributed_training_is_refused_by_name(workplace, tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        with pytest.raises(NotImplementedError, match="distributed training"):
+            workplace.trainer(DiffusionTrainer)
+    finally:
+        dist.destroy_process_group()
