@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d, adaptive_avg_pool3d, one_hot
+from torch.nn.functional import interpolate, one_hot
 
 LOWEST_PROBABILITY = 1e-6  # log-odds of +-13.8: nnU-Net sums ten-fold weighted logits in float16 (NNUNET_FACTS 19)
 
@@ -65,4 +65,4 @@ def presence(state: Tensor) -> Tensor:
 def location(state: Tensor, size: torch.Size | tuple[int, ...]) -> Tensor:
     """Return (B, K - 1, *size): the share of each foreground class in each cell of a coarser grid (Eq. 8-9's label)."""
     share = (state[:, 1:] + 1) / 2
-    return adaptive_avg_pool2d(share, size) if len(size) == 2 else adaptive_avg_pool3d(share, size)
+    return interpolate(share, size=list(size), mode="area")

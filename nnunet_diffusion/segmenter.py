@@ -148,16 +148,17 @@ class DiffusionSegmenter(nn.Module):
 
     def _predictor(self, image: Tensor) -> Callable[[Tensor, int], Tensor]:
         """Return the samplers' view of the denoiser: the condition flow is evaluated once a timestep, for all samples."""
-        settings, constant = self.settings, {}
+        settings = self.settings
+        known: dict[int, Condition] = {}
 
         def predict(noisy: Tensor, timestep: int) -> Tensor:
             key = timestep if settings.time_in_condition_flow else 0
-            if key not in constant:
-                constant.clear()
-                constant[key] = self.encode(image, timestep)
+            if key not in known:
+                known.clear()
+                known[key] = self.encode(image, timestep)
             self.evaluations += settings.samples
             times = torch.full((len(noisy),), timestep, device=noisy.device)
-            return self.denoiser(noisy, times, constant[key].repeat_interleave(settings.samples))
+            return self.denoiser(noisy, times, known[key].repeat_interleave(settings.samples))
 
         return predict
 

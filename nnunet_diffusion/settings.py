@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,9 @@ PLANS_KEY = "diffusion"
 NORMS = ("batch", "instance", "group")
 
 
-def _setting(default: Any, doc: str, *, choices: Sequence[str] = (), low: float | None = None, high: float | None = None) -> Any:
+def _setting(
+    default: Any, doc: str, *, choices: Sequence[str] = (), low: float | None = None, high: float | None = None
+) -> Any:
     return field(default=default, metadata={"doc": doc, "choices": tuple(choices), "low": low, "high": high})
 
 
@@ -33,7 +36,9 @@ class DiffusionSettings:
     """
 
     features_per_stage: tuple[int, ...] = field(
-        metadata={"doc": "Denoiser width at each stage of nnU-Net's topology; the first is that of the slim dense blocks."}
+        metadata={
+            "doc": "Denoiser width at each stage of nnU-Net's topology; the first is that of the slim dense blocks."
+        }
     )
     version: int = _setting(1, "Version of this section's layout.", low=1, high=1)
     # the diffusion process
@@ -57,12 +62,17 @@ class DiffusionSettings:
     # training
     max_train_step: int = _setting(1000, "Training draws timesteps below this one; at most `timesteps`.", low=1)
     corruption_probability: float = _setting(
-        0.5, "Share of training samples whose noisy state is made from a corrupted truth (the target stays the truth).", low=0, high=1
+        0.5,
+        "Share of training samples whose noisy state is made from a corrupted truth (the target stays the truth).",
+        low=0,
+        high=1,
     )
     presegmentation_start_probability: float = _setting(
         0.0, "Share of training samples whose noisy state is made from the pre-segmentation.", low=0, high=1
     )
-    min_snr_gamma: float = _setting(0.0, "Min-SNR weight of the squared error (Hang et al. 2023); 0 switches it off.", low=0)
+    min_snr_gamma: float = _setting(
+        0.0, "Min-SNR weight of the squared error (Hang et al. 2023); 0 switches it off.", low=0
+    )
     presence_weight: float = _setting(1.0, "lambda 1 of Eq. 10: weight of the presence loss.", low=0)
     location_weight: float = _setting(1.0, "lambda 2 of Eq. 10: weight of the location loss.", low=0)
     learning_rate: float = _setting(1e-3, "Initial learning rate of AdamW; decays as nnU-Net's (poly 0.9).", low=0)
@@ -72,7 +82,9 @@ class DiffusionSettings:
     )
     # inference
     sampler: str = _setting("ddim", "Sampler of the reverse process.", choices=tuple(SAMPLERS))
-    start_step: int = _setting(300, "T' of PD-DDPM: noising steps at the start of the reverse process, 1..timesteps.", low=1)
+    start_step: int = _setting(
+        300, "T' of PD-DDPM: noising steps at the start of the reverse process, 1..timesteps.", low=1
+    )
     steps: int = _setting(1, "Network evaluations of one reverse process, 1..start_step.", low=1)
     eta: float = _setting(0.0, "Randomness of DDIM: 0 deterministic, 1 as DDPM.", low=0, high=1)
     samples: int = _setting(1, "Reverse processes whose probabilities are averaged.", low=1, high=1000)
@@ -140,12 +152,16 @@ class DiffusionSettings:
         """
         section = configuration.get(PLANS_KEY, {})
         if not isinstance(section, Mapping):
-            raise ValueError(f"The plans' {PLANS_KEY!r} section must be a dictionary, got {type(section).__name__}: {section!r}.")
+            raise ValueError(
+                f"The plans' {PLANS_KEY!r} section must be a dictionary, got {type(section).__name__}: {section!r}."
+            )
         known = [entry.name for entry in dataclasses.fields(cls)]
         for key in section:
             if key not in known:
                 near = difflib.get_close_matches(str(key), known, n=3) or known
-                raise ValueError(f"Unknown key diffusion.{key} (value {section[key]!r}) in the plans. Known: {', '.join(near)}.")
+                raise ValueError(
+                    f"Unknown key diffusion.{key} (value {section[key]!r}) in the plans. Known: {', '.join(near)}."
+                )
         if section.get("version", 1) != 1:
             raise ValueError(
                 f"diffusion.version is {section['version']!r}, this nnunet-diffusion reads 1: upgrade it with "
@@ -217,19 +233,23 @@ def _legal(entry: dataclasses.Field) -> str:
 
 def _positive_integers(value: Any) -> tuple[int, ...]:
     if not isinstance(value, (list, tuple)) or not value or any(type(width) is not int or width < 1 for width in value):
-        raise ValueError(f"diffusion.features_per_stage must be a list of positive integers, one per stage, got {value!r}.")
+        raise ValueError(
+            f"diffusion.features_per_stage must be a list of positive integers, one per stage, got {value!r}."
+        )
     return tuple(value)
 
 
 def _checked(entry: dataclasses.Field, value: Any) -> Any:
-    kind = type(entry.default)
+    kind: Any = type(entry.default)
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
-        raise ValueError(f"diffusion.{entry.name} must be of type {kind.__name__}, got {value!r} ({type(value).__name__}).")
+        raise ValueError(
+            f"diffusion.{entry.name} must be of type {kind.__name__}, got {value!r} ({type(value).__name__})."
+        )
     low, high, choices = entry.metadata["low"], entry.metadata["high"], entry.metadata["choices"]
     outside = kind in (int, float) and not (
-        (low is None or value >= low) and (high is None or value <= high) and abs(value) < float("inf")
+        (low is None or value >= low) and (high is None or value <= high) and math.isfinite(value)
     )
     if outside or (choices and value not in choices):
         raise ValueError(f"diffusion.{entry.name} is {value!r}; legal: {_legal(entry)}.")
@@ -238,4 +258,6 @@ def _checked(entry: dataclasses.Field, value: Any) -> Any:
 
 def _at_most(settings: DiffusionSettings, key: str, limit: str) -> None:
     if getattr(settings, key) > getattr(settings, limit):
-        raise ValueError(f"diffusion.{key} is {getattr(settings, key)}, more than diffusion.{limit} ({getattr(settings, limit)}).")
+        raise ValueError(
+            f"diffusion.{key} is {getattr(settings, key)}, more than diffusion.{limit} ({getattr(settings, limit)})."
+        )

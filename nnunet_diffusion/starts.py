@@ -81,7 +81,9 @@ def _smooth_field(like: Tensor, cells: int, generator: Generator) -> Tensor:
 
 
 def _resize(field: Tensor, like: Tensor) -> Tensor:
-    return interpolate(field, size=like.shape[2:], mode="bilinear" if like.ndim == 4 else "trilinear", align_corners=False)
+    return interpolate(
+        field, size=like.shape[2:], mode="bilinear" if like.ndim == 4 else "trilinear", align_corners=False
+    )
 
 
 def _uniform(shape: tuple[int, ...], like: Tensor, generator: Generator) -> Tensor:

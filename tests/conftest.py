@@ -60,7 +60,9 @@ class Workplace:
             timeout=800,
         )
         if check and done.returncode != 0:
-            pytest.fail(f"{command} {arguments} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}")
+            pytest.fail(
+                f"{command} {arguments} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+            )
         return done
 
     @contextlib.contextmanager

@@ -159,7 +159,9 @@ def test_near_total_noise_forgets_the_presegmentation():
     difference = []
     for changes in (late, early):
         with segmenter().overridden(**changes) as network:
-            one, two = (labels.state_to_probabilities(labels.labels_to_state(torch.full((1, 1, 16, 16), k), 3)) for k in (0, 2))
+            one, two = (
+                labels.state_to_probabilities(labels.labels_to_state(torch.full((1, 1, 16, 16), k), 3)) for k in (0, 2)
+            )
             difference.append((network.sample(image, one) - network.sample(image, two)).abs().max().item())
     assert difference[0] < 0.1 * difference[1]
 
@@ -167,7 +169,9 @@ def test_near_total_noise_forgets_the_presegmentation():
 def test_training_returns_finite_terms_and_touches_every_trainable_parameter():
     for kind in ("logits", "x0", "epsilon", "v"):
         truth_only = kind in ("epsilon", "v")
-        network = segmenter(dataclasses.replace(SETTINGS, prediction_type=kind, corruption_probability=0.5 * (not truth_only)))
+        network = segmenter(
+            dataclasses.replace(SETTINGS, prediction_type=kind, corruption_probability=0.5 * (not truth_only))
+        )
         network.train()
         image, target = torch.randn(4, 1, 16, 16), torch.randint(0, 3, (4, 1, 16, 16))
         terms = network(image, target, cross_entropy, torch.Generator().manual_seed(0))

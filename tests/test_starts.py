@@ -31,7 +31,9 @@ def test_same_generator_state_gives_the_same_mistakes():
 def test_mistakes_are_common_but_the_segmentation_stays_recognisable():
     truth = disc(200) > 0
     found = starts.corrupt(disc(200), torch.Generator().manual_seed(1)) > 0.5
-    overlap = 2 * (truth & found)[:, 1].flatten(1).sum(1) / (truth[:, 1].flatten(1).sum(1) + found[:, 1].flatten(1).sum(1))
+    overlap = (
+        2 * (truth & found)[:, 1].flatten(1).sum(1) / (truth[:, 1].flatten(1).sum(1) + found[:, 1].flatten(1).sum(1))
+    )
     assert 0.5 < overlap.median() < 0.97
     sizes = found[:, 1].flatten(1).sum(1) / truth[:, 1].flatten(1).sum(1)
     assert (sizes < 0.8).float().mean() > 0.1  # eroded or cut

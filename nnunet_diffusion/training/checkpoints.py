@@ -12,12 +12,12 @@ import numpy as np
 import torch
 
 # what nnU-Net's own checkpoints hold beside tensors and plain Python: numpy scalars in the logged curves
-SAFE_TYPES = [
+SAFE_TYPES: list[Any] = [
     np.dtype,
     type(np.dtype(np.float32)),
     type(np.dtype(np.float64)),
     type(np.dtype(np.int64)),
-    np._core.multiarray.scalar if hasattr(np, "_core") else np.core.multiarray.scalar,
+    np.float32(0).__reduce__()[0],  # what builds a scalar, wherever this numpy keeps it
 ]
 
 
@@ -38,7 +38,9 @@ def read_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
         with torch.serialization.safe_globals(SAFE_TYPES):
             checkpoint = torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"Checkpoint {path} holds more than tensors and plain values and is not read: {error}") from error
+        raise ValueError(
+            f"Checkpoint {path} holds more than tensors and plain values and is not read: {error}"
+        ) from error
     except (RuntimeError, EOFError, OSError) as error:
         raise ValueError(_damaged(path, error)) from error
     if not isinstance(checkpoint, dict) or "network_weights" not in checkpoint:

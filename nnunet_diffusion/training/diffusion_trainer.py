@@ -7,7 +7,7 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -62,10 +62,9 @@ class DiffusionTrainer(nnUNetTrainer):
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.settings = DiffusionSettings.from_plans(self.configuration_manager.configuration)
         if not self.settings.presegmentor_trainer:
-            self.settings = dataclasses.replace(
-                self.settings, presegmentor_trainer=self.presegmentor_trainer
-            )
-        self.num_epochs = self.epochs or self.num_epochs
+            self.settings = dataclasses.replace(self.settings, presegmentor_trainer=self.presegmentor_trainer)
+        if self.epochs is not None:
+            self.num_epochs = self.epochs
         self.enable_deep_supervision = False
         self.save_every = 1
         self.ema: AveragedModel | None = None
@@ -124,7 +123,7 @@ class DiffusionTrainer(nnUNetTrainer):
     @property
     def segmenter(self) -> DiffusionSegmenter:
         """The network under whatever wraps it."""
-        return getattr(self.network, "module", self.network)
+        return cast(DiffusionSegmenter, getattr(self.network, "module", self.network))
 
     def initialize(self) -> None:
         """Build network, optimizer and loss as nnU-Net does; then the moving average, compilation and precision."""
@@ -174,7 +173,7 @@ class DiffusionTrainer(nnUNetTrainer):
         """Put the averaged denoiser into the network for a `with` block."""
         assert self.ema is not None
         segmenter, raw = self.segmenter, self.segmenter.denoiser
-        segmenter.denoiser = self.ema.module
+        segmenter.denoiser = cast(PGDiffSeg, self.ema.module)
         try:
             yield
         finally:
@@ -245,8 +244,12 @@ class DiffusionTrainer(nnUNetTrainer):
                 "infinite voxels in them, or lower diffusion.learning_rate."
             )
         self._step(loss)
+        assert self.ema is not None
         self.ema.update_parameters(self.segmenter.denoiser)
-        return {"loss": loss.detach().cpu().numpy(), **{key: term.detach().cpu().numpy() for key, term in terms.items()}}
+        return {
+            "loss": loss.detach().cpu().numpy(),
+            **{key: term.detach().cpu().numpy() for key, term in terms.items()},
+        }
 
     def _step(self, loss: torch.Tensor) -> None:
         parameters = self.segmenter.denoiser.parameters()
@@ -371,7 +374,9 @@ def _refuse_unsupported(plans: dict, configuration: str, dataset_json: dict) -> 
         "distributed training (-num_gpus above 1)": dist.is_available() and dist.is_initialized(),
         "region-based training (overlapping labels in dataset.json)": label_manager.has_regions,
         "the ignore label": label_manager.has_ignore_label,
-        "the cascade (a configuration with previous_stage)": manager.get_configuration(configuration).previous_stage_name
+        "the cascade (a configuration with previous_stage)": manager.get_configuration(
+            configuration
+        ).previous_stage_name
         is not None,
     }
     for feature, present in refused.items():
@@ -384,4 +389,3 @@ def _refuse_unsupported(plans: dict, configuration: str, dataset_json: dict) -> 
 
 def _named(source: dict | str | Path) -> str:
     return "The given dictionary" if isinstance(source, dict) else str(source)
-

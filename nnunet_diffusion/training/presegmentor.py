@@ -74,7 +74,7 @@ def ensure_presegmentor(
 def _make_trainer(
     name: str, dataset: str, configuration: str, fold: int | str, plans: str, resume: bool, device: torch.device
 ) -> nnUNetTrainer:
-    return get_trainer_from_args(dataset, configuration, fold, name, plans, resume, device)  # type: ignore[arg-type]
+    return get_trainer_from_args(dataset, configuration, fold, name, plans, resume, device)
 
 
 def _check_batches(trainer: nnUNetTrainer) -> None:

@@ -11,7 +11,11 @@ TESTS = Path(__file__).parents[1]
 TRAINERS, TINY_TRAINERS = TESTS.parent / "trainers", TESTS / "nnunet" / "tiny_trainers"
 
 pytestmark = [pytest.mark.nnunet, pytest.mark.slow]
-NAMES = ["DiffusionTrainer"] + [f"DiffusionTrainer_{n}epochs" for n in (5, 10, 20, 50, 100, 250)] + ["DiffusionTrainer_1epoch"]
+NAMES = (
+    ["DiffusionTrainer"]
+    + [f"DiffusionTrainer_{n}epochs" for n in (5, 10, 20, 50, 100, 250)]
+    + ["DiffusionTrainer_1epoch"]
+)
 SEARCH = """
 import sys
 from pathlib import Path

@@ -105,7 +105,9 @@ def test_3d_trains_and_predicts(hippocampus, tmp_path):
 
 def test_finished_training_continues_and_validates_again(trained_2d):
     place, _ = trained_2d
-    done = place.run("nnUNetv2_train", 4, "2d", 0, "-tr", "TinyDiffusionTrainer", "-p", "Tiny", "-device", "cpu", "--val")
+    done = place.run(
+        "nnUNetv2_train", 4, "2d", 0, "-tr", "TinyDiffusionTrainer", "-p", "Tiny", "-device", "cpu", "--val"
+    )
     assert "Mean Validation Dice" in done.stdout
 
 

@@ -52,7 +52,9 @@ def test_damaged_file_is_named_with_its_size_and_the_cure(tmp_path, damage):
             "text": b"<html>404: not found</html>",
         }[damage]
     )
-    with pytest.raises(ValueError, match=rf"checkpoint_latest\.pth \({path.stat().st_size} bytes\) is truncated.*Remove"):
+    with pytest.raises(
+        ValueError, match=rf"checkpoint_latest\.pth \({path.stat().st_size} bytes\) is truncated.*Remove"
+    ):
         read_checkpoint(path)
 
 

@@ -39,7 +39,9 @@ def copy_of(module):
     return {key: value.clone() for key, value in module.state_dict().items()}
 
 
-@pytest.mark.parametrize("configuration, plans, size", [("2d", "Tiny", (32, 32)), ("3d_fullres", "Tiny3d", (16, 24, 16))])
+@pytest.mark.parametrize(
+    "configuration, plans, size", [("2d", "Tiny", (32, 32)), ("3d_fullres", "Tiny3d", (16, 24, 16))]
+)
 @pytest.mark.parametrize("prediction_type", ["logits", "epsilon"])
 def test_two_steps_move_every_parameter_of_the_denoiser_and_none_of_the_presegmentor(
     workplace, configuration, plans, size, prediction_type
@@ -64,7 +66,9 @@ def test_two_steps_move_every_parameter_of_the_denoiser_and_none_of_the_presegme
 
 def test_step_returns_the_loss_and_its_terms(workplace):
     losses = started(workplace).train_step(make_batch())
-    assert losses["loss"] == pytest.approx(sum(losses[term] for term in ("denoising", "presence", "location")), rel=1e-5)
+    assert losses["loss"] == pytest.approx(
+        sum(losses[term] for term in ("denoising", "presence", "location")), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("ema_decay", [0.999, 0.2])  # 0.2 is below the warm-up's (1 + n) / (10 + n) from n = 2 on
