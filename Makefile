@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
 # Threads and worker processes of nnU-Net: tests are small, and two cores are soon full.
-TEST_ENVIRONMENT := OMP_NUM_THREADS=1 nnUNet_def_n_proc=1 nnUNet_compile=f
+TEST_ENVIRONMENT := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive nnUNet_def_n_proc=1 nnUNet_compile=f
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint clean distclean

@@ -67,11 +67,14 @@ class Workplace:
 
     @contextlib.contextmanager
     def in_process(self, results):
-        """Set nnU-Net's variables in this process for a `with` block, the results elsewhere."""
+        """Set nnU-Net's variables in this process for a `with` block, the results elsewhere; one thread."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # small networks: on busy cores a second thread costs more than it gives
         with pytest.MonkeyPatch.context() as patch:
             for key, value in {**self.environment, "nnUNet_results": str(results)}.items():
                 patch.setenv(key, value)
             yield self
+        torch.set_num_threads(threads)
 
     def trainer(self, kind, plans="Tiny", configuration="2d", fold=0, change=None, description=None, **section):
         """Build a trainer on the CPU, inside `in_process`; `change` may alter the plans, `section` is its settings."""

@@ -44,11 +44,11 @@ class Recipe:
     test_images: int = 20
     trainer: str = "DiffusionTrainer_5epochs"
     presegmentor: str = "nnUNetTrainer_5epochs"
-    patch_size: int = 96
-    batch_size: int = 4
+    patch_size: int = 128
+    batch_size: int = 2
     features_per_stage: tuple[int, ...] = (8, 16, 32, 64, 64)
     diffusion: tuple[tuple[str, Any], ...] = (("attention_tokens", 64), ("sdb_depth", 2))
-    ddpm_steps: int = 20
+    ddpm_steps: int = 10
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ def write_report(place: Workplace) -> None:
         agreement_line(results[0], place.predictions(recipe.presegmentor)),
         agreement_line(results[2], place.predictions(recipe.trainer)),
     ]
-    draw_figure(place.folder / "report.png", unmirrored, images, truth, results)
+    draw_figure(place.folder / "report.png", plain, diffusion, images, truth)
     text = report_text(place, results, truth, settings, agreement)
     (place.folder / "report.md").write_text(text, encoding="utf-8")
     print(text, flush=True)
@@ -178,29 +178,44 @@ def agreement_line(result: MethodResult, folder: Path) -> str:
 
 def draw_figure(
     path: Path,
-    predictor: nnUNetPredictor,
+    plain: nnUNetPredictor,
+    diffusion: nnUNetPredictor,
     images: Mapping[str, Labels],
     truth: Mapping[str, Labels],
-    results: Sequence[MethodResult],
 ) -> None:
-    """Draw one case of each kind: its reverse process in FIGURE_STEPS steps from nnU-Net's segmentation at T'."""
+    """Draw one case of each kind: its reverse process in FIGURE_STEPS steps from nnU-Net's segmentation at T'.
+
+    Args:
+        path: Where to write.
+        plain: Holds nnU-Net, whose stock prediction is the start.
+        diffusion: Holds the DiffusionSegmenter.
+        images: Grey values (height, width) of each case.
+        truth: Label map of each case.
+    """
     from nnunet_diffusion.explain.figures import ReportRow, report_figure
 
     rows = []
     for kind in FIGURE_KINDS:
         case = next((name for name in images if name.startswith(kind)), None)
-        if case is not None:
-            process, result = reverse_process(predictor, images[case])
-            rows.append(ReportRow(case, images[case], truth[case], results[0].segmentations[case], process, result))
+        if case is None:
+            continue
+        given = images[case][None, None].astype(np.float32), {"spacing": (999, *SPACING_PIXELS)}
+        start, probabilities = plain.predict_single_npy_array(*given, None, None, True)
+        process, result = reverse_process(diffusion, *given, probabilities[:, 0])
+        rows.append(ReportRow(case, images[case], truth[case], start[0], process, result))
     report_figure(rows, path)
 
 
-def reverse_process(predictor: nnUNetPredictor, image: Labels) -> tuple[list[tuple[int, NDArray]], Labels]:
+def reverse_process(
+    predictor: nnUNetPredictor, image: NDArray, properties: dict[str, Any], presegmentation: NDArray
+) -> tuple[list[tuple[int, NDArray]], Labels]:
     """States of one reverse process over the whole image, and the label map it ends with.
 
     Args:
         predictor: Holds a DiffusionSegmenter.
-        image: Grey values (height, width).
+        image: Grey values (1, 1, height, width).
+        properties: As nnU-Net's reader gives them.
+        presegmentation: Probabilities (classes, height, width) to start from.
 
     Returns:
         (timestep, state of class 1) pairs, the last one clean with timestep -1; label map.
@@ -209,24 +224,25 @@ def reverse_process(predictor: nnUNetPredictor, image: Labels) -> tuple[list[tup
 
     from nnunet_diffusion.labels import probabilities_to_state
 
+    network, (height, width) = predictor.network, image.shape[2:]
     preprocessor = predictor.configuration_manager.preprocessor_class(verbose=False)
-    data, _, _ = preprocessor.run_case_npy(
-        image[None, None].astype(np.float32), None, {"spacing": (999, *SPACING_PIXELS)},
-        predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json,
-    )[:3]  # fmt: skip
-    patch = torch.as_tensor(np.asarray(data), dtype=torch.float32)[:, 0]
-    height, width = patch.shape[1:]
-    divisor = 2 ** len(predictor.network.settings.features_per_stage)
-    padding = (0, -width % divisor, 0, -height % divisor)
-    padded = torch.nn.functional.pad(patch[None], padding, mode="replicate").to(predictor.device)
+    managers = predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json
+    data = preprocessor.run_case_npy(image, None, properties, *managers)[0]
+    divisor = 2 ** len(network.settings.features_per_stage)
+
+    def padded(array: NDArray) -> torch.Tensor:
+        tensor = torch.as_tensor(np.asarray(array), dtype=torch.float32, device=predictor.device)[None]
+        return torch.nn.functional.pad(tensor, (0, -width % divisor, 0, -height % divisor), mode="replicate")
+
     states: list[tuple[int, NDArray]] = []
 
     def keep(timestep: int, noisy: Any, clean: Any) -> None:
         states.append((timestep, noisy[0, 1, :height, :width].float().cpu().numpy()))
 
-    steps = min(FIGURE_STEPS, predictor.network.settings.start_step)
-    with predictor.network.overridden(steps=steps, samples=1, presegmentation_weight=0.0):
-        probabilities = predictor.network.sample(padded, on_step=keep)[:, :, :height, :width]
+    steps = min(FIGURE_STEPS, network.settings.start_step)
+    with network.overridden(steps=steps, samples=1, presegmentation_weight=0.0):
+        probabilities = network.sample(padded(data[:, 0]), padded(presegmentation), on_step=keep)
+    probabilities = probabilities[:, :, :height, :width]
     states.append((-1, probabilities_to_state(probabilities)[0, 1].cpu().numpy()))
     return states, probabilities[0].argmax(0).cpu().numpy().astype(np.uint8)
 

@@ -14,7 +14,11 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_diffusion.training import DiffusionTrainer
 
-pytestmark = pytest.mark.nnunet
+pytestmark = [
+    pytest.mark.nnunet,
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's own about NaN
+    pytest.mark.filterwarnings("ignore:Warning. Received empty chunks"),  # a real dataset tells nnU-Net its patch size
+]
 DATASET = "Dataset004_Hippocampus"
 
 
@@ -61,7 +65,9 @@ def untrained(place):
 
 
 def predict(trainer, image, properties):
-    predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False, perform_everything_on_device=False)
+    predictor = nnUNetPredictor(
+        use_mirroring=False, perform_everything_on_device=False, device=torch.device("cpu"), allow_tqdm=False
+    )
     predictor.manual_initialization(
         trainer.network,
         trainer.plans_manager,
@@ -93,7 +99,6 @@ BAD_CASES = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's own about NaN
 @pytest.mark.parametrize("kind", BAD_CASES)
 def test_bad_case_stops_the_command_before_the_presegmentor_learns_from_it(altered, monkeypatch, kind):
     place, build = altered
@@ -140,6 +145,7 @@ def test_image_smaller_than_the_patch_and_case_without_foreground_work(altered, 
     trainer.on_validation_epoch_start()
     with torch.no_grad():
         assert np.isfinite(trainer.validation_step(next(validation))["loss"])
+    image = image[:, :12]
     found = predict(trainer, image, properties)
     assert found.shape == image.shape[1:]
     assert set(np.unique(found)) <= {0, 1, 2}
