@@ -73,8 +73,10 @@ class Workplace:
         with pytest.MonkeyPatch.context() as patch:
             for key, value in {**self.environment, "nnUNet_results": str(results)}.items():
                 patch.setenv(key, value)
-            yield self
-        torch.set_num_threads(threads)
+            try:
+                yield self
+            finally:
+                torch.set_num_threads(threads)
 
     def trainer(self, kind, plans="Tiny", configuration="2d", fold=0, change=None, description=None, **section):
         """Build a trainer on the CPU, inside `in_process`; `change` may alter the plans, `section` is its settings."""

@@ -80,6 +80,8 @@ class GroupNorm(nn.GroupNorm):
 
     def normalise(self, features: Tensor, groups: int) -> Tensor:
         """Normalise features of shape (B, C, *spatial) in `groups` groups of channels."""
+        if features.dtype not in (torch.bfloat16, torch.float16):
+            return functional.group_norm(features, groups, self.weight, self.bias, self.eps)
         weight, bias = self.weight.to(features.dtype), self.bias.to(features.dtype)
         with torch.autocast(features.device.type, enabled=False):
             return functional.group_norm(features, groups, weight, bias, self.eps)
