@@ -1,7 +1,8 @@
 """What nnU-Net's own predictor makes of the segmenter: no seams, rounding only, bounded logits, any dataset and plans."""
 
 import json
-import shutil
+import multiprocessing
+from multiprocessing.pool import ThreadPool
 
 import numpy as np
 import pytest
@@ -9,8 +10,14 @@ import torch
 from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_encoder_unet_planners import (
     nnUNetPlannerResEncM,
 )
-from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiment_dataset
+from nnunetv2.experiment_planning.plan_and_preprocess_api import (
+    extract_fingerprints,
+    plan_experiment_dataset,
+    plan_experiments,
+    preprocess,
+)
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.run.run_training import run_training
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from PIL import Image
@@ -19,7 +26,6 @@ from torch import nn
 from nnunet_diffusion.training import DiffusionTrainer
 
 pytestmark = [pytest.mark.nnunet, pytest.mark.slow]
-FRUGAL = {"OMP_NUM_THREADS": "1", "nnUNet_def_n_proc": "1"}
 
 
 def larger_batch(plans):
@@ -210,10 +216,16 @@ def make_image(number, size=(40, 48), filled=True):
     return [channel.clip(0, 255).astype(np.uint8) for channel in channels], labels
 
 
-@pytest.fixture(scope="module")
-def several(hippocampus, tmp_path_factory):
+class Threads:
+    """Stands for multiprocessing's spawn context: each process of nnU-Net's many pools would import torch again."""
+
+    Pool = ThreadPool
+
+
+@pytest.fixture
+def several(hippocampus, tmp_path, monkeypatch):
     """Ten training images, one of them small and one without foreground, and three such test images; planned."""
-    place = type(hippocampus)(tmp_path_factory.mktemp("several"), "Dataset011_Several")
+    place = type(hippocampus)(tmp_path, "Dataset011_Several")
     for folder in ("imagesTr", "labelsTr", "imagesTs"):
         (place.raw / folder).mkdir(parents=True)
     odd = {0: {"size": (20, 24)}, 1: {"filled": False}}
@@ -231,29 +243,32 @@ def several(hippocampus, tmp_path_factory):
         "file_ending": ".png",
     }
     (place.raw / "dataset.json").write_text(json.dumps(description))
-    place.run(
-        "nnUNetv2_plan_and_preprocess", "-d", 11, "-c", "2d", "-npfp", 1, "-np", 1,
-        "--verify_dataset_integrity", nnUNet_n_proc_DA="1", **FRUGAL,
-    )  # fmt: skip
-    place.write_plans("Tiny", "2d", patch=[32, 32])
-    return place
+    monkeypatch.setattr(multiprocessing, "get_context", lambda *_: Threads)
+    with place.in_process(tmp_path / "results"):
+        monkeypatch.setenv("nnUNet_n_proc_DA", "1")  # the planner takes it for its number of threads
+        extract_fingerprints([11], num_processes=1, check_dataset_integrity=True)
+        plan_experiments([11])
+        preprocess([11], configurations=["2d"], num_processes=[1])
+        monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+        place.write_plans("Tiny", "2d", patch=[32, 32])
+        yield place
 
 
 def test_two_channels_and_four_classes_with_a_small_and_an_empty_image(several, tmp_path):
-    common = ("-tr", "TinyDiffusionTrainer", "-p", "Tiny", "-device", "cpu")
-    several.run("nnUNetv2_train", 11, "2d", 0, *common, **FRUGAL)
-    several.run(
-        "nnUNetv2_predict", "-i", several.raw / "imagesTs", "-o", tmp_path, "-d", 11, "-c", "2d", "-f", 0,
-        "--save_probabilities", "-npp", 0, "-nps", 0, *common, **FRUGAL,
-    )  # fmt: skip
+    """What nnUNetv2_plan_and_preprocess, nnUNetv2_train and nnUNetv2_predict do, in this process."""
+    run_training("11", "2d", 0, "TinyDiffusionTrainer", "Tiny", device=torch.device("cpu"))
+    folder = tmp_path / "results" / "Dataset011_Several" / "TinyDiffusionTrainer__Tiny__2d"
+    predictor = nnUNetPredictor(perform_everything_on_device=False, device=torch.device("cpu"), allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(folder), (0,), "checkpoint_final.pth")
+    out = tmp_path / "out"
+    out.mkdir()
+    predictor.predict_from_files_sequential(str(several.raw / "imagesTs"), str(out), save_probabilities=True)
     for number, size in ((100, (20, 24)), (101, (40, 48)), (102, (40, 48))):
-        found = np.array(Image.open(tmp_path / f"case_{number}.png"))
+        found = np.array(Image.open(out / f"case_{number}.png"))
         assert found.shape == size
-        assert set(np.unique(found)) <= {0, 1, 2, 3}
-        probabilities = np.load(tmp_path / f"case_{number}.npz")["probabilities"]
+        probabilities = np.load(out / f"case_{number}.npz")["probabilities"]
         assert probabilities.shape == (4, 1, *size)
         assert np.allclose(probabilities.sum(0), 1, atol=1e-3)
-    folder = several.results / "TinyDiffusionTrainer__Tiny__2d"
+        assert np.array_equal(probabilities.argmax(0)[0], found)
     summary = json.loads((folder / "fold_0" / "validation" / "summary.json").read_text())
     assert set(summary["mean"]) == {"1", "2", "3"}
-    shutil.rmtree(folder)
