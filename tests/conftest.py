@@ -45,7 +45,7 @@ class Workplace:
             "nnUNet_results": str(self.root / "results"),
             "nnUNet_extTrainer": os.pathsep.join((str(TRAINERS), str(TINY_TRAINERS))),
             "nnUNet_n_proc_DA": "0",
-            "nnUNet_def_n_proc": "2",
+            "nnUNet_def_n_proc": "1",
             "OMP_NUM_THREADS": "2",
         }
 
