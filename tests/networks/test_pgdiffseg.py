@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from nnunet_diffusion.networks import PGDiffSeg
-from nnunet_diffusion.networks.blocks import InstanceNorm, group_count
+from nnunet_diffusion.networks.blocks import GroupNorm, InstanceNorm, group_count
 
 PLAIN_2D = {"features_per_stage": [8, 16, 16], "strides": [1, 2, 2], "kernel_sizes": [3, 3, 3], "conv_op": nn.Conv2d}
 ANISOTROPIC_3D = {
@@ -219,14 +219,14 @@ def test_two_steps_change_every_parameter(optimizer, norm, time):
 
 
 @pytest.mark.parametrize(
-    ("norm", "kind"), [("batch", nn.BatchNorm2d), ("instance", InstanceNorm), ("group", nn.GroupNorm)]
+    ("norm", "kind"), [("batch", nn.BatchNorm2d), ("instance", InstanceNorm), ("group", GroupNorm)]
 )
 def test_norms_and_their_groups_are_what_was_asked(norm, kind):
     net = build(norm=norm, sdb_depth=3)
     extraction = [m for part in (net.image_dense, net.noisy_dense, net.prior) for m in part.modules()]
     # 3 layers in each slim dense block, one block and two units of two in the prior branch
     assert sum(type(m) is kind for m in extraction) == 2 * 3 + 1 + 2 * 2
-    groups = [m for m in net.modules() if type(m) is nn.GroupNorm]
+    groups = [m for m in net.modules() if type(m) is GroupNorm]
     assert groups
     assert all(m.num_groups == group_count(m.num_channels) for m in groups)
 
