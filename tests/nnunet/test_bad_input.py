@@ -1,11 +1,14 @@
 """Bad input through nnU-Net's own preprocessing, training and prediction: refused with name and cure, or it works."""
 
+import functools
 import json
 import shutil
+import threading
 
 import numpy as np
 import pytest
 import torch
+from nnunetv2.inference import predict_from_raw_data
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.run_training import run_training
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
@@ -101,6 +104,8 @@ BAD_CASES = {
 
 @pytest.mark.parametrize("kind", BAD_CASES)
 def test_bad_case_stops_the_command_before_the_presegmentor_learns_from_it(altered, monkeypatch, kind):
+    # nnU-Net 2.8.0 forgets its waiting producer thread when a network raises, and the process would never end
+    monkeypatch.setattr(predict_from_raw_data, "Thread", functools.partial(threading.Thread, daemon=True))
     place, build = altered
     alter, message = BAD_CASES[kind]
     case, image, properties = build(alter)
