@@ -135,7 +135,7 @@ def hippocampus(hippocampus_data, tmp_path_factory):
         "--verify_dataset_integrity", nnUNet_n_proc_DA="1",  # the planner takes it for its number of threads
     )  # fmt: skip
     place.write_plans("Tiny", "2d", patch=[32, 32])
-    place.write_plans("Tiny3d", "3d_fullres", patch=[16, 24, 16])
+    place.write_plans("Tiny3d", "3d_fullres", patch=[32, 48, 32])
     return place
 
 

@@ -56,17 +56,24 @@ def read_options(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--configuration", default="2d", choices=["2d", "3d_fullres", "3d_lowres"])
     add("--fold", type=int, default=0)
     add("--epochs", type=int, default=10, choices=LENGTHS, help="of nnU-Net and of each denoiser")
+    add("--denoiser-epochs", type=int, choices=LENGTHS, help="where it is not nnU-Net's length")
     add("--trainers", nargs=2, metavar=("NNUNET", "DIFFUSION"), help="trainer classes instead of those of --epochs")
     add("--plans-name", default=None, help="name of the plans made by --patch, --batch, --features (default small)")
-    add("--patch", type=int, nargs="+", help="patch size; without this, --batch and --features: stock nnUNetPlans")
+    add(
+        "--patch",
+        type=int,
+        nargs="+",
+        help="patch size; without this, --batch, --features and --spacing: stock nnUNetPlans",
+    )
     add("--batch", type=int)
+    add("--spacing", type=float, nargs="+", help="target spacing of the axes (-overwrite_target_spacing of nnU-Net)")
     add("--features", type=int, nargs="+", help="nnU-Net's width at each stage")
     add("--prediction-types", nargs="*", default=["logits"], help="one denoiser each")
     add("--variant", action="append", default=[], metavar="NAME:JSON", help='a further denoiser, w:{"sdb_depth": 3}')
     add("--start-steps", type=int, nargs="*", default=[100, 300, 500])
     add("--steps", type=int, nargs="*", default=[1, 2, 5, 10])
     add("--samples", type=int, nargs="*", default=[1, 5])
-    add("--noise-steps", type=int, nargs="*", default=[10, 50], help="steps of DDPM from pure noise")
+    add("--noise-steps", type=int, nargs="*", default=[10, 50], help="steps from pure noise; all of them: ancestral")
     add(
         "--presegmentation-weights",
         type=float,
@@ -86,10 +93,10 @@ def read_options(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--time-limit", type=float, default=math.inf, help="seconds after which to stop cleanly")
     add("--train-only", action="store_true")
     options = parser.parse_args(words)
-    options.stock = not (options.patch or options.batch or options.features)
+    options.stock = not (options.patch or options.batch or options.features or options.spacing)
     options.plans_name = options.plans_name or (STOCK_PLANS if options.stock else "small")
     if (options.plans_name == STOCK_PLANS) != options.stock:
-        parser.error(f"--plans-name {STOCK_PLANS} and --patch, --batch or --features exclude each other")
+        parser.error(f"--plans-name {STOCK_PLANS} and --patch, --batch, --features or --spacing exclude each other")
     return options
 
 
@@ -130,6 +137,8 @@ def sampling_settings(options: argparse.Namespace, defaults: Any) -> list[Any]:
     for steps in options.noise_steps if defaults.max_train_step == defaults.timesteps else []:
         changes = {"from_noise": True, "start_step": defaults.timesteps, "steps": steps, "samples": 1}
         name = f"DDPM from noise, {steps} steps"
+        if steps == defaults.timesteps:
+            name, changes["sampler"] = f"ancestral DDPM from noise, {steps} steps", "ddpm"
         found[name] = Setting(name, "noise", changes | {"presegmentation_weight": 0.0} | seed)
     settings = list(found.values())
     if not options.no_repair:
@@ -162,18 +171,21 @@ def _describe(defaults: Any, changes: dict[str, Any]) -> str:
 
 def train_all(folders: Folders, options: argparse.Namespace, deadline: Deadline) -> dict[str, Training]:
     """Train what is missing; return the models by name, nnU-Net first."""
-    plan_and_preprocess(folders, options.configuration, options.processes)
-    plans = read_plans(folders, STOCK_PLANS)
+    plans = read_plans(folders, plan_and_preprocess(folders, options.configuration, options.processes, options.spacing))
+    if "stock" in options.controls and options.spacing:
+        plan_and_preprocess(folders, options.configuration, options.processes)
     if not options.stock:
         changes = (options.plans_name, options.configuration, options.patch, options.batch, options.features)
         plans = smaller_plans(plans, *changes)
         write_plans(folders, plans)
-    suffix = LENGTHS[options.epochs]
-    nnunet, diffusion = options.trainers or (f"nnUNetTrainer{suffix}", f"DiffusionTrainer{suffix}")
+    suffixes = LENGTHS[options.epochs], LENGTHS[options.denoiser_epochs or options.epochs]
+    nnunet, diffusion = options.trainers or (f"nnUNetTrainer{suffixes[0]}", f"DiffusionTrainer{suffixes[1]}")
     rest = (options.configuration, options.fold, options.device)
     models = {"nnU-Net": Training(nnunet, options.plans_name, *rest)}
     train(folders, models["nnU-Net"], deadline, validate=True)
     for variant, section in diffusion_sections(options).items():
+        if suffixes[0] != suffixes[1]:
+            section = {"presegmentor_trainer": nnunet, **section}
         variant_plans = diffusion_plans(plans, options.configuration, variant, section)
         write_plans(folders, variant_plans)
         models[variant] = Training(diffusion, variant_plans["plans_name"], *rest)
@@ -206,6 +218,8 @@ def _control(
 def output_folder(folders: Folders, options: argparse.Namespace) -> Path:
     """Return this comparison's folder; models and settings may be added to it later."""
     length = options.trainers[1] if options.trainers else f"{options.epochs}epochs"
+    if options.denoiser_epochs and options.denoiser_epochs != options.epochs:
+        length += f"_{options.denoiser_epochs}epochs"
     mirrored = "_unmirrored" if options.no_mirroring else ""
     name = f"{options.plans_name}_{options.configuration}_{length}_fold{options.fold}{mirrored}"
     return folders.work / "comparison" / folders.dataset / name

@@ -78,19 +78,38 @@ def set_up_folders(dataset: Path, work: Path) -> Folders:
     return folders
 
 
-def plan_and_preprocess(folders: Folders, configuration: str, processes: int) -> None:
-    """Run stock nnUNetv2_plan_and_preprocess unless it is done, then take the dataset's own split along."""
-    done = folders.preprocessed / f".{configuration}_is_preprocessed"
+def plan_and_preprocess(
+    folders: Folders, configuration: str, processes: int, spacing: Sequence[float] | None = None
+) -> str:
+    """Run stock nnUNetv2_plan_and_preprocess unless it is done, then take the dataset's own split along.
+
+    Args:
+        folders: of the dataset.
+        configuration: to preprocess.
+        processes: for fingerprint and preprocessing.
+        spacing: target spacing of the configuration's axes instead of nnU-Net's choice (`-overwrite_target_spacing`).
+
+    Returns:
+        Name of the plans.
+    """
+    name = STOCK_PLANS
+    number = folders.dataset[7:10]
+    words = ["-d", str(int(number)), "-c", configuration, "-npfp", str(processes), "-np", str(processes)]
+    if spacing:
+        name += "_spacing_" + "_".join(f"{size:g}" for size in spacing)
+        # nnU-Net wants three numbers; a 2D image's third axis has a spacing of 999
+        target = [*[999.0] * (3 - len(spacing)), *spacing]
+        words += ["-overwrite_target_spacing", *map(str, target), "-overwrite_plans_name", name]
+    done = folders.preprocessed / f".{name}_{configuration}_is_preprocessed"
     if not done.is_file():
-        number = folders.dataset[7:10]
         command = [sys.executable, "-m", "nnunetv2.experiment_planning.plan_and_preprocess_entrypoints"]
-        words = ["-d", str(int(number)), "-c", configuration, "-npfp", str(processes), "-np", str(processes)]
         # nnU-Net's planner takes the number of augmentation workers for its threads and fails on 0
         subprocess.run([*command, *words], check=True, env={**os.environ, "nnUNet_n_proc_DA": str(processes)})
         done.touch()
     split = folders.raw / "splits_final.json"
     if split.is_file() and not (folders.preprocessed / split.name).is_file():
         shutil.copy(split, folders.preprocessed / split.name)
+    return name
 
 
 def write_plans(folders: Folders, plans: Mapping[str, Any]) -> None:

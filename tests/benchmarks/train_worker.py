@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import multiprocessing
 import os
 import sys
 import time
@@ -55,6 +56,10 @@ def main() -> None:
     parser.add_argument("--no-validation", action="store_true")
     separator = sys.argv.index("--")
     options = parser.parse_args(sys.argv[1:separator])
+    if "OMP_NUM_THREADS" in os.environ:
+        # on the CPU nnU-Net takes all cores for each training, whatever this variable says
+        threads = int(os.environ["OMP_NUM_THREADS"])
+        multiprocessing.cpu_count = lambda: threads
     save_every_epoch()
     stop_before(options.deadline)
     if options.no_validation:

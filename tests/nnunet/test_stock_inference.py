@@ -23,6 +23,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from PIL import Image
 from torch import nn
 
+from nnunet_diffusion.evaluation.seams import Jumps, border_jumps
 from nnunet_diffusion.training import DiffusionTrainer
 
 pytestmark = [pytest.mark.nnunet, pytest.mark.slow]
@@ -80,25 +81,6 @@ def predict(trainer, network, image, **arguments):
     return predictor.predict_sliding_window_return_logits(image).float(), tiles
 
 
-def jumps(values, tiles):
-    """Sum of |difference| across the lines where tiles begin or end, and the mean of that on the lines around each.
-
-    Args:
-        values: (K, slices, height, width).
-        tiles: slicers of nnU-Net.
-    """
-    at_borders = around = 0.0
-    for axis in (2, 3):
-        across = values.diff(dim=axis).abs().sum([i for i in range(4) if i != axis]).double()
-        edges = {edge for tile in tiles for edge in (tile[axis].start, tile[axis].stop)}
-        lines = [edge - 1 for edge in edges if 0 < edge < values.shape[axis]]
-        for line in lines:
-            others = [near for near in (line - 2, line - 1, line + 1, line + 2) if 0 <= near < len(across)]
-            at_borders += across[line].item()
-            around += across[others].mean().item()
-    return np.array([at_borders, around])
-
-
 class Offset(nn.Module):
     """A network whose answer is shifted differently each time: what a seam is."""
 
@@ -115,20 +97,19 @@ def test_measure_sees_seams_where_there_are_some(trained):
     hard = {"use_gaussian": False, "use_mirroring": False, "tile_step_size": 1}
     smooth, tiles = predict(trained, trained.segmenter.presegmentor, image, **hard)
     seams, _ = predict(trained, Offset(trained.segmenter.presegmentor), image, **hard)
-    plain, shifted = (np.divide(*jumps(logits.softmax(0), tiles)) for logits in (smooth, seams))
+    plain, shifted = (border_jumps(logits.softmax(0), tiles).ratio for logits in (smooth, seams))
     assert shifted > 1.5 * plain
 
 
 def test_no_more_of_a_jump_across_tile_borders_than_nnunet(trained):
     """Jumps at tile borders, relative to those on the lines around: the denoiser's edges are sharper everywhere."""
-    total = {"ours": np.zeros(2), "nnunet": np.zeros(2)}
+    total = {"ours": Jumps(), "nnunet": Jumps()}
     for image in cases(trained, 4, 4):
         for name, network in (("ours", trained.segmenter), ("nnunet", trained.segmenter.presegmentor)):
             logits, tiles = predict(trained, network, image)
             assert len({tile[2:] for tile in map(str, tiles)}) > 1
-            total[name] += jumps(logits.softmax(0), tiles)
-    ours, nnunet = (at_borders / around for at_borders, around in (total["ours"], total["nnunet"]))
-    assert ours <= 1.1 * nnunet
+            total[name] += border_jumps(logits.softmax(0), tiles)
+    assert total["ours"].ratio <= 1.1 * total["nnunet"].ratio
 
 
 def test_reduced_precision_changes_no_more_than_rounding_explains(trained):

@@ -1,0 +1,57 @@
+r"""Measure the jumps across tile borders of a trained model and of the nnU-Net inside it, at stock inference.
+
+    python tests/benchmarks/borders.py --model RESULTS/Dataset004_Hippocampus/DiffusionTrainer_10epochs__P__3d_fullres \
+        --dataset DATA/Dataset004_Hippocampus --cases 10 --device cpu
+
+Prints, for nnU-Net and PD-DDPM, the mean jump (sum over classes of |difference of probability| between neighbouring
+voxels) across tile borders, the same beside the borders, and PD-DDPM's relative to nnU-Net's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+from comparison_evaluation import Model
+
+from nnunet_diffusion.evaluation.seams import Jumps, border_jumps
+from nnunet_diffusion.segmenter import DiffusionSegmenter
+
+
+def main() -> None:
+    """Read the options, measure, print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True, help="model folder of a diffusion trainer")
+    parser.add_argument("--dataset", type=Path, required=True, help="raw dataset folder")
+    parser.add_argument("--fold", type=int, default=0)
+    parser.add_argument("--cases", type=int, default=10, help="validation cases, evenly spaced")
+    parser.add_argument("--device", default="cuda")
+    options = parser.parse_args()
+
+    # one tile at a time, so that each draws the noise that stock prediction gives it
+    model = Model("ours", options.model, options.fold, options.device, mirror=True, tile_batch=1)
+    assert isinstance(model.segmenter, DiffusionSegmenter), "--model is not a diffusion model"
+    split = Path(os.environ["nnUNet_preprocessed"]) / options.dataset.name / "splits_final.json"
+    names = sorted(json.loads(split.read_text())[options.fold]["val"])
+    places = np.linspace(0, len(names) - 1, min(options.cases, len(names)))
+    total = {"nnU-Net": Jumps(), "PD-DDPM": Jumps()}
+    for name in [names[round(place)] for place in places]:
+        data = model.load(name, options.dataset).data
+        tiles = model.predictor._internal_get_sliding_window_slicers(data.shape[1:])
+        for method, network in (("nnU-Net", model.segmenter.presegmentor), ("PD-DDPM", model.segmenter)):
+            model.predictor.network = network
+            logits = model.predictor.predict_sliding_window_return_logits(data).float()
+            total[method] += border_jumps(logits.softmax(0), tiles)
+    print(f"{len(places)} cases, {total['nnU-Net'].planes} planes between tiles, settings {model.segmenter.settings}")
+    print("\n| | at borders | beside them | ratio |\n|---|---:|---:|---:|")
+    for method, found in total.items():
+        at_borders, around = found.at_borders / found.planes, found.around / found.planes
+        print(f"| {method} | {at_borders:.3f} | {around:.3f} | {found.ratio:.3f} |")
+    print(f"\nPD-DDPM / nnU-Net at borders: {total['PD-DDPM'].at_borders / total['nnU-Net'].at_borders:.3f}")
+
+
+if __name__ == "__main__":
+    main()
