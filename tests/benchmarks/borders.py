@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 from comparison_evaluation import Model
+from nnunetv2.paths import nnUNet_preprocessed
 
 from nnunet_diffusion.evaluation.seams import Jumps, border_jumps
 from nnunet_diffusion.segmenter import DiffusionSegmenter
@@ -34,7 +34,7 @@ def main() -> None:
     # one tile at a time, so that each draws the noise that stock prediction gives it
     model = Model("ours", options.model, options.fold, options.device, mirror=True, tile_batch=1)
     assert isinstance(model.segmenter, DiffusionSegmenter), "--model is not a diffusion model"
-    split = Path(os.environ["nnUNet_preprocessed"]) / options.dataset.name / "splits_final.json"
+    split = Path(nnUNet_preprocessed or ".") / options.dataset.name / "splits_final.json"
     names = sorted(json.loads(split.read_text())[options.fold]["val"])
     places = np.linspace(0, len(names) - 1, min(options.cases, len(names)))
     total = {"nnU-Net": Jumps(), "PD-DDPM": Jumps()}
