@@ -1,16 +1,53 @@
-"""Label maps, diffusion states, probabilities and logits: one function for each way between them (layer 2).
+"""Label maps, regions, diffusion states, probabilities and logits: one function for each way between them (layer 2).
 
-Regions (sigmoid heads) and the ignore label belong here too once they are supported; until then the trainer refuses
-them by name, and every function below is about K classes with background at index 0.
+Two kinds of heads: K classes with background at index 0 (softmax), or K overlapping regions (sigmoid, no background).
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, one_hot
 
 LOWEST_PROBABILITY = 1e-6  # log-odds of +-13.8: nnU-Net sums ten-fold weighted logits in float16 (NNUNET_FACTS 19)
+
+
+@dataclass(frozen=True)
+class Target:
+    """The truth of a batch.
+
+    Attributes:
+        state: (B, K, *spatial) in {-1, +1}; where nothing is known, all -1.
+        known: (B, 1, *spatial) bool, False at voxels of the ignore label; None: all are known.
+    """
+
+    state: Tensor
+    known: Tensor | None = None
+
+
+def read_target(target: Tensor, heads: int, regions: bool = False, ignore_label: int | None = None) -> Target:
+    """Return the truth of a batch as nnU-Net's loader gives it.
+
+    Args:
+        target: (B, 1, *spatial) label map; with regions (B, K, *spatial) masks, or K + 1 with an ignore label, whose mask
+            is the last.
+        heads: K.
+        regions: whether the heads are regions.
+        ignore_label: of dataset.json, None without one.
+    """
+    known = None
+    if regions:
+        if ignore_label is not None:
+            known = target[:, heads:] < 0.5 if target.dtype != torch.bool else ~target[:, heads:]
+        state = target[:, :heads].float() * 2 - 1
+    else:
+        if ignore_label is not None:
+            known = target != ignore_label
+            target = torch.where(known, target, 0)
+        state = labels_to_state(target, heads)
+    return Target(state, known) if known is None else Target(torch.where(known, state, -1.0), known)
 
 
 def labels_to_state(labels: Tensor, num_classes: int) -> Tensor:
@@ -27,8 +64,10 @@ def labels_to_state(labels: Tensor, num_classes: int) -> Tensor:
     return hot.float() * 2 - 1
 
 
-def check_labels(labels: Tensor, num_classes: int, cases: object) -> None:
-    """Raise ValueError, naming the value and the cases, if a label is not one of 0..num_classes-1."""
+def check_labels(labels: Tensor, num_classes: int, cases: object, ignore_label: int | None = None) -> None:
+    """Raise ValueError, naming the value and the cases, if a label is neither one of 0..num_classes-1 nor ignored."""
+    if ignore_label is not None:
+        labels = torch.where(labels == ignore_label, 0, labels)
     low, high = labels.min().item(), labels.max().item()
     if low < 0 or high >= num_classes:
         raise ValueError(
@@ -38,31 +77,65 @@ def check_labels(labels: Tensor, num_classes: int, cases: object) -> None:
         )
 
 
+def activate(logits: Tensor, regions: bool = False) -> Tensor:
+    """Return probabilities of a network's logits (B, K, *spatial): softmax over K, or a sigmoid per region; float32."""
+    return logits.float().sigmoid() if regions else logits.float().softmax(1)
+
+
 def probabilities_to_state(probabilities: Tensor) -> Tensor:
-    """Return 2 p - 1, the diffusion state of class probabilities; same shape."""
+    """Return 2 p - 1, the diffusion state of probabilities; same shape."""
     return probabilities * 2 - 1
 
 
-def state_to_probabilities(state: Tensor) -> Tensor:
-    """Return class probabilities of a clean state (B, K, *spatial): clamp((x + 1) / 2) normalised over K, float32 or better.
+def state_to_probabilities(state: Tensor, regions: bool = False) -> Tensor:
+    """Return probabilities of a clean state (B, K, *spatial): clamp((x + 1) / 2), of classes normalised over K.
 
-    A voxel where every class is at -1 gets equal probabilities.
+    A voxel where every class is at -1 gets equal probabilities; regions need not sum to anything. Float32 or better.
     """
-    positive = ((state + 1) / 2).clamp(LOWEST_PROBABILITY, 1)
+    positive = (state + 1) / 2
+    if regions:
+        return positive.clamp(0, 1)
+    positive = positive.clamp(LOWEST_PROBABILITY, 1)
     return positive / positive.sum(1, keepdim=True)
 
 
-def probabilities_to_logits(probabilities: Tensor) -> Tensor:
-    """Return bounded logits whose softmax is `probabilities` to within 1e-6; argmax is kept; same shape, in [-13.9, 0]."""
+def probabilities_to_logits(probabilities: Tensor, regions: bool = False) -> Tensor:
+    """Return bounded logits that `activate` turns into `probabilities` to within 1e-6; same shape.
+
+    Of classes in [-13.9, 0], argmax is kept; of regions in [-13.9, 13.9].
+    """
+    if regions:
+        return probabilities.logit(LOWEST_PROBABILITY)
     return probabilities.clamp(LOWEST_PROBABILITY, 1).log()
 
 
-def presence(state: Tensor) -> Tensor:
-    """Return (B, K - 1): 1 where the foreground class occurs in the patch (PGDiffSeg Eq. 7, one entry per class)."""
-    return (state[:, 1:].flatten(2).amax(2) > 0).float()
+def foreground(heads: Tensor, regions: bool = False) -> Tensor:
+    """Return the heads that are no background: (B, K - 1, ...) of classes, all K of regions."""
+    return heads if regions else heads[:, 1:]
 
 
-def location(state: Tensor, size: torch.Size | tuple[int, ...]) -> Tensor:
-    """Return (B, K - 1, *size): the share of each foreground class in each cell of a coarser grid (Eq. 8-9's label)."""
-    share = (state[:, 1:] + 1) / 2
-    return interpolate(share, size=list(size), mode="area")
+def presence(target: Target, regions: bool = False) -> tuple[Tensor, Tensor]:
+    """Return whether each foreground class or region occurs in the patch (PGDiffSeg Eq. 7), and where that is known.
+
+    Returns:
+        Two tensors (B, K - 1 or K) of 0 and 1. What is not seen in a patch with ignored voxels may be there: unknown.
+    """
+    found = (foreground(target.state, regions).flatten(2).amax(2) > 0).float()
+    if target.known is None:
+        return found, torch.ones_like(found)
+    complete = target.known.flatten(1).all(1, keepdim=True)
+    return found, (found.bool() | complete).float()
+
+
+def location(target: Target, size: torch.Size | tuple[int, ...], regions: bool = False) -> tuple[Tensor, Tensor]:
+    """Return the share of each foreground class or region in the cells of a coarser grid (label of Eq. 8-9).
+
+    Returns:
+        Shares of the known voxels, (B, K - 1 or K, *size), and the share of voxels known, (B, 1, *size).
+    """
+    share = (foreground(target.state, regions) + 1) / 2
+    coarse = interpolate(share, size=list(size), mode="area")
+    if target.known is None:
+        return coarse, torch.ones_like(coarse[:, :1])
+    known = interpolate(target.known.float(), size=list(size), mode="area")
+    return coarse / known.clamp(min=LOWEST_PROBABILITY), known

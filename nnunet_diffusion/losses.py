@@ -7,41 +7,66 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from nnunet_diffusion import labels
+from nnunet_diffusion.labels import Target
 
 
-def presence_loss(presence_logits: Tensor, state: Tensor) -> Tensor:
-    """Cross-entropy of "does this class occur in the patch" (PGDiffSeg Eq. 7, for each foreground class).
+def presence_loss(presence_logits: Tensor, target: Target, regions: bool = False) -> Tensor:
+    """Cross-entropy of "does this class occur in the patch" (PGDiffSeg Eq. 7, for each foreground class or region).
 
     Args:
-        presence_logits: (B, K - 1).
-        state: (B, K, *spatial) clean state in {-1, +1}.
+        presence_logits: (B, K - 1), of regions (B, K).
+        target: the truth; with ignored voxels, what may hide behind them does not count.
+        regions: whether the heads are regions.
     """
-    return binary_cross_entropy_with_logits(presence_logits.float(), labels.presence(state))
+    found, weight = labels.presence(target, regions)
+    return weighted_cross_entropy(presence_logits.float(), found, weight)
 
 
-def location_loss(location_logits: Tensor, state: Tensor) -> Tensor:
+def location_loss(location_logits: Tensor, target: Target, regions: bool = False) -> Tensor:
     """Soft Dice + cross-entropy of the coarse location map (PGDiffSeg Eq. 8 and 9).
 
     Args:
-        location_logits: (B, K - 1, *coarse).
-        state: (B, K, *spatial) clean state in {-1, +1}; averaged down to the coarse grid.
+        location_logits: (B, K - 1, *coarse), of regions (B, K, *coarse).
+        target: the truth, averaged down to the coarse grid; cells count by their share of known voxels.
+        regions: whether the heads are regions.
 
     Returns:
         Scalar; finite without foreground too, where it is the cross-entropy alone up to the Dice of an empty map.
     """
     logits = location_logits.float()
-    target = labels.location(state, logits.shape[2:])
+    wanted, weight = labels.location(target, logits.shape[2:], regions)
     probability = logits.sigmoid()
     axes = (0, *range(2, logits.ndim))
-    overlap, total = (probability * target).sum(axes), (probability + target).sum(axes)
+    overlap, total = (weight * probability * wanted).sum(axes), (weight * (probability + wanted)).sum(axes)
     dice = (2 * overlap + 1) / (total + 1)
-    return 1 - dice.mean() + binary_cross_entropy_with_logits(logits, target)
+    return 1 - dice.mean() + weighted_cross_entropy(logits, wanted, weight)
 
 
-def squared_error(prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Mean squared error (PGDiffSeg Eq. 19), each sample weighted by `weight` (B, 1, ..., 1) if given."""
+def weighted_cross_entropy(logits: Tensor, wanted: Tensor, weight: Tensor) -> Tensor:
+    """Binary cross-entropy averaged with weights that broadcast against `logits`; 0 where all weights are 0."""
+    terms = binary_cross_entropy_with_logits(logits, wanted, reduction="none")
+    return _mean(terms, weight)
+
+
+def squared_error(
+    prediction: Tensor, target: Tensor, weight: Tensor | None = None, known: Tensor | None = None
+) -> Tensor:
+    """Mean squared error (PGDiffSeg Eq. 19).
+
+    Args:
+        prediction: (B, K, *spatial).
+        target: same shape.
+        weight: factor of each sample's errors, (B, 1, ..., 1).
+        known: (B, 1, *spatial) bool; other voxels do not count.
+    """
     error = (prediction.float() - target) ** 2
-    return (error if weight is None else error * weight).mean()
+    error = error if weight is None else error * weight
+    return error.mean() if known is None else _mean(error, known.to(error))
+
+
+def _mean(terms: Tensor, weight: Tensor) -> Tensor:
+    weight = weight.expand_as(terms)
+    return (terms * weight).sum() / weight.sum().clamp(min=1)
 
 
 def min_snr_weight(alpha_bar: Tensor, prediction_type: str, gamma: float) -> Tensor:

@@ -50,8 +50,9 @@ class DiffusionSegmenter(nn.Module):
         self.process = GaussianDiffusion(
             noise_schedule(settings.schedule, settings.timesteps),
             settings.prediction_type,
-            activation=lambda logits: logits.float().softmax(1),
+            activation=lambda logits: labels.activate(logits, settings.regions),
         )
+        self.ignore_label: int | None = None
         self.evaluations = 0
         self._evaluate = _evaluate
         self._noise: _StartNoise | None = None
@@ -73,7 +74,7 @@ class DiffusionSegmenter(nn.Module):
 
         Args:
             image: (B, C, *spatial) preprocessed patch.
-            target: (B, 1, *spatial) label map, for training.
+            target: as nnU-Net's loader gives it, for training: (B, 1, *spatial) label map, or masks of regions.
             segmentation_loss: (logits, target) -> scalar, needed for `prediction_type` "logits".
             generator: randomness of training, on the image's device.
 
@@ -96,13 +97,13 @@ class DiffusionSegmenter(nn.Module):
                 "The image has NaN or infinite voxels after preprocessing (one in the file spoils all of it). Replace "
                 "them in the case that nnU-Net named last, then predict again."
             )
-        return labels.probabilities_to_logits(self.sample(image))
+        return labels.probabilities_to_logits(self.sample(image), self.settings.regions)
 
     def presegment(self, image: Tensor) -> Tensor:
         """Return the pre-segmentor's class probabilities (B, K, *spatial), float32."""
         with torch.no_grad():
             output = self.presegmentor(image)
-            return (output[0] if isinstance(output, (list, tuple)) else output).float().softmax(1)
+            return labels.activate(output[0] if isinstance(output, (list, tuple)) else output, self.settings.regions)
 
     def sample(self, image: Tensor, presegmentation: Tensor | None = None, on_step: OnStep | None = None) -> Tensor:
         """Run `settings.samples` reverse processes and return their mean probabilities.
@@ -137,7 +138,7 @@ class DiffusionSegmenter(nn.Module):
                 eta=settings.eta,
                 on_step=on_step,
             )
-        members = labels.state_to_probabilities(clean).view(len(image), settings.samples, *shape[1:])
+        members = labels.state_to_probabilities(clean, settings.regions).view(len(image), settings.samples, *shape[1:])
         return self._fuse(members.mean(1), presegmentation)
 
     def _fuse(self, probabilities: Tensor, presegmentation: Tensor | None) -> Tensor:
@@ -192,7 +193,11 @@ class DiffusionSegmenter(nn.Module):
         """Return the weighted terms of the training loss: `denoising`, `presence`, `location`."""
         settings = self.settings
         generator = generator or torch.Generator(image.device)
-        clean = labels.labels_to_state(target, self.denoiser.state_channels)
+        truth = labels.read_target(target, self.denoiser.state_channels, settings.regions, self.ignore_label)
+        clean = truth.state
+        if truth.known is not None:
+            # METHODS 1: where nothing is known the state is the pre-segmentation; the losses leave these voxels out
+            clean = torch.where(truth.known, clean, labels.probabilities_to_state(self.presegment(image)))
         start = self._training_start(clean, image, generator)
         timestep = torch.randint(0, settings.max_train_step, (len(image),), generator=generator, device=image.device)
         noise = torch.randn(clean.shape, generator=generator, device=image.device)
@@ -200,10 +205,16 @@ class DiffusionSegmenter(nn.Module):
         condition_image = self._condition_image(image, (start + 1) / 2)
         prediction, presence, location = self._evaluate(self.denoiser, noisy, condition_image, timestep)
         with torch.autocast(image.device.type, enabled=False):
+            if settings.prediction_type != "logits":
+                denoising = self._squared_error(prediction, clean, noisy, timestep, truth.known)
+            elif segmentation_loss is not None:
+                denoising = segmentation_loss(prediction.float(), target)
+            else:
+                raise ValueError("prediction_type 'logits' needs a segmentation_loss (logits, target) -> scalar.")
             return {
-                "denoising": self._denoising_loss(prediction, clean, noisy, timestep, target, segmentation_loss),
-                "presence": settings.presence_weight * losses.presence_loss(presence, clean),
-                "location": settings.location_weight * losses.location_loss(location, clean),
+                "denoising": denoising,
+                "presence": settings.presence_weight * losses.presence_loss(presence, truth, settings.regions),
+                "location": settings.location_weight * losses.location_loss(location, truth, settings.regions),
             }
 
     def _training_start(self, clean: Tensor, image: Tensor, generator: Generator) -> Tensor:
@@ -211,33 +222,23 @@ class DiffusionSegmenter(nn.Module):
         settings, start = self.settings, clean
         draw = torch.rand(len(clean), generator=generator, device=clean.device).view(-1, *[1] * (clean.ndim - 1))
         if settings.corruption_probability > 0:
-            wrong = labels.probabilities_to_state(starts.corrupt(clean, generator))
+            wrong = labels.probabilities_to_state(starts.corrupt(clean, generator, settings.regions))
             start = torch.where(draw < settings.corruption_probability, wrong, start)
         if settings.presegmentation_start_probability > 0:
             own = labels.probabilities_to_state(self.presegment(image))
             start = torch.where(draw > 1 - settings.presegmentation_start_probability, own, start)
         return start
 
-    def _denoising_loss(
-        self,
-        prediction: Tensor,
-        clean: Tensor,
-        noisy: Tensor,
-        timestep: Tensor,
-        target: Tensor,
-        segmentation_loss: SegmentationLoss | None,
+    def _squared_error(
+        self, prediction: Tensor, clean: Tensor, noisy: Tensor, timestep: Tensor, known: Tensor | None
     ) -> Tensor:
         settings = self.settings
-        if settings.prediction_type == "logits":
-            if segmentation_loss is None:
-                raise ValueError("prediction_type 'logits' needs a segmentation_loss (logits, target) -> scalar.")
-            return segmentation_loss(prediction.float(), target)
         wanted = self.process.target(clean, self.process.to_noise(clean, noisy, timestep), timestep)
-        if settings.min_snr_gamma == 0:
-            return losses.squared_error(prediction, wanted)
-        alpha_bar = self.process.schedule.at(timestep, clean)
-        weight = losses.min_snr_weight(alpha_bar, settings.prediction_type, settings.min_snr_gamma)
-        return losses.squared_error(prediction, wanted, weight)
+        weight = None
+        if settings.min_snr_gamma > 0:
+            alpha_bar = self.process.schedule.at(timestep, clean)
+            weight = losses.min_snr_weight(alpha_bar, settings.prediction_type, settings.min_snr_gamma)
+        return losses.squared_error(prediction, wanted, weight, known)
 
     def compile_training(self) -> None:
         """Compile the denoiser's training evaluation (`torch.compile`); weights and their names are untouched."""

@@ -59,6 +59,9 @@ class DiffusionSettings:
     condition_on_presegmentation: bool = _setting(
         False, "Give the start's probabilities to the condition flow as further image channels."
     )
+    regions: bool = _setting(
+        False, "The heads are overlapping regions, not classes; written by the trainer, as dataset.json has it."
+    )
     # training
     max_train_step: int = _setting(1000, "Training draws timesteps below this one; at most `timesteps`.", low=1)
     corruption_probability: float = _setting(

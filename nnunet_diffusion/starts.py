@@ -16,16 +16,20 @@ PART_PROBABILITY = 0.25  # share of samples that lose a part; as many are given 
 CERTAIN = 8.0  # log-odds of a part erased or invented
 
 
-def corrupt(state: Tensor, generator: Generator) -> Tensor:
+def corrupt(state: Tensor, generator: Generator, regions: bool = False) -> Tensor:
     """Return probabilities of a plausible wrong segmentation for each clean state.
 
     Args:
-        state: (B, K, *spatial) clean state in {-1, +1}, background first.
+        state: (B, K, *spatial) clean state in {-1, +1}, background first unless the heads are regions.
         generator: source of all randomness, on the state's device.
+        regions: whether the heads are regions; each is then spoiled by itself.
 
     Returns:
-        (B, K, *spatial) probabilities that sum to 1 over K, float32.
+        (B, K, *spatial) probabilities, of classes with the sum 1 over K, float32.
     """
+    if regions:
+        alone = state.flatten(0, 1).unsqueeze(1)
+        return corrupt(torch.cat((-alone, alone), 1), generator)[:, 1].view(state.shape)
     share = (state + 1) / 2
     strength = 1.5 * _uniform((len(state),), state, generator)
     logits = (_soften(share, generator) + 1e-2).log()

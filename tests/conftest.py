@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import SimpleITK as sitk
 import torch
 
 REPOSITORY = Path(__file__).parents[1]
@@ -116,27 +117,64 @@ def hippocampus_data():
     return folder
 
 
+def make_workplace(
+    data,
+    root,
+    dataset="Dataset004_Hippocampus",
+    number=10,
+    alter=None,
+    configurations=("2d", "3d_fullres"),
+    **description,
+):
+    """Plan and preprocess so many real training cases and two test cases, with small plans.
+
+    Args:
+        data: folder of the real dataset.
+        root: of nnU-Net's three folders.
+        dataset: name of the copy.
+        number: of training cases.
+        alter: label map -> another, of the training cases.
+        configurations: to preprocess.
+        description: entries of dataset.json that differ.
+    """
+    place = Workplace(root, dataset)
+    cases = sorted(path.name.removesuffix(".nii.gz") for path in (data / "labelsTr").iterdir())
+    for folder in ("imagesTr", "labelsTr", "imagesTs"):
+        (place.raw / folder).mkdir(parents=True)
+    for case in cases[:number]:
+        shutil.copy(data / "imagesTr" / f"{case}_0000.nii.gz", place.raw / "imagesTr")
+        shutil.copy(data / "labelsTr" / f"{case}.nii.gz", place.raw / "labelsTr")
+        if alter is not None:
+            path = place.raw / "labelsTr" / f"{case}.nii.gz"
+            image = sitk.ReadImage(str(path))
+            altered = sitk.GetImageFromArray(alter(sitk.GetArrayFromImage(image)))
+            altered.CopyInformation(image)
+            sitk.WriteImage(altered, str(path))
+    for case in cases[-2:]:
+        shutil.copy(data / "imagesTr" / f"{case}_0000.nii.gz", place.raw / "imagesTs")
+    stock = json.loads((data / "dataset.json").read_text())
+    (place.raw / "dataset.json").write_text(json.dumps({**stock, "numTraining": number, **description}))
+    place.run(
+        "nnUNetv2_plan_and_preprocess", "-d", int(dataset[7:10]), "-c", *configurations,
+        "-npfp", 2, "-np", *[2] * len(configurations), "--verify_dataset_integrity", nnUNet_n_proc_DA="1",  # the planner takes it for its number of threads
+    )  # fmt: skip
+    if "2d" in configurations:
+        place.write_plans("Tiny", "2d", patch=[32, 32])
+    if "3d_fullres" in configurations:
+        place.write_plans("Tiny3d", "3d_fullres", patch=[32, 48, 32])
+    return place
+
+
+@pytest.fixture(scope="session")
+def workplace_maker():
+    """`make_workplace`, for test modules that need a variant of the dataset."""
+    return make_workplace
+
+
 @pytest.fixture(scope="session")
 def hippocampus(hippocampus_data, tmp_path_factory):
     """Ten real training cases and two test cases, preprocessed in 2d and 3d_fullres with small plans `Tiny`."""
-    place = Workplace(tmp_path_factory.mktemp("nnunet"), "Dataset004_Hippocampus")
-    cases = sorted(path.name.removesuffix(".nii.gz") for path in (hippocampus_data / "labelsTr").iterdir())
-    for folder in ("imagesTr", "labelsTr", "imagesTs"):
-        (place.raw / folder).mkdir(parents=True)
-    for case in cases[:10]:
-        shutil.copy(hippocampus_data / "imagesTr" / f"{case}_0000.nii.gz", place.raw / "imagesTr")
-        shutil.copy(hippocampus_data / "labelsTr" / f"{case}.nii.gz", place.raw / "labelsTr")
-    for case in cases[-2:]:
-        shutil.copy(hippocampus_data / "imagesTr" / f"{case}_0000.nii.gz", place.raw / "imagesTs")
-    description = json.loads((hippocampus_data / "dataset.json").read_text())
-    (place.raw / "dataset.json").write_text(json.dumps({**description, "numTraining": 10}))
-    place.run(
-        "nnUNetv2_plan_and_preprocess", "-d", 4, "-c", "2d", "3d_fullres", "-npfp", 2, "-np", 2,
-        "--verify_dataset_integrity", nnUNet_n_proc_DA="1",  # the planner takes it for its number of threads
-    )  # fmt: skip
-    place.write_plans("Tiny", "2d", patch=[32, 32])
-    place.write_plans("Tiny3d", "3d_fullres", patch=[32, 48, 32])
-    return place
+    return make_workplace(hippocampus_data, tmp_path_factory.mktemp("nnunet"))
 
 
 @pytest.fixture(scope="session")

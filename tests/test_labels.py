@@ -49,12 +49,53 @@ def test_unknown_label_is_refused_with_value_and_case():
     with pytest.raises(ValueError, match="Label -1"):
         labels.check_labels(torch.tensor([0, -1]), 3, ["case_7"])
     labels.check_labels(torch.tensor([0, 2]), 3, ["case_7"])
+    labels.check_labels(torch.tensor([0, 3]), 3, ["case_7"], ignore_label=3)
+    with pytest.raises(ValueError, match="Label 4"):
+        labels.check_labels(torch.tensor([3, 4]), 3, ["case_7"], ignore_label=3)
 
 
 def test_presence_and_location_of_each_class():
     target = torch.zeros(2, 1, 4, 4, dtype=torch.long)
     target[0, 0, :2, :2] = 2
-    state = labels.labels_to_state(target, 3)
-    assert labels.presence(state).tolist() == [[0, 1], [0, 0]]
-    assert labels.location(state, (2, 2))[0].tolist() == [[[0, 0], [0, 0]], [[1, 0], [0, 0]]]
-    assert labels.location(state, (1, 1))[0, 1].item() == pytest.approx(0.25)
+    truth = labels.read_target(target, 3)
+    found, certain = labels.presence(truth)
+    assert found.tolist() == [[0, 1], [0, 0]] and certain.all()
+    assert labels.location(truth, (2, 2))[0][0].tolist() == [[[0, 0], [0, 0]], [[1, 0], [0, 0]]]
+    assert labels.location(truth, (1, 1))[0][0, 1].item() == pytest.approx(0.25)
+
+
+def test_regions_overlap_and_all_of_them_are_foreground():
+    masks = torch.zeros(1, 2, 4, 4)
+    masks[0, 0], masks[0, 1, :2] = 1, 1
+    truth = labels.read_target(masks, 2, regions=True)
+    assert truth.known is None and truth.state.tolist() == (masks * 2 - 1).tolist()
+    assert labels.presence(truth, regions=True)[0].tolist() == [[1, 1]]
+    assert labels.location(truth, (1, 1), regions=True)[0].flatten().tolist() == [1, 0.5]
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bool])
+def test_ignore_label_of_classes_and_of_regions(kind):
+    label_map = torch.tensor([0, 1, 2, 3]).view(1, 1, 4, 1)
+    truth = labels.read_target(label_map, 3, ignore_label=3)
+    assert truth.known.flatten().tolist() == [True, True, True, False]
+    assert truth.state[0, :, 3, 0].tolist() == [-1, -1, -1]
+    masks = torch.stack([label_map[:, 0] > 0, label_map[:, 0] == 2, label_map[:, 0] == 3], 1).to(kind)
+    truth = labels.read_target(masks, 2, regions=True, ignore_label=3)
+    assert truth.known.flatten().tolist() == [True, True, True, False]
+    assert truth.state[0, :, :, 0].tolist() == [[-1, 1, 1, -1], [-1, -1, 1, -1]]
+
+
+def test_location_is_the_share_of_known_voxels():
+    label_map = torch.tensor([[1, 3], [0, 3]]).view(1, 1, 2, 2)
+    share, certain = labels.location(labels.read_target(label_map, 3, ignore_label=3), (1, 1))
+    assert share.flatten().tolist() == [0.5, 0] and certain.item() == 0.5
+
+
+def test_probabilities_of_regions_and_back():
+    logits = torch.randn(2, 3, 4, 4) * 3
+    probabilities = labels.activate(logits, regions=True)
+    assert torch.allclose(labels.probabilities_to_logits(probabilities, regions=True), logits, atol=1e-4)
+    state = labels.probabilities_to_state(probabilities)
+    assert torch.allclose(labels.state_to_probabilities(state, regions=True), probabilities, atol=1e-6)
+    extreme = labels.probabilities_to_logits(torch.tensor([[0.0], [1.0]]), regions=True)
+    assert 13 < extreme.abs().min() <= extreme.abs().max() < 14

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunet_diffusion import labels
 
@@ -41,17 +42,20 @@ def refuse_foreign_plans(dataset_name: str, dataset_json: Mapping[str, Any]) -> 
             )
 
 
-def check_batch(batch: Mapping[str, Any], num_classes: int) -> None:
+def check_batch(batch: Mapping[str, Any], label_manager: LabelManager) -> None:
     """Raise ValueError, naming the case, on a label that dataset.json does not know and on NaN or infinite voxels.
 
     Args:
-        batch: of nnU-Net's loader, on the CPU; `target` may be a list (deep supervision), the finest first.
-        num_classes: K, labels are 0..K-1.
+        batch: of nnU-Net's loader, on the CPU; `target` may be a list (deep supervision), the finest first. Masks of
+            regions cannot tell an unknown label.
+        label_manager: of the dataset.
     """
+    classes, ignored = label_manager.num_segmentation_heads, label_manager.ignore_label
     image, target = batch["data"], batch["target"]
     target = target[0] if isinstance(target, (list, tuple)) else target
     for number, case in enumerate(batch.get("keys", range(len(image)))):
-        labels.check_labels(target[number], num_classes, case)
+        if not label_manager.has_regions:
+            labels.check_labels(target[number], classes, case, ignored)
         if not torch.isfinite(image[number]).all():
             raise ValueError(
                 f"Case {case} has NaN or infinite voxels after preprocessing (one in the image spoils all of it). "

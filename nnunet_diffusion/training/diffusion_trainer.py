@@ -39,7 +39,7 @@ class DiffusionTrainer(nnUNetTrainer):
     by inference. `checkpoint_best` goes by a proxy Dice: one sample, one step, the pre-segmentation not mixed in.
 
     Raises:
-        NotImplementedError: for regions, ignore label, cascade and distributed training.
+        NotImplementedError: for the cascade and distributed training.
         RuntimeError: if nnU-Net's folders are not set.
         ValueError: if the plans are those of another dataset, or their `diffusion` section is wrong.
     """
@@ -57,12 +57,15 @@ class DiffusionTrainer(nnUNetTrainer):
     ) -> None:
         """Set nnU-Net up, read the settings and write them into the plans."""
         refuse_missing_folders()
-        _refuse_unsupported(plans, configuration, dataset_json)
+        _refuse_unsupported(plans, configuration)
         refuse_foreign_plans(plans["dataset_name"], dataset_json)
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.settings = DiffusionSettings.from_plans(self.configuration_manager.configuration)
-        if not self.settings.presegmentor_trainer:
-            self.settings = dataclasses.replace(self.settings, presegmentor_trainer=self.presegmentor_trainer)
+        self.settings = dataclasses.replace(
+            self.settings,
+            regions=self.label_manager.has_regions,
+            presegmentor_trainer=self.settings.presegmentor_trainer or self.presegmentor_trainer,
+        )
         if self.epochs is not None:
             self.num_epochs = self.epochs
         self.enable_deep_supervision = False
@@ -111,8 +114,8 @@ class DiffusionTrainer(nnUNetTrainer):
             topology["strides"],
             topology["kernel_sizes"],
             topology["conv_op"],
-            presence_classes=num_output_channels - 1,
-            location_classes=num_output_channels - 1,
+            presence_classes=num_output_channels - (not settings.regions),
+            location_classes=num_output_channels - (not settings.regions),
             sdb_depth=settings.sdb_depth,
             attention_tokens=settings.attention_tokens,
             norm=settings.norm,
@@ -128,6 +131,7 @@ class DiffusionTrainer(nnUNetTrainer):
     def initialize(self) -> None:
         """Build network, optimizer and loss as nnU-Net does; then the moving average, compilation and precision."""
         super().initialize()
+        self.segmenter.ignore_label = self.label_manager.ignore_label
         self.ema = AveragedModel(self.segmenter.denoiser, multi_avg_fn=self._average, use_buffers=True)
         self.ema.requires_grad_(False).eval()
         if super()._do_i_compile():
@@ -231,7 +235,7 @@ class DiffusionTrainer(nnUNetTrainer):
 
     def train_step(self, batch: dict) -> dict:
         """One optimizer step; returns the loss and its terms."""
-        check_batch(batch, self.label_manager.num_segmentation_heads)
+        check_batch(batch, self.label_manager)
         image = batch["data"].to(self.device, non_blocking=True)
         target = batch["target"].to(self.device, non_blocking=True)
         self.optimizer.zero_grad(set_to_none=True)
@@ -286,7 +290,7 @@ class DiffusionTrainer(nnUNetTrainer):
 
     def validation_step(self, batch: dict) -> dict:
         """nnU-Net's own step on the proxy: averaged weights, one sample, one step, no pre-segmentation mixed in."""
-        check_batch(batch, self.label_manager.num_segmentation_heads)
+        check_batch(batch, self.label_manager)
         with self._averaged_weights(), self.segmenter.overridden(steps=1, samples=1, presegmentation_weight=0.0):
             return super().validation_step(batch)
 
@@ -366,14 +370,11 @@ class DiffusionTrainer(nnUNetTrainer):
         self._resumed = True
 
 
-def _refuse_unsupported(plans: dict, configuration: str, dataset_json: dict) -> None:
+def _refuse_unsupported(plans: dict, configuration: str) -> None:
     """Raise NotImplementedError, by name, before nnU-Net creates any folder."""
     manager = PlansManager(plans)
-    label_manager = manager.get_label_manager(dataset_json)
     refused = {
         "distributed training (-num_gpus above 1)": dist.is_available() and dist.is_initialized(),
-        "region-based training (overlapping labels in dataset.json)": label_manager.has_regions,
-        "the ignore label": label_manager.has_ignore_label,
         "the cascade (a configuration with previous_stage)": manager.get_configuration(
             configuration
         ).previous_stage_name

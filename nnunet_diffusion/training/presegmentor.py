@@ -82,7 +82,7 @@ def _check_batches(trainer: nnUNetTrainer) -> None:
 
     def checked(step: Callable[[dict], dict]) -> Callable[[dict], dict]:
         def run(batch: dict) -> dict:
-            check_batch(batch, trainer.label_manager.num_segmentation_heads)
+            check_batch(batch, trainer.label_manager)
             return step(batch)
 
         return run

@@ -1,0 +1,87 @@
+"""Regions, the ignore label, and both: real trainings and predictions by nnU-Net's commands."""
+
+import json
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+
+from nnunet_diffusion.training.checkpoints import read_checkpoint
+
+pytestmark = [pytest.mark.nnunet, pytest.mark.slow]
+
+REGIONS = {"background": 0, "whole": [1, 2], "Posterior": 2}
+CLASSES = {"background": 0, "Anterior": 1, "Posterior": 2}
+IGNORE = 3
+
+
+def forget_some_slices(labels):
+    """Give every third slice the ignore label."""
+    labels = labels.copy()
+    labels[::3] = IGNORE
+    return labels
+
+
+KINDS = {
+    "regions": ("Dataset041_Regions", None, {"labels": REGIONS, "regions_class_order": [1, 2]}),
+    "ignore": ("Dataset042_Ignore", forget_some_slices, {"labels": CLASSES | {"ignore": IGNORE}}),
+    "both": (
+        "Dataset043_Both",
+        forget_some_slices,
+        {"labels": REGIONS | {"ignore": IGNORE}, "regions_class_order": [1, 2]},
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=list(KINDS))
+def trained(request, hippocampus_data, workplace_maker, tmp_path_factory):
+    name, alter, description = KINDS[request.param]
+    place = workplace_maker(
+        hippocampus_data, tmp_path_factory.mktemp(request.param), name, 5, alter, ["2d"], **description
+    )
+    words = [name, "2d", 0, "-tr", "TinyDiffusionTrainer", "-p", "Tiny", "-device", "cpu", "--npz"]
+    done = place.run("nnUNetv2_train", *words)
+    return request.param, place, done.stdout
+
+
+def test_training_logs_finite_terms_and_a_proxy_dice_per_foreground(trained):
+    _, place, output = trained
+    fold = place.results / "TinyDiffusionTrainer__Tiny__2d" / "fold_0"
+    curves = read_checkpoint(fold / "checkpoint_final.pth")["logging"]
+    for term in ("train_losses", "denoising_loss", "presence_loss", "location_loss"):
+        assert np.isfinite(curves[term]).all(), term
+    assert all(len(values) == 2 for values in curves["dice_per_class_or_region"])
+    assert "Mean Validation Dice" in output
+
+
+def test_checkpoint_knows_its_kind_of_heads(trained):
+    kind, place, _ = trained
+    checkpoint = read_checkpoint(place.results / "TinyDiffusionTrainer__Tiny__2d" / "fold_0" / "checkpoint_final.pth")
+    section = checkpoint["init_args"]["plans"]["configurations"]["2d"]["diffusion"]
+    assert section["regions"] is (kind != "ignore")
+    presence = next(v for k, v in checkpoint["network_weights"].items() if k.startswith("denoiser.prior.presence"))
+    assert len(presence) == 2
+
+
+def test_stock_predict_exports_labels_without_the_ignored_one(trained, tmp_path):
+    kind, place, _ = trained
+    number = int(place.dataset[7:10])
+    place.run(
+        "nnUNetv2_predict", "-i", place.raw / "imagesTs", "-o", tmp_path, "-d", number, "-c", "2d", "-p", "Tiny",
+        "-tr", "TinyDiffusionTrainer", "-f", 0, "-device", "cpu", "--save_probabilities",
+    )  # fmt: skip
+    description = json.loads((place.raw / "dataset.json").read_text())
+    manager = LabelManager(description["labels"], description.get("regions_class_order"))
+    files = sorted(tmp_path.glob("*.nii.gz"))
+    assert len(files) == 2
+    for path in files:
+        found = sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+        assert set(np.unique(found)) <= {0, 1, 2}
+        probabilities = np.load(str(path).replace(".nii.gz", ".npz"))["probabilities"]
+        assert len(probabilities) == manager.num_segmentation_heads == (3 if kind == "ignore" else 2)
+        assert np.array_equal(manager.convert_probabilities_to_segmentation(probabilities), found)
+        if kind == "ignore":
+            assert np.allclose(probabilities.sum(0), 1, atol=1e-3)
+        else:
+            assert not np.allclose(probabilities.sum(0), 1, atol=1e-3)
