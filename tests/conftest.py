@@ -154,10 +154,9 @@ def make_workplace(
         shutil.copy(data / "imagesTr" / f"{case}_0000.nii.gz", place.raw / "imagesTs")
     stock = json.loads((data / "dataset.json").read_text())
     (place.raw / "dataset.json").write_text(json.dumps({**stock, "numTraining": number, **description}))
-    place.run(
-        "nnUNetv2_plan_and_preprocess", "-d", int(dataset[7:10]), "-c", *configurations,
-        "-npfp", 2, "-np", *[2] * len(configurations), "--verify_dataset_integrity", nnUNet_n_proc_DA="1",  # the planner takes it for its number of threads
-    )  # fmt: skip
+    words = ["-d", int(dataset[7:10]), "-c", *configurations, "-npfp", 2, "-np", *[2] * len(configurations)]
+    # the planner takes the number of augmentation workers for its number of threads
+    place.run("nnUNetv2_plan_and_preprocess", *words, "--verify_dataset_integrity", nnUNet_n_proc_DA="1")
     if "2d" in configurations:
         place.write_plans("Tiny", "2d", patch=[32, 32])
     if "3d_fullres" in configurations:
