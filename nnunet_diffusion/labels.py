@@ -64,6 +64,12 @@ def labels_to_state(labels: Tensor, num_classes: int) -> Tensor:
     return hot.float() * 2 - 1
 
 
+def foreground_to_probabilities(masks: Tensor) -> Tensor:
+    """Return class probabilities (B, K, *spatial) of foreground masks (B, K - 1, *spatial); the rest is background."""
+    masks = masks.float()
+    return torch.cat((1 - masks.sum(1, keepdim=True).clamp(0, 1), masks), 1)
+
+
 def check_labels(labels: Tensor, num_classes: int, cases: object, ignore_label: int | None = None) -> None:
     """Raise ValueError, naming the value and the cases, if a label is neither one of 0..num_classes-1 nor ignored."""
     if ignore_label is not None:

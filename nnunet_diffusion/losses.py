@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
@@ -31,13 +32,15 @@ def location_loss(location_logits: Tensor, target: Target, regions: bool = False
         regions: whether the heads are regions.
 
     Returns:
-        Scalar; finite without foreground too, where it is the cross-entropy alone up to the Dice of an empty map.
+        Scalar, its Dice that of the whole batch, in distributed training too. Without foreground it is finite: the
+        cross-entropy alone, up to the Dice of an empty map.
     """
     logits = location_logits.float()
     wanted, weight = labels.location(target, logits.shape[2:], regions)
     probability = logits.sigmoid()
     axes = (0, *range(2, logits.ndim))
-    overlap, total = (weight * probability * wanted).sum(axes), (weight * (probability + wanted)).sum(axes)
+    overlap = _over_ranks((weight * probability * wanted).sum(axes))
+    total = _over_ranks((weight * (probability + wanted)).sum(axes))
     dice = (2 * overlap + 1) / (total + 1)
     return 1 - dice.mean() + weighted_cross_entropy(logits, wanted, weight)
 
@@ -62,6 +65,15 @@ def squared_error(
     error = (prediction.float() - target) ** 2
     error = error if weight is None else error * weight
     return error.mean() if known is None else _mean(error, known.to(error))
+
+
+def _over_ranks(sums: Tensor) -> Tensor:
+    """Return the sums over all processes of a distributed training, with gradients."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return sums
+    from torch.distributed.nn.functional import all_reduce  # not in every build of torch
+
+    return all_reduce(sums)
 
 
 def _mean(terms: Tensor, weight: Tensor) -> Tensor:

@@ -105,12 +105,18 @@ class DiffusionSegmenter(nn.Module):
             output = self.presegmentor(image)
             return labels.activate(output[0] if isinstance(output, (list, tuple)) else output, self.settings.regions)
 
+    def own_start(self, image: Tensor) -> Tensor:
+        """Return the probabilities (B, K, *spatial) that `settings.start_from` names."""
+        if self.settings.start_from == "previous_stage":
+            return labels.foreground_to_probabilities(image[:, 1 - self.denoiser.state_channels :])
+        return self.presegment(image)
+
     def sample(self, image: Tensor, presegmentation: Tensor | None = None, on_step: OnStep | None = None) -> Tensor:
         """Run `settings.samples` reverse processes and return their mean probabilities.
 
         Args:
             image: (B, C, *spatial) preprocessed patch.
-            presegmentation: (B, K, *spatial) probabilities to start from; by default the pre-segmentor's.
+            presegmentation: (B, K, *spatial) probabilities to start from; by default `own_start`.
             on_step: called as (timestep, noisy, clean) after each evaluation, for pictures; tensors are
                 (B * samples, K, *spatial), those of one image next to each other.
 
@@ -120,7 +126,7 @@ class DiffusionSegmenter(nn.Module):
         settings = self.settings
         needed = not settings.from_noise or settings.condition_on_presegmentation or settings.presegmentation_weight > 0
         if presegmentation is None and needed:
-            presegmentation = self.presegment(image)
+            presegmentation = self.own_start(image)
         shape = (len(image) * settings.samples, self.denoiser.state_channels, *image.shape[2:])
         start, generator = self._start_noise(shape, image.device)
         if not settings.from_noise and presegmentation is not None:
@@ -197,10 +203,9 @@ class DiffusionSegmenter(nn.Module):
         clean = truth.state
         if truth.known is not None:
             # METHODS 1: where nothing is known the state is the pre-segmentation; the losses leave these voxels out
-            clean = torch.where(truth.known, clean, labels.probabilities_to_state(self.presegment(image)))
+            clean = torch.where(truth.known, clean, labels.probabilities_to_state(self.own_start(image)))
         start = self._training_start(clean, image, generator)
-        timestep = torch.randint(0, settings.max_train_step, (len(image),), generator=generator, device=image.device)
-        noise = torch.randn(clean.shape, generator=generator, device=image.device)
+        timestep, noise = self._training_noise(clean, generator)
         noisy = self.process.add_noise(start, noise, timestep)
         condition_image = self._condition_image(image, (start + 1) / 2)
         prediction, presence, location = self._evaluate(self.denoiser, noisy, condition_image, timestep)
@@ -217,6 +222,12 @@ class DiffusionSegmenter(nn.Module):
                 "location": settings.location_weight * losses.location_loss(location, truth, settings.regions),
             }
 
+    def _training_noise(self, clean: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+        """Return timesteps (B,) and noise of the state's shape."""
+        limit, device = self.settings.max_train_step, clean.device
+        timestep = torch.randint(0, limit, (len(clean),), generator=generator, device=device)
+        return timestep, torch.randn(clean.shape, generator=generator, device=device)
+
     def _training_start(self, clean: Tensor, image: Tensor, generator: Generator) -> Tensor:
         """Return the state each sample's noise is added to: the truth, a corrupted truth, or the pre-segmentation."""
         settings, start = self.settings, clean
@@ -225,7 +236,7 @@ class DiffusionSegmenter(nn.Module):
             wrong = labels.probabilities_to_state(starts.corrupt(clean, generator, settings.regions))
             start = torch.where(draw < settings.corruption_probability, wrong, start)
         if settings.presegmentation_start_probability > 0:
-            own = labels.probabilities_to_state(self.presegment(image))
+            own = labels.probabilities_to_state(self.own_start(image))
             start = torch.where(draw > 1 - settings.presegmentation_start_probability, own, start)
         return start
 

@@ -94,6 +94,11 @@ class DiffusionSettings:
     presegmentation_weight: float = _setting(
         0.0, "Weight of the pre-segmentation's own probabilities in that average, 0..1.", low=0, high=1
     )
+    start_from: str = _setting(
+        "presegmentor",
+        "Segmentation the reverse process starts from: the embedded nnU-Net's, or in the cascade the previous stage's.",
+        choices=("presegmentor", "previous_stage"),
+    )
     from_noise: bool = _setting(False, "Start from pure noise at `timesteps` (DDPM) instead of the pre-segmentation.")
     seed: int = _setting(1234, "Seed of training noise and of the reverse processes.", low=0, high=2**31 - 1)
     presegmentor_trainer: str = _setting(

@@ -23,12 +23,18 @@ from nnunet_diffusion.explain.figures import curves_figure
 from nnunet_diffusion.networks.pgdiffseg import PGDiffSeg
 from nnunet_diffusion.segmenter import DiffusionSegmenter, has_bfloat16
 from nnunet_diffusion.settings import PLANS_KEY, DiffusionSettings, topology_of
+from nnunet_diffusion.training.cascade import (
+    previous_stage_folder,
+    refuse_impossible_start,
+    refuse_incomplete_previous_stage,
+)
 from nnunet_diffusion.training.checkpoints import read_checkpoint, write_checkpoint
 from nnunet_diffusion.training.checks import check_batch, refuse_foreign_plans, refuse_missing_folders
 from nnunet_diffusion.training.presegmentor import build_presegmentor, ensure_presegmentor, load_presegmentor_weights
 
 LOSS_TERMS = ("denoising", "presence", "location")
 CHECKPOINT_KEY = "diffusion"
+RANK_SEEDS = 1_000_003  # far beyond the epochs of a training, so that no rank repeats another's noise
 
 
 class DiffusionTrainer(nnUNetTrainer):
@@ -39,11 +45,12 @@ class DiffusionTrainer(nnUNetTrainer):
     by inference. `checkpoint_best` goes by a proxy Dice: one sample, one step, the pre-segmentation not mixed in.
 
     Raises:
-        NotImplementedError: for the cascade and distributed training.
+        NotImplementedError: for a start from the previous stage with regions.
         RuntimeError: if nnU-Net's folders are not set.
         ValueError: if the plans are those of another dataset, or their `diffusion` section is wrong.
     """
 
+    network: Any
     epochs: int | None = None  # of the length variants; None: nnU-Net's 1000
     presegmentor_trainer = "nnUNetTrainer"
 
@@ -57,7 +64,6 @@ class DiffusionTrainer(nnUNetTrainer):
     ) -> None:
         """Set nnU-Net up, read the settings and write them into the plans."""
         refuse_missing_folders()
-        _refuse_unsupported(plans, configuration)
         refuse_foreign_plans(plans["dataset_name"], dataset_json)
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.settings = DiffusionSettings.from_plans(self.configuration_manager.configuration)
@@ -66,6 +72,11 @@ class DiffusionTrainer(nnUNetTrainer):
             regions=self.label_manager.has_regions,
             presegmentor_trainer=self.settings.presegmentor_trainer or self.presegmentor_trainer,
         )
+        if self.is_cascaded:
+            self.folder_with_segs_from_previous_stage = str(
+                previous_stage_folder(self.plans_manager, configuration, self.settings.presegmentor_trainer)
+            )
+        refuse_impossible_start(self.settings, self.configuration_manager.previous_stage_name, configuration)
         if self.epochs is not None:
             self.num_epochs = self.epochs
         self.enable_deep_supervision = False
@@ -174,14 +185,17 @@ class DiffusionTrainer(nnUNetTrainer):
 
     @contextlib.contextmanager
     def _averaged_weights(self) -> Iterator[None]:
-        """Put the averaged denoiser into the network for a `with` block."""
+        """Put the averaged denoiser into the network for a `with` block.
+
+        A distributed network is unwrapped meanwhile: its forward pass would wait for ranks that have fewer cases.
+        """
         assert self.ema is not None
-        segmenter, raw = self.segmenter, self.segmenter.denoiser
-        segmenter.denoiser = cast(PGDiffSeg, self.ema.module)
+        network, segmenter, raw = self.network, self.segmenter, self.segmenter.denoiser
+        self.network, segmenter.denoiser = segmenter, cast(PGDiffSeg, self.ema.module)
         try:
             yield
         finally:
-            segmenter.denoiser = raw
+            self.network, segmenter.denoiser = network, raw
 
     # training --------------------------------------------------------------------------------------------------------
 
@@ -190,6 +204,15 @@ class DiffusionTrainer(nnUNetTrainer):
         if not self.was_initialized:
             self.initialize()
         self._refuse_other_folds_settings()
+        if self.is_cascaded:
+            refuse_incomplete_previous_stage(
+                Path(self.folder_with_segs_from_previous_stage),
+                [case for part in self.do_split() for case in part],
+                self.plans_manager,
+                self.configuration_name,
+                self.settings.presegmentor_trainer,
+                self._number_of_folds(),
+            )
         if not self._resumed:
             checkpoint = ensure_presegmentor(
                 self.settings.presegmentor_trainer,
@@ -206,6 +229,10 @@ class DiffusionTrainer(nnUNetTrainer):
             self.segmenter.presegmentor.load_state_dict(weights)
         self._warn_about_presegmentation_starts()
         super().on_train_start()
+
+    def _number_of_folds(self) -> int:
+        splits = Path(self.preprocessed_dataset_folder_base) / "splits_final.json"
+        return len(json.loads(splits.read_text())) if splits.is_file() else 5
 
     def _refuse_other_folds_settings(self) -> None:
         path = Path(self.output_folder_base) / "plans.json"
@@ -231,7 +258,9 @@ class DiffusionTrainer(nnUNetTrainer):
     def on_train_epoch_start(self) -> None:
         """Seed the epoch's noise, so that a resumed training draws what an uninterrupted one does."""
         super().on_train_epoch_start()
-        self._generator = torch.Generator(self.device).manual_seed(self.settings.seed + 1 + self.current_epoch)
+        self._generator = torch.Generator(self.device).manual_seed(
+            self.settings.seed + 1 + self.current_epoch + RANK_SEEDS * self.local_rank
+        )
 
     def train_step(self, batch: dict) -> dict:
         """One optimizer step; returns the loss and its terms."""
@@ -276,7 +305,7 @@ class DiffusionTrainer(nnUNetTrainer):
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         """Log the loss as nnU-Net does, and each of its terms."""
         super().on_train_epoch_end(train_outputs)
-        means = {key: float(np.mean(values)) for key, values in collate_outputs(train_outputs).items()}
+        means = {key: self._mean_of_ranks(values) for key, values in collate_outputs(train_outputs).items()}
         curves = self._curves()
         for term in LOSS_TERMS:
             curves.setdefault(f"{term}_loss", []).extend(
@@ -284,6 +313,13 @@ class DiffusionTrainer(nnUNetTrainer):
             )
             self.logger.log(f"{term}_loss", means[term], self.current_epoch)
         self.print_to_log_file(", ".join(f"{term} {means[term]:.4f}" for term in LOSS_TERMS))
+
+    def _mean_of_ranks(self, values: Any) -> float:
+        everywhere = [values]
+        if self.is_ddp:
+            everywhere = [None] * dist.get_world_size()
+            dist.all_gather_object(everywhere, values)
+        return float(np.mean([np.mean(each) for each in everywhere]))
 
     def _curves(self) -> dict[str, list]:
         return self.logger.local_logger.my_fantastic_logging
@@ -300,7 +336,8 @@ class DiffusionTrainer(nnUNetTrainer):
         super().on_epoch_end()
         curves = {key: self._curves()[key] for key in ("train_losses", *(f"{term}_loss" for term in LOSS_TERMS))}
         curves["proxy_dice"] = self._curves()["mean_fg_dice"]
-        curves_figure(curves, Path(self.output_folder) / "progress_diffusion.png")
+        if self.local_rank == 0:
+            curves_figure(curves, Path(self.output_folder) / "progress_diffusion.png")
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """nnU-Net's own validation, by the averaged weights at the settings of inference."""
@@ -368,24 +405,6 @@ class DiffusionTrainer(nnUNetTrainer):
         if self.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
             self.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])
         self._resumed = True
-
-
-def _refuse_unsupported(plans: dict, configuration: str) -> None:
-    """Raise NotImplementedError, by name, before nnU-Net creates any folder."""
-    manager = PlansManager(plans)
-    refused = {
-        "distributed training (-num_gpus above 1)": dist.is_available() and dist.is_initialized(),
-        "the cascade (a configuration with previous_stage)": manager.get_configuration(
-            configuration
-        ).previous_stage_name
-        is not None,
-    }
-    for feature, present in refused.items():
-        if present:
-            raise NotImplementedError(
-                f"DiffusionTrainer does not support {feature} yet ({manager.dataset_name}, {configuration}); nnUNetTrainer "
-                "does."
-            )
 
 
 def _named(source: dict | str | Path) -> str:

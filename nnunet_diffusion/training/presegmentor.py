@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from filelock import FileLock, Timeout
 from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -19,6 +21,7 @@ from nnunet_diffusion.training.checkpoints import read_checkpoint
 from nnunet_diffusion.training.checks import check_batch
 
 LOCK_NAME = "presegmentor.lock"
+LOCK_SECONDS = 1.0
 # what must agree for one network's output to be another's start
 SAME_CONFIGURATION = ("spacing", "patch_size", "normalization_schemes", "use_mask_for_norm", "architecture")
 SAME_PLANS = ("dataset_name", "transpose_forward", "image_reader_writer")
@@ -36,7 +39,8 @@ def ensure_presegmentor(
     """Return the final checkpoint of the pre-segmentor, training and validating it first where it does not exist.
 
     The training is nnU-Net's own, with a checkpoint each epoch; a half-trained one is resumed. A lock in the fold's folder
-    keeps other jobs from training the same network meanwhile; it is the operating system's, so it ends with its job.
+    keeps other jobs from training the same network meanwhile; it is the operating system's, so it ends with its job. All
+    ranks of a distributed training call this together.
 
     Args:
         trainer_name: an nnU-Net trainer that nnU-Net's own search finds.
@@ -49,26 +53,35 @@ def ensure_presegmentor(
     """
     folder = Path(get_output_folder(dataset_name, trainer_name, plans_name, configuration, fold))
     final, validated = folder / "checkpoint_final.pth", folder / "validation" / "summary.json"
-    if final.is_file() and validated.is_file():
+    if agreed(final.is_file() and validated.is_file()):
         log(f"Pre-segmentor: {final} is trained already.")
         return final
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder / LOCK_NAME, log):
-        if not final.is_file():
+        if not agreed(final.is_file()):
             log(f"Pre-segmentor: {trainer_name} of fold {fold} is not trained yet, training it first (in {folder}).")
-            resumable = any((folder / f"checkpoint_{kind}.pth").is_file() for kind in ("latest", "best"))
+            resumable = agreed(any((folder / f"checkpoint_{kind}.pth").is_file() for kind in ("latest", "best")))
             trainer = _make_trainer(trainer_name, dataset_name, configuration, fold, plans_name, resumable, device)
             trainer.save_every = 1
             _check_batches(trainer)
             maybe_load_checkpoint(trainer, resumable, False)
             trainer.run_training()
-        elif not validated.is_file():
+        elif not agreed(validated.is_file()):
             trainer = _make_trainer(trainer_name, dataset_name, configuration, fold, plans_name, True, device)
             trainer.load_checkpoint(str(final))
-        if not validated.is_file():
+        if not agreed(validated.is_file()):
             log("Pre-segmentor: validation with probabilities.")
             trainer.perform_actual_validation(save_probabilities=True)
     return final
+
+
+def agreed(own: bool) -> bool:
+    """Return what rank 0 found, on every rank of a distributed training: files may appear between two looks."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return own
+    found = [own]
+    dist.broadcast_object_list(found, src=0)
+    return bool(found[0])
 
 
 def _make_trainer(
@@ -91,13 +104,31 @@ def _check_batches(trainer: nnUNetTrainer) -> None:
         setattr(trainer, name, checked(getattr(trainer, name)))
 
 
-def _locked(path: Path, log: Callable[[str], None]) -> AbstractContextManager:
+@contextlib.contextmanager
+def _locked(path: Path, log: Callable[[str], None]) -> Iterator[None]:
+    """Hold the lock for a `with` block; of a distributed training rank 0 holds it, and all wait until it does."""
     lock = FileLock(path)
+    first = True
+    while not agreed(_acquired(lock)):
+        if first:
+            log(f"Pre-segmentor: another job trains it now ({path} is locked); waiting for that job.")
+            first = False
+        # short waits: a collective call of the other ranks must not last long
+        time.sleep(LOCK_SECONDS)
     try:
-        return lock.acquire(timeout=0)
+        yield
+    finally:
+        lock.release()
+
+
+def _acquired(lock: FileLock) -> bool:
+    if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
+        return False
+    try:
+        lock.acquire(timeout=0)
     except Timeout:
-        log(f"Pre-segmentor: another job trains it now ({path} is locked); waiting for that job.")
-        return lock.acquire()
+        return False
+    return True
 
 
 def load_presegmentor_weights(

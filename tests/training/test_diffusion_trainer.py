@@ -5,7 +5,6 @@ import copy
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch.nn.functional import interpolate
 
 from nnunet_diffusion.training import DiffusionTrainer
@@ -190,22 +189,3 @@ def test_infinite_loss_names_epoch_and_cases(workplace):
     trainer.loss = lambda logits, target: logits.sum() * float("inf")
     with pytest.raises(FloatingPointError, match="epoch 0 on cases .*case_1.*learning_rate"):
         trainer.train_step(make_batch())
-
-
-def cascaded(plans):
-    plans["configurations"]["2d"]["previous_stage"] = "3d_lowres"
-
-
-def test_the_cascade_is_refused_by_name_before_anything_is_written(workplace, tmp_path):
-    with pytest.raises(NotImplementedError, match="cascade.*Dataset004_Hippocampus.*nnUNetTrainer does"):
-        workplace.trainer(DiffusionTrainer, change=cascaded)
-    assert not (tmp_path / "results").exists()
-
-
-def test_distributed_training_is_refused_by_name(workplace, tmp_path):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    try:
-        with pytest.raises(NotImplementedError, match="distributed training"):
-            workplace.trainer(DiffusionTrainer)
-    finally:
-        dist.destroy_process_group()

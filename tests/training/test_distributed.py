@@ -1,0 +1,61 @@
+"""Distributed training: the real train step on two ranks, on the CPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = [pytest.mark.nnunet, pytest.mark.slow]
+
+SCRIPT = Path(__file__).with_name("one_rank.py")
+
+
+@pytest.fixture(scope="module", params=["logits", "x0"])
+def results(request, hippocampus, tmp_path_factory):
+    """What two ranks and one process with the whole batch made of the same weights, batch and noise."""
+    folder = tmp_path_factory.mktemp("ranks")
+    plans = json.loads((hippocampus.preprocessed / "Tiny.json").read_text())
+    section = {"prediction_type": request.param, "corruption_probability": 0.0, "norm": "instance"}
+    plans["configurations"]["2d"]["diffusion"] = section
+    (folder / "plans.json").write_text(json.dumps(plans))
+    (folder / "dataset.json").write_text((hippocampus.preprocessed / "dataset.json").read_text())
+    torch.manual_seed(5)
+    given = {
+        "data": torch.randn(2, 1, 32, 32),
+        "target": torch.randint(0, 3, (2, 1, 32, 32)).float(),
+        "timestep": torch.tensor([120, 640]),
+        "noise": torch.randn(2, 3, 32, 32),
+    }
+    torch.save(given, folder / "given.pt")
+    variables = {**os.environ, **hippocampus.environment, "nnUNet_results": str(folder / "results")}
+    ranks = [
+        subprocess.Popen([sys.executable, str(SCRIPT), rank, str(folder)], env=variables)
+        for rank in ("0", "1", "alone")
+    ]
+    assert [process.wait(timeout=300) for process in ranks] == [0, 0, 0]
+    return [torch.load(folder / f"{rank}.pt") for rank in ("0", "1", "alone")]
+
+
+def test_gradients_are_those_of_one_process_with_the_whole_batch(results):
+    first, second, alone = results
+    assert first["wrapped"] == "DistributedDataParallel" and alone["wrapped"] == "DiffusionSegmenter"
+    largest = max(gradient.abs().max() for gradient in alone["gradients"].values())
+    for name, expected in alone["gradients"].items():
+        assert torch.equal(first["gradients"][name], second["gradients"][name]), name
+        assert torch.allclose(first["gradients"][name], expected, rtol=1e-3, atol=1e-5 * largest), name
+
+
+def test_average_and_presegmentor_are_equal_on_all_ranks(results):
+    first, second, _ = results
+    for part in ("average", "presegmentor"):
+        for name, value in first[part].items():
+            assert torch.equal(value, second[part][name]), name
+
+
+def test_ranks_draw_different_noise(results):
+    first, second, alone = results
+    assert first["seed"] == alone["seed"] != second["seed"]
