@@ -15,6 +15,11 @@ from nnunet_diffusion.diffusion.schedules import SCHEDULES
 from nnunet_diffusion.networks.blocks import NORMS
 
 PLANS_KEY = "diffusion"
+SPECIAL = {
+    "features_per_stage": ("half of nnU-Net's", "positive integers, one per stage"),
+    "presegmentor_architecture": ("`{}`", "as `architecture` in the plans"),
+}
+"""Settings of no plain type: default and legal values as text."""
 
 
 def _setting(
@@ -105,11 +110,20 @@ class DiffusionSettings:
         "", "Trainer whose network is the pre-segmentor; empty: the nnU-Net trainer of the same length."
     )
 
+    presegmentor_architecture: Mapping[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "doc": "`architecture` of the pre-segmentor's plans where it is another than that of these; written by the "
+            "trainer for `nnUNet_diffusion_presegmentor`."
+        },
+    )
+
     def __post_init__(self) -> None:
         """Check types, ranges and contradictions."""
         object.__setattr__(self, "features_per_stage", _positive_integers(self.features_per_stage))
+        _check_architecture(self.presegmentor_architecture)
         for entry in dataclasses.fields(self):
-            if entry.name != "features_per_stage":
+            if entry.name not in ("features_per_stage", "presegmentor_architecture"):
                 object.__setattr__(self, entry.name, _checked(entry, getattr(self, entry.name)))
         _at_most(self, "max_train_step", "timesteps")
         _at_most(self, "start_step", "timesteps")
@@ -223,7 +237,7 @@ def settings_table() -> str:
     """Return the reference of all settings as a markdown table (documentation/settings.md is made by it)."""
     rows = ["| key | default | legal values | meaning |", "|---|---|---|---|"]
     for entry in dataclasses.fields(DiffusionSettings):
-        default = "half of nnU-Net's" if entry.default is dataclasses.MISSING else f"`{entry.default!r}`"
+        default = SPECIAL.get(entry.name, ("",))[0] or f"`{entry.default!r}`"
         rows.append(f"| `{entry.name}` | {default} | {_legal(entry) or 'text'} | {entry.metadata['doc']} |")
     return "\n".join(rows) + "\n"
 
@@ -234,8 +248,8 @@ def _legal(entry: dataclasses.Field) -> str:
         return ", ".join(f"`{choice}`" for choice in choices)
     if isinstance(entry.default, bool):
         return "true, false"
-    if entry.default is dataclasses.MISSING:
-        return "positive integers, one per stage"
+    if entry.name in SPECIAL:
+        return SPECIAL[entry.name][1]
     return " and ".join(f"{sign} {limit}" for sign, limit in ((">=", low), ("<=", high)) if limit is not None)
 
 
@@ -245,6 +259,14 @@ def _positive_integers(value: Any) -> tuple[int, ...]:
             f"diffusion.features_per_stage must be a list of positive integers, one per stage, got {value!r}."
         )
     return tuple(value)
+
+
+def _check_architecture(value: Any) -> None:
+    needed = {"network_class_name", "arch_kwargs", "_kw_requires_import"}
+    if not isinstance(value, Mapping) or (value and not needed <= set(value)):
+        raise ValueError(
+            f"diffusion.presegmentor_architecture must be empty or have {', '.join(sorted(needed))}, got {value!r}."
+        )
 
 
 def _checked(entry: dataclasses.Field, value: Any) -> Any:

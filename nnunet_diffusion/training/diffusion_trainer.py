@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel
 from nnunet_diffusion.explain.figures import curves_figure
 from nnunet_diffusion.networks.pgdiffseg import PGDiffSeg
 from nnunet_diffusion.segmenter import DiffusionSegmenter, has_bfloat16
-from nnunet_diffusion.settings import PLANS_KEY, DiffusionSettings, topology_of
+from nnunet_diffusion.settings import PLANS_KEY, DiffusionSettings
 from nnunet_diffusion.training.cascade import (
     previous_stage_folder,
     refuse_impossible_start,
@@ -30,7 +30,13 @@ from nnunet_diffusion.training.cascade import (
 )
 from nnunet_diffusion.training.checkpoints import read_checkpoint, write_checkpoint
 from nnunet_diffusion.training.checks import check_batch, refuse_foreign_plans, refuse_missing_folders
-from nnunet_diffusion.training.presegmentor import build_presegmentor, ensure_presegmentor, load_presegmentor_weights
+from nnunet_diffusion.training.network import build_segmenter
+from nnunet_diffusion.training.presegmentor import (
+    FOLDER_VARIABLE,
+    ensure_presegmentor,
+    given_presegmentor,
+    load_presegmentor_weights,
+)
 
 LOSS_TERMS = ("denoising", "presence", "location")
 CHECKPOINT_KEY = "diffusion"
@@ -67,6 +73,13 @@ class DiffusionTrainer(nnUNetTrainer):
         refuse_foreign_plans(plans["dataset_name"], dataset_json)
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.settings = DiffusionSettings.from_plans(self.configuration_manager.configuration)
+        self._given = given_presegmentor(fold, self.configuration_manager.patch_size)
+        if self._given is not None:
+            self.settings = dataclasses.replace(
+                self.settings,
+                presegmentor_trainer=self._given.trainer_name,
+                presegmentor_architecture=self._given.architecture,
+            )
         self.settings = dataclasses.replace(
             self.settings,
             regions=self.label_manager.has_regions,
@@ -103,36 +116,13 @@ class DiffusionTrainer(nnUNetTrainer):
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
         """Build the segmenter from the plans alone, as inference must; deep supervision makes no difference."""
-        settings = DiffusionSettings.from_plans(configuration_manager.configuration)
-        presegmentor = build_presegmentor(
-            settings.presegmentor_trainer or DiffusionTrainer.presegmentor_trainer,
+        return build_segmenter(
             plans_manager,
             configuration_manager,
             num_input_channels,
             num_output_channels,
+            DiffusionTrainer.presegmentor_trainer,
         )
-        topology = topology_of(configuration_manager.configuration)
-        if len(settings.features_per_stage) != len(topology["strides"]):
-            raise ValueError(
-                f"diffusion.features_per_stage has {len(settings.features_per_stage)} entries, the plans' network has "
-                f"{len(topology['strides'])} stages: give one width per stage."
-            )
-        denoiser = PGDiffSeg(
-            num_input_channels + num_output_channels * settings.condition_on_presegmentation,
-            num_output_channels,
-            num_output_channels,
-            settings.features_per_stage,
-            topology["strides"],
-            topology["kernel_sizes"],
-            topology["conv_op"],
-            presence_classes=num_output_channels - (not settings.regions),
-            location_classes=num_output_channels - (not settings.regions),
-            sdb_depth=settings.sdb_depth,
-            attention_tokens=settings.attention_tokens,
-            norm=settings.norm,
-            time_in_condition_flow=settings.time_in_condition_flow,
-        )
-        return DiffusionSegmenter(presegmentor, denoiser, settings)
 
     @property
     def segmenter(self) -> DiffusionSegmenter:
@@ -214,6 +204,15 @@ class DiffusionTrainer(nnUNetTrainer):
                 self._number_of_folds(),
             )
         if not self._resumed:
+            self._embed_presegmentor()
+        self._warn_about_presegmentation_starts()
+        super().on_train_start()
+
+    def _embed_presegmentor(self) -> None:
+        if self._given is not None:
+            checkpoint = self._given.checkpoint
+            self.print_to_log_file(f"Pre-segmentor: {checkpoint}, as {FOLDER_VARIABLE} wants it.")
+        else:
             checkpoint = ensure_presegmentor(
                 self.settings.presegmentor_trainer,
                 self.plans_manager.dataset_name,
@@ -223,12 +222,16 @@ class DiffusionTrainer(nnUNetTrainer):
                 self.device,
                 self.print_to_log_file,
             )
-            weights = load_presegmentor_weights(
-                checkpoint, self.plans_manager.plans, self.configuration_name, self.fold, self.dataset_json["labels"]
-            )
-            self.segmenter.presegmentor.load_state_dict(weights)
-        self._warn_about_presegmentation_starts()
-        super().on_train_start()
+        weights = load_presegmentor_weights(
+            checkpoint,
+            self.plans_manager.plans,
+            self.configuration_name,
+            self.fold,
+            self.dataset_json,
+            self.do_split()[1],
+            given=self._given is not None,
+        )
+        self.segmenter.presegmentor.load_state_dict(weights)
 
     def _number_of_folds(self) -> int:
         splits = Path(self.preprocessed_dataset_folder_base) / "splits_final.json"

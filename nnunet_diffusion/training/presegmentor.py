@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import math
+import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +26,12 @@ from nnunet_diffusion.training.checks import check_batch
 
 LOCK_NAME = "presegmentor.lock"
 LOCK_SECONDS = 1.0
+FOLDER_VARIABLE = "nnUNet_diffusion_presegmentor"
 # what must agree for one network's output to be another's start
-SAME_CONFIGURATION = ("spacing", "patch_size", "normalization_schemes", "use_mask_for_norm", "architecture")
+SAME_DATASET = ("labels", "regions_class_order", "channel_names")
 SAME_PLANS = ("dataset_name", "transpose_forward", "image_reader_writer")
+SAME_PREPROCESSING = ("spacing", "normalization_schemes", "use_mask_for_norm", "previous_stage")
+SAME_NETWORK = ("patch_size", "architecture")
 
 
 def ensure_presegmentor(
@@ -131,33 +138,121 @@ def _acquired(lock: FileLock) -> bool:
     return True
 
 
+@dataclass(frozen=True)
+class GivenPresegmentor:
+    """A trained nnU-Net that the user names, of any architecture.
+
+    Attributes:
+        checkpoint: Its final checkpoint of the fold.
+        trainer_name: Its trainer.
+        architecture: `architecture` of its plans.
+    """
+
+    checkpoint: Path
+    trainer_name: str
+    architecture: dict[str, Any]
+
+
+def given_presegmentor(fold: int | str, patch_size: Sequence[int]) -> GivenPresegmentor | None:
+    """Return the pre-segmentor in the model folder that `nnUNet_diffusion_presegmentor` names; None if it is not set.
+
+    Args:
+        fold: of the training.
+        patch_size: of the training.
+
+    Raises:
+        FileNotFoundError: the folder has no finished training of that fold.
+        ValueError: the patch is not divisible by the network's strides.
+    """
+    folder = os.environ.get(FOLDER_VARIABLE)
+    if not folder:
+        return None
+    path = Path(folder) / f"fold_{fold}" / "checkpoint_final.pth"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{FOLDER_VARIABLE} is {folder}, but {path} does not exist: name the folder of a model of nnU-Net's "
+            "(TRAINER__PLANS__CONFIGURATION) whose training of this fold is finished, or unset the variable."
+        )
+    checkpoint = read_checkpoint(path)
+    init = checkpoint["init_args"]
+    architecture = PlansManager(init["plans"]).get_configuration(init["configuration"]).configuration["architecture"]
+    for axis, size in enumerate(patch_size):
+        stride = math.prod(each[axis] for each in architecture["arch_kwargs"].get("strides", []))
+        if size % stride:
+            raise ValueError(
+                f"{FOLDER_VARIABLE} is {folder}, whose network halves axis {axis} to a {stride}th: the patch size "
+                f"{list(patch_size)} of these plans is not divisible by that."
+            )
+    return GivenPresegmentor(path, checkpoint["trainer_name"], architecture)
+
+
 def load_presegmentor_weights(
-    path: Path, plans: Mapping[str, Any], configuration: str, fold: int | str, labels: Mapping[str, Any]
+    path: Path,
+    plans: Mapping[str, Any],
+    configuration: str,
+    fold: int | str,
+    dataset_json: Mapping[str, Any],
+    validation_cases: Sequence[str],
+    *,
+    given: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Return the weights of a pre-segmentor after checking that it fits.
 
+    Args:
+        path: its final checkpoint, in the folder of its fold.
+        plans: of this training.
+        configuration: of this training.
+        fold: of this training.
+        dataset_json: of this training.
+        validation_cases: of this training's fold.
+        given: whether the user named it; it may then have another architecture, patch size and configuration name.
+
     Raises:
-        ValueError: naming what differs, if it was trained on another dataset, fold, labels, preprocessing or architecture.
+        ValueError: naming what differs, if it was trained on another dataset, fold, split, labels, channels,
+            preprocessing or (unless given) architecture.
     """
     checkpoint = read_checkpoint(path)
     init = checkpoint["init_args"]
     theirs, ours = PlansManager(init["plans"]), PlansManager(dict(plans))
     differing = {
-        "configuration": (init["configuration"], configuration),
         "fold": (str(init["fold"]), str(fold)),
-        "labels": (dict(init["dataset_json"]["labels"]), dict(labels)),
+        **{key: (init["dataset_json"].get(key), dataset_json.get(key)) for key in SAME_DATASET},
         **{key: (theirs.plans.get(key), ours.plans.get(key)) for key in SAME_PLANS},
     }
-    if init["configuration"] == configuration:
-        mine, other = (p.get_configuration(configuration).configuration for p in (ours, theirs))
-        differing.update({key: (other.get(key), mine.get(key)) for key in SAME_CONFIGURATION})
+    if not given:
+        differing["configuration"] = (init["configuration"], configuration)
+    if given or init["configuration"] == configuration:
+        mine = ours.get_configuration(configuration).configuration
+        other = theirs.get_configuration(init["configuration"]).configuration
+        keys = SAME_PREPROCESSING if given else SAME_PREPROCESSING + SAME_NETWORK
+        differing.update({key: (other.get(key), mine.get(key)) for key in keys})
     for key, (other_value, own_value) in differing.items():
         if other_value != own_value:
+            cure = f"Unset {FOLDER_VARIABLE}" if given else "Move its folder away"
             raise ValueError(
-                f"Pre-segmentor {path} does not fit: its {key} is {other_value!r}, this training has {own_value!r}. Move its "
-                "folder away and start again: a fitting one is then trained first."
+                f"Pre-segmentor {path} does not fit: its {key} is {other_value!r}, this training has {own_value!r}. {cure} "
+                "and start again: a fitting one is then trained first."
             )
+    _refuse_other_split(path, validation_cases, init["dataset_json"]["file_ending"])
     return {key.removeprefix("module."): value for key, value in checkpoint["network_weights"].items()}
+
+
+def _refuse_other_split(path: Path, validation_cases: Sequence[str], file_ending: str) -> None:
+    """Raise ValueError if the pre-segmentor's own validation had other cases; without one there is nothing to compare."""
+    summary = path.parent / "validation" / "summary.json"
+    if not summary.is_file():
+        return
+    measured = json.loads(summary.read_text()).get("metric_per_case", [])
+    if not measured:
+        return
+    theirs = {Path(case["prediction_file"]).name.removesuffix(file_ending) for case in measured}
+    other = sorted(theirs ^ set(validation_cases))
+    if other:
+        raise ValueError(
+            f"Pre-segmentor {path} was trained on another split: {', '.join(other[:5])} and {max(0, len(other) - 5)} more are "
+            "validation cases of one training and training cases of the other. Restore its splits_final.json, or move its "
+            "folder away and start again."
+        )
 
 
 def build_presegmentor(
@@ -166,17 +261,37 @@ def build_presegmentor(
     configuration_manager: ConfigurationManager,
     num_input_channels: int,
     num_output_channels: int,
+    architecture: Mapping[str, Any] | None = None,
 ) -> torch.nn.Module:
     """Build the network of the pre-segmentor's trainer, without deep supervision, as nnU-Net's inference does.
 
+    Args:
+        trainer_name: found by nnU-Net's own search.
+        plans_manager: of the plans.
+        configuration_manager: of the configuration.
+        num_input_channels: of the image.
+        num_output_channels: K.
+        architecture: in the place of the configuration's own.
+
     Raises:
         ValueError: if that trainer needs a pre-segmentor itself.
+        RuntimeError: if nnU-Net does not find it.
     """
-    trainer = recursive_find_trainer_class_by_name(trainer_name)
+    try:
+        trainer = recursive_find_trainer_class_by_name(trainer_name)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"The pre-segmentor of this model is a network of {trainer_name}, which nnU-Net does not find: install the package "
+            "it comes from, or add the folder of its file to nnUNet_extTrainer."
+        ) from error
     if hasattr(trainer, "presegmentor_trainer"):
         raise ValueError(
             f"diffusion.presegmentor_trainer is {trainer_name!r}, itself a diffusion trainer: give one of nnU-Net's, "
             "for example 'nnUNetTrainer', or leave it empty."
+        )
+    if architecture:
+        configuration_manager = ConfigurationManager(
+            {**configuration_manager.configuration, "architecture": dict(architecture)}
         )
     return trainer.build_network_architecture(
         plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision=False

@@ -20,24 +20,31 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def stock(workplace, tmp_path):
-    """A pre-segmentor's checkpoint, with the plans and labels that fit it."""
+    """An nnU-Net whose checkpoint lies in `fold_0` of a model folder."""
     torch.manual_seed(0)
     trainer = workplace.trainer(nnUNetTrainer)
     trainer.initialize()
-    trainer.save_checkpoint(str(tmp_path / "checkpoint_final.pth"))
-    return tmp_path / "checkpoint_final.pth", trainer.plans_manager.plans, trainer.dataset_json["labels"], trainer
+    (tmp_path / "model" / "fold_0").mkdir(parents=True)
+    trainer.save_checkpoint(str(tmp_path / "model" / "fold_0" / "checkpoint_final.pth"))
+    return trainer, tmp_path / "model" / "fold_0" / "checkpoint_final.pth"
+
+
+def load(stock, plans=None, configuration="2d", fold=0, description=None, **options):
+    """Load the pre-segmentor into a training that differs in what is given."""
+    trainer, path = stock
+    plans, description = plans or trainer.plans_manager.plans, description or trainer.dataset_json
+    return load_presegmentor_weights(path, plans, configuration, fold, description, trainer.do_split()[1], **options)
 
 
 def test_fitting_weights_are_returned_and_load_into_the_segmenter(workplace, stock):
-    path, plans, labels, trainer = stock
-    weights = load_presegmentor_weights(path, plans, "2d", 0, labels)
+    weights = load(stock)
     ours = workplace.trainer(DiffusionTrainer)
     ours.initialize()
     ours.segmenter.presegmentor.load_state_dict(weights)
     image = torch.randn(1, 1, 32, 32)
     with torch.no_grad():
-        trainer.network.eval()
-        assert torch.equal(ours.segmenter.presegment(image), trainer.network(image)[0].softmax(1))
+        stock[0].network.eval()
+        assert torch.equal(ours.segmenter.presegment(image), stock[0].network(image)[0].softmax(1))
 
 
 def changed(plans, *keys, value):
@@ -62,25 +69,92 @@ OTHER_PLANS = {
 
 @pytest.mark.parametrize("key", OTHER_PLANS)
 def test_other_plans_are_refused_naming_what_differs(stock, key):
-    path, plans, labels, _ = stock
     keys, value = OTHER_PLANS[key]
     with pytest.raises(
         ValueError, match=rf"checkpoint_final\.pth does not fit: its {key} is .*Move its folder"
     ) as error:
-        load_presegmentor_weights(path, changed(plans, *keys, value=value), "2d", 0, labels)
+        load(stock, changed(stock[0].plans_manager.plans, *keys, value=value))
     assert str(value) in str(error.value)
 
 
-def test_other_fold_configuration_and_labels_are_refused_naming_both_values(stock):
-    path, plans, labels, _ = stock
+@pytest.mark.parametrize("key", OTHER_PLANS)
+def test_a_given_one_may_have_another_network_but_no_other_preprocessing(stock, key):
+    keys, value = OTHER_PLANS[key]
+    plans = changed(stock[0].plans_manager.plans, *keys, value=value)
+    if key in ("patch_size", "architecture"):
+        assert load(stock, plans, given=True)
+    else:
+        with pytest.raises(ValueError, match=f"its {key} is .*Unset nnUNet_diffusion_presegmentor"):
+            load(stock, plans, given=True)
+
+
+def test_other_fold_configuration_labels_and_channels_are_refused_naming_both_values(stock):
+    description = stock[0].dataset_json
     with pytest.raises(ValueError, match="its fold is '0', this training has '3'"):
-        load_presegmentor_weights(path, plans, "2d", 3, labels)
+        load(stock, fold=3)
     with pytest.raises(ValueError, match="its fold is '0', this training has 'all'"):
-        load_presegmentor_weights(path, plans, "2d", "all", labels)
+        load(stock, fold="all")
     with pytest.raises(ValueError, match="its configuration is '2d', this training has '3d_fullres'"):
-        load_presegmentor_weights(path, plans, "3d_fullres", 0, labels)
+        load(stock, configuration="3d_fullres")
     with pytest.raises(ValueError, match="its labels is .*'tumour': 1"):
-        load_presegmentor_weights(path, plans, "2d", 0, {"background": 0, "tumour": 1})
+        load(stock, description=description | {"labels": {"background": 0, "tumour": 1}})
+    with pytest.raises(ValueError, match="its channel_names is .*'T9'"):
+        load(stock, description=description | {"channel_names": {"0": "T9"}})
+
+
+def test_another_split_is_refused_naming_the_cases(stock):
+    trainer, path = stock
+    training, validation = trainer.do_split()
+    summary = path.parent / "validation" / "summary.json"
+    summary.parent.mkdir()
+    ending = trainer.dataset_json["file_ending"]
+    measured = [{"prediction_file": f"/some/where/{case}{ending}"} for case in [training[0], *validation[1:]]]
+    summary.write_text(json.dumps({"metric_per_case": measured}))
+    named = ", ".join(sorted([training[0], validation[0]]))
+    with pytest.raises(ValueError, match=f"was trained on another split: {named} and 0 more"):
+        load(stock)
+
+
+# a pre-segmentor that the user names
+
+
+def test_given_one_of_another_architecture_is_built_into_the_checkpoint(workplace, stock, tmp_path, monkeypatch):
+    stock[0].network.eval()
+    monkeypatch.setenv(presegmentor.FOLDER_VARIABLE, str(tmp_path / "model"))
+
+    def wider(plans):
+        plans["configurations"]["2d"]["architecture"]["arch_kwargs"]["features_per_stage"] = [12, 12, 24]
+
+    trainer = workplace.trainer(DiffusionTrainer, change=wider)
+    trainer.initialize()
+    trainer._embed_presegmentor()
+    image = torch.randn(1, 1, 32, 32)
+    with torch.no_grad():
+        expected = stock[0].network(image)[0].softmax(1)
+        assert torch.equal(trainer.segmenter.presegment(image), expected)
+        trainer.save_checkpoint(str(tmp_path / "checkpoint_final.pth"))
+        # a machine that has the checkpoint alone
+        monkeypatch.delenv(presegmentor.FOLDER_VARIABLE)
+        (tmp_path / "model").rename(tmp_path / "elsewhere")
+        resumed = workplace.trainer(DiffusionTrainer, change=wider)
+        resumed.load_checkpoint(str(tmp_path / "checkpoint_final.pth"))
+        assert torch.equal(resumed.segmenter.presegment(image), expected)
+
+
+def test_given_folder_without_the_fold_is_refused(workplace, stock, tmp_path, monkeypatch):
+    monkeypatch.setenv(presegmentor.FOLDER_VARIABLE, str(tmp_path / "model"))
+    with pytest.raises(FileNotFoundError, match=r"fold_1/checkpoint_final.pth does not exist"):
+        workplace.trainer(DiffusionTrainer, fold=1)
+
+
+def test_given_network_that_the_patch_does_not_fit_is_refused(workplace, stock, tmp_path, monkeypatch):
+    monkeypatch.setenv(presegmentor.FOLDER_VARIABLE, str(tmp_path / "model"))
+
+    def odd(plans):
+        plans["configurations"]["2d"]["patch_size"] = [30, 32]
+
+    with pytest.raises(ValueError, match=r"axis 0 to a 4th: the patch size \[30, 32\]"):
+        workplace.trainer(DiffusionTrainer, change=odd)
 
 
 # the trainer that is resumed, and the validation that follows, without the latter's worker processes

@@ -1,0 +1,113 @@
+"""The cascade: real trainings of both stages, the reverse process starting from either segmentation."""
+
+import json
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+
+from nnunet_diffusion.training import DiffusionTrainer
+from nnunet_diffusion.training.checkpoints import read_checkpoint
+
+pytestmark = [pytest.mark.nnunet, pytest.mark.slow]
+
+CONFIGURATION = "3d_cascade_fullres"
+
+
+def add_cascade(place, name, **section):
+    """Write plans with a coarse first stage and the cascade, as nnU-Net's own integration test makes them."""
+    plans = json.loads((place.preprocessed / "Tiny3d.json").read_text())
+    plans["plans_name"] = name
+    fullres = plans["configurations"]["3d_fullres"]
+    plans["configurations"] |= {
+        "3d_lowres": {
+            **fullres,
+            "data_identifier": "Tiny_3d_lowres",
+            "spacing": [2.0, 2.0, 2.0],
+            "patch_size": [16, 24, 16],
+            "next_stage": CONFIGURATION,
+        },
+        CONFIGURATION: {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres", "diffusion": section},
+    }
+    (place.preprocessed / f"{name}.json").write_text(json.dumps(plans))
+
+
+@pytest.fixture(scope="module")
+def place(hippocampus_data, workplace_maker, tmp_path_factory):
+    """Four cases in two folds, with plans whose first stage is not trained."""
+    place = workplace_maker(
+        hippocampus_data, tmp_path_factory.mktemp("cascade"), "Dataset044_Cascade", 4, None, ["3d_fullres"]
+    )
+    cases = sorted(path.name.removesuffix(".nii.gz") for path in (place.raw / "labelsTr").iterdir())
+    folds = [{"train": cases[:2], "val": cases[2:]}, {"train": cases[2:], "val": cases[:2]}]
+    (place.preprocessed / "splits_final.json").write_text(json.dumps(folds))
+    add_cascade(place, "Cascade")
+    add_cascade(place, "CascadeStart", start_from="previous_stage")
+    place.run("nnUNetv2_preprocess", "-d", 44, "-c", "3d_lowres", "-plans_name", "Cascade", "-np", 1)
+    return place
+
+
+def train(place, plans, configuration, fold, trainer, check=True):
+    words = [44, configuration, fold, "-tr", trainer, "-p", plans, "-device", "cpu"]
+    return place.run("nnUNetv2_train", *words, check=check)
+
+
+@pytest.fixture(scope="module")
+def trained(place):
+    refused = train(place, "Cascade", CONFIGURATION, 0, "TinyDiffusionTrainer", check=False)
+    for fold in (0, 1):
+        train(place, "Cascade", "3d_lowres", fold, "TinynnUNetTrainer")
+    # the same first stage under the other plans' name
+    name = "TinynnUNetTrainer__{}__3d_lowres"
+    (place.results / name.format("CascadeStart")).symlink_to(place.results / name.format("Cascade"))
+    for plans in ("Cascade", "CascadeStart"):
+        train(place, plans, CONFIGURATION, 0, "TinyDiffusionTrainer")
+    return place, refused
+
+
+def test_missing_first_stage_is_refused_with_the_commands(trained):
+    _, refused = trained
+    assert refused.returncode != 0
+    assert "4 of 4 cases" in refused.stderr
+    assert "nnUNetv2_train Dataset044_Cascade 3d_lowres FOLD -tr TinynnUNetTrainer -p Cascade" in refused.stderr
+    assert "each FOLD of 0 to 1" in refused.stderr
+
+
+@pytest.mark.parametrize("plans", ["Cascade", "CascadeStart"])
+def test_prediction_needs_and_uses_the_previous_stage(trained, tmp_path, plans):
+    place, _ = trained
+    common = ["-i", place.raw / "imagesTs", "-d", 44, "-f", 0, "-device", "cpu"]
+    first, second = tmp_path / "first", tmp_path / "second"
+    place.run("nnUNetv2_predict", *common, "-o", first, "-c", "3d_lowres", "-p", "Cascade", "-tr", "TinynnUNetTrainer")
+    words = [*common, "-c", CONFIGURATION, "-p", plans, "-tr", "TinyDiffusionTrainer"]
+    place.run("nnUNetv2_predict", *words, "-o", second, "-prev_stage_predictions", first)
+    for path in sorted(first.glob("*.nii.gz")):
+        found = sitk.ReadImage(str(second / path.name))
+        assert found.GetSize() == sitk.ReadImage(str(path)).GetSize()
+        assert set(np.unique(sitk.GetArrayFromImage(found))) <= {0, 1, 2}
+
+
+def test_start_from_the_previous_stage_is_its_label_map(trained):
+    place, _ = trained
+    path = place.results / f"TinyDiffusionTrainer__CascadeStart__{CONFIGURATION}" / "fold_0" / "checkpoint_final.pth"
+    arguments = read_checkpoint(path)["init_args"]
+    with place.in_process(place.root / "results"):
+        trainer = DiffusionTrainer(
+            {**arguments["plans"], "continue_training": False},
+            CONFIGURATION,
+            0,
+            arguments["dataset_json"],
+            torch.device("cpu"),
+        )
+        trainer.initialize()
+    previous = torch.randint(0, 3, (1, 1, 32, 48, 32))
+    masks = torch.cat([previous == 1, previous == 2], 1).float()
+    start = trainer.segmenter.own_start(torch.cat([torch.randn(1, 1, 32, 48, 32), masks], 1))
+    assert torch.equal(start.argmax(1, keepdim=True), previous)
+    assert set(start.unique().tolist()) == {0, 1}
+
+
+def test_a_start_from_a_previous_stage_that_is_not_there_is_refused(workplace):
+    with pytest.raises(ValueError, match="start_from is 'previous_stage', but 2d has none"):
+        workplace.trainer(DiffusionTrainer, start_from="previous_stage")
