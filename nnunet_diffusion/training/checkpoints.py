@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +62,21 @@ def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
     Raises:
         OSError: if it cannot be written (full disk, read-only folder); the previous file is untouched.
     """
+    write_aside(lambda aside: torch.save(checkpoint, aside), path)
+
+
+def write_aside(write: Callable[[str], object], path: str | Path) -> None:
+    """Let `write` make a file under another name, then rename it to `path`; nothing is renamed if it makes none.
+
+    Raises:
+        OSError: as `write_checkpoint`.
+    """
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        torch.save(checkpoint, aside)
-        os.replace(aside, path)
+        write(str(aside))
+        if aside.is_file():
+            os.replace(aside, path)
     except (OSError, RuntimeError) as error:
         aside.unlink(missing_ok=True)
         raise OSError(

@@ -21,7 +21,7 @@ from nnunetv2.utilities.file_path_utilities import get_output_folder
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
-from nnunet_diffusion.training.checkpoints import read_checkpoint
+from nnunet_diffusion.training.checkpoints import read_checkpoint, write_aside
 from nnunet_diffusion.training.checks import check_batch
 
 LOCK_NAME = "presegmentor.lock"
@@ -69,9 +69,9 @@ def ensure_presegmentor(
             log(f"Pre-segmentor: {trainer_name} of fold {fold} is not trained yet, training it first (in {folder}).")
             resumable = agreed(any((folder / f"checkpoint_{kind}.pth").is_file() for kind in ("latest", "best")))
             trainer = _make_trainer(trainer_name, dataset_name, configuration, fold, plans_name, resumable, device)
-            trainer.save_every = 1
+            _save_often_and_whole(trainer)
             _check_batches(trainer)
-            maybe_load_checkpoint(trainer, resumable, False)
+            _load_last_checkpoint(trainer, resumable)
             trainer.run_training()
         elif not agreed(validated.is_file()):
             trainer = _make_trainer(trainer_name, dataset_name, configuration, fold, plans_name, True, device)
@@ -95,6 +95,22 @@ def _make_trainer(
     name: str, dataset: str, configuration: str, fold: int | str, plans: str, resume: bool, device: torch.device
 ) -> nnUNetTrainer:
     return get_trainer_from_args(dataset, configuration, fold, name, plans, resume, device)
+
+
+def _save_often_and_whole(trainer: nnUNetTrainer) -> None:
+    """Save each epoch, aside: nnU-Net saves every 50 and writes over the last file, which a killed job leaves in pieces."""
+    save = trainer.save_checkpoint
+    trainer.save_every = 1
+    trainer.save_checkpoint = lambda path: write_aside(save, path)
+
+
+def _load_last_checkpoint(trainer: nnUNetTrainer, resumable: bool) -> None:
+    """Go on from the last checkpoint; raise ValueError, naming it and the cure, if it is damaged."""
+    if resumable:
+        folder = Path(trainer.output_folder)
+        kinds = (folder / f"checkpoint_{kind}.pth" for kind in ("final", "latest", "best"))  # nnU-Net's order
+        read_checkpoint(next(path for path in kinds if path.is_file()))
+    maybe_load_checkpoint(trainer, resumable, False)
 
 
 def _check_batches(trainer: nnUNetTrainer) -> None:

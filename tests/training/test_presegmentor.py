@@ -218,6 +218,14 @@ def test_half_trained_one_is_resumed_then_validated_then_left_alone(workplace, t
     assert validations == [(2, True), (2, True)]
 
 
+def test_checkpoint_that_a_killed_job_left_in_pieces_is_named(workplace, tmp_path):
+    folder = tmp_path / "results" / workplace.dataset / "TinynnUNetTrainer__Tiny__2d" / "fold_0"
+    folder.mkdir(parents=True)
+    (folder / "checkpoint_latest.pth").write_bytes(b"PK but no more")
+    with pytest.raises(ValueError, match=r"checkpoint_latest.pth \(14 bytes\) is truncated or damaged.*Remove it"):
+        ensure(workplace, [])
+
+
 HOLD = """
 import sys, time
 from pathlib import Path
