@@ -12,9 +12,9 @@ from typing import Any
 from nnunet_diffusion.diffusion.gaussian import PREDICTION_TYPES
 from nnunet_diffusion.diffusion.samplers import SAMPLERS
 from nnunet_diffusion.diffusion.schedules import SCHEDULES
-from nnunet_diffusion.networks.blocks import NORMS
 
 PLANS_KEY = "diffusion"
+NORMS = ("batch", "instance", "group")  # those of networks/blocks.py, which settings know nothing else of
 SPECIAL = {
     "features_per_stage": ("half of nnU-Net's", "positive integers, one per stage"),
     "presegmentor_architecture": ("`{}`", "as `architecture` in the plans"),
