@@ -105,18 +105,25 @@ class DiffusionSegmenter(nn.Module):
             output = self.presegmentor(image)
             return labels.activate(output[0] if isinstance(output, (list, tuple)) else output, self.settings.regions)
 
-    def own_start(self, image: Tensor) -> Tensor:
-        """Return the probabilities (B, K, *spatial) that `settings.start_from` names."""
+    def own_start(self, image: Tensor, presegmented: Tensor | None = None) -> Tensor:
+        """Return the probabilities (B, K, *spatial) that `settings.start_from` names.
+
+        Args:
+            image: (B, C, *spatial) preprocessed patch.
+            presegmented: `presegment(image)` where it is at hand already.
+        """
         if self.settings.start_from == "previous_stage":
             return labels.foreground_to_probabilities(image[:, 1 - self.denoiser.state_channels :])
-        return self.presegment(image)
+        return self.presegment(image) if presegmented is None else presegmented
 
     def sample(self, image: Tensor, presegmentation: Tensor | None = None, on_step: OnStep | None = None) -> Tensor:
         """Run `settings.samples` reverse processes and return their mean probabilities.
 
         Args:
             image: (B, C, *spatial) preprocessed patch.
-            presegmentation: (B, K, *spatial) probabilities to start from; by default `own_start`.
+            presegmentation: (B, K, *spatial) probabilities to start from, which are not mixed into the result: a label
+                map's certainty means nothing. By default `own_start`, and the pre-segmentor counts as one more member
+                with `settings.presegmentation_weight`.
             on_step: called as (timestep, noisy, clean) after each evaluation, for pictures; tensors are
                 (B * samples, K, *spatial), those of one image next to each other.
 
@@ -124,9 +131,11 @@ class DiffusionSegmenter(nn.Module):
             (B, K, *spatial) probabilities, float32.
         """
         settings = self.settings
-        needed = not settings.from_noise or settings.condition_on_presegmentation or settings.presegmentation_weight > 0
-        if presegmentation is None and needed:
-            presegmentation = self.own_start(image)
+        needed = not settings.from_noise or settings.condition_on_presegmentation
+        member = None
+        if presegmentation is None:
+            member = self.presegment(image) if settings.presegmentation_weight > 0 else None
+            presegmentation = self.own_start(image, member) if needed else None
         shape = (len(image) * settings.samples, self.denoiser.state_channels, *image.shape[2:])
         start, generator = self._start_noise(shape, image.device)
         if not settings.from_noise and presegmentation is not None:
@@ -145,13 +154,8 @@ class DiffusionSegmenter(nn.Module):
                 on_step=on_step,
             )
         members = labels.state_to_probabilities(clean, settings.regions).view(len(image), settings.samples, *shape[1:])
-        return self._fuse(members.mean(1), presegmentation)
-
-    def _fuse(self, probabilities: Tensor, presegmentation: Tensor | None) -> Tensor:
-        weight = self.settings.presegmentation_weight
-        if weight == 0 or presegmentation is None:
-            return probabilities
-        return torch.lerp(probabilities, presegmentation.to(probabilities), weight)
+        mean = members.mean(1)
+        return mean if member is None else torch.lerp(mean, member.to(mean), settings.presegmentation_weight)
 
     def _predictor(self, image: Tensor) -> Callable[[Tensor, int], Tensor]:
         """Return the samplers' view of the denoiser: the condition flow is evaluated once a timestep, for all samples."""

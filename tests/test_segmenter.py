@@ -142,6 +142,31 @@ def test_presegmentation_weight_mixes_the_start_in():
     assert network.settings.presegmentation_weight == 0
 
 
+def test_given_start_is_not_mixed_in_and_the_presegmentor_is_evaluated_once():
+    image, given = torch.randn(1, 1, 16, 16), labels.foreground_to_probabilities(torch.zeros(1, 2, 16, 16))
+    network, calls = segmenter(), []
+    network.presegmentor.register_forward_hook(lambda *_: calls.append(1))
+    alone = network.sample(image, presegmentation=given)
+    assert not calls
+    with network.overridden(presegmentation_weight=0.5):
+        assert torch.equal(network.sample(image, presegmentation=given), alone)
+        network.sample(image)
+    assert len(calls) == 1
+
+
+def test_with_the_previous_stage_as_start_the_member_is_the_presegmentor():
+    image = torch.randn(1, 1, 16, 16)
+    network, mask = segmenter(), torch.rand(1, 2, 16, 16).round() / 2
+    network.presegmentor = nn.Conv2d(3, 3, 1)
+    network.denoiser.image_channels, network.denoiser.image_dense = 3, nn.Conv2d(3, 8, 1)
+    network.denoiser.prior.block[0] = nn.Conv2d(3, 8, 3, padding=1)
+    staged = torch.cat((image, mask), 1)
+    with network.overridden(start_from="previous_stage"):
+        alone = network.sample(staged)
+        with network.overridden(presegmentation_weight=0.5):
+            torch.testing.assert_close(network.sample(staged), (alone + network.presegment(staged)) / 2)
+
+
 def test_given_presegmentation_replaces_the_own_and_pure_noise_needs_none():
     class Forbidden(nn.Module):
         def forward(self, image):
