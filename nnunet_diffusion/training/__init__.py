@@ -1,5 +1,6 @@
 """Training inside nnU-Net: the trainer, its pre-segmentor and its checkpoints (layer 3)."""
 
 from nnunet_diffusion.training.diffusion_trainer import DiffusionTrainer
+from nnunet_diffusion.training.no_mirroring import DiffusionTrainerNoMirroring
 
-__all__ = ["DiffusionTrainer"]
+__all__ = ["DiffusionTrainer", "DiffusionTrainerNoMirroring"]

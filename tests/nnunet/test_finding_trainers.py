@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.nnunet, pytest.mark.slow]
 NAMES = (
     ["DiffusionTrainer"]
     + [f"DiffusionTrainer_{n}epochs" for n in (5, 10, 20, 50, 100, 250)]
-    + ["DiffusionTrainer_1epoch"]
+    + ["DiffusionTrainer_1epoch", "DiffusionTrainerNoMirroring"]
 )
 SEARCH = """
 import sys
@@ -42,4 +42,4 @@ def test_every_trainer_and_its_presegmentor_is_found(directories):
     for _, name, _, epochs, presegmentor in lines:
         suffix = name.removeprefix("DiffusionTrainer")
         assert presegmentor == f"nnUNetTrainer{suffix}"
-        assert epochs == (suffix.strip("_epochs") or "None")
+        assert epochs == ("".join(filter(str.isdecimal, suffix)) or "None")

@@ -2,8 +2,9 @@
 
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerNoMirroring import nnUNetTrainerNoMirroring
 
-from nnunet_diffusion.training import DiffusionTrainer
+from nnunet_diffusion.training import DiffusionTrainer, DiffusionTrainerNoMirroring
 
 CUDA = torch.device("cuda")
 
@@ -20,6 +21,20 @@ class TinynnUNetTrainer(nnUNetTrainer):
 
 class TinyDiffusionTrainer(DiffusionTrainer):
     presegmentor_trainer = "TinynnUNetTrainer"
+
+    def __init__(self, plans, configuration, fold, dataset_json, device=CUDA):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        shorten(self)
+
+
+class TinynnUNetTrainerNoMirroring(nnUNetTrainerNoMirroring):
+    def __init__(self, plans, configuration, fold, dataset_json, device=CUDA):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        shorten(self)
+
+
+class TinyDiffusionTrainerNoMirroring(DiffusionTrainerNoMirroring):
+    presegmentor_trainer = "TinynnUNetTrainerNoMirroring"
 
     def __init__(self, plans, configuration, fold, dataset_json, device=CUDA):
         super().__init__(plans, configuration, fold, dataset_json, device)
