@@ -57,7 +57,12 @@ def read_options(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--fold", type=int, default=0)
     add("--epochs", type=int, default=10, choices=LENGTHS, help="of nnU-Net and of each denoiser")
     add("--denoiser-epochs", type=int, choices=LENGTHS, help="where it is not nnU-Net's length")
-    add("--trainers", nargs=2, metavar=("NNUNET", "DIFFUSION"), help="trainer classes instead of those of --epochs")
+    add(
+        "--trainers",
+        nargs=2,
+        metavar=("NNUNET", "DIFFUSION"),
+        help="trainer classes instead of those of --epochs; a denoiser may have been trained beside another nnU-Net",
+    )
     add("--plans-name", default=None, help="name of the plans made by --patch, --batch, --features (default small)")
     add(
         "--patch",
@@ -217,7 +222,7 @@ def _control(
 
 def output_folder(folders: Folders, options: argparse.Namespace) -> Path:
     """Return this comparison's folder; models and settings may be added to it later."""
-    length = options.trainers[1] if options.trainers else f"{options.epochs}epochs"
+    length = "_".join(options.trainers) if options.trainers else f"{options.epochs}epochs"
     if options.denoiser_epochs and options.denoiser_epochs != options.epochs:
         length += f"_{options.denoiser_epochs}epochs"
     mirrored = "_unmirrored" if options.no_mirroring else ""
@@ -249,12 +254,36 @@ def evaluate_all(
             )
             settings = [Setting("", NNUNET, {})]
             if hasattr(model.segmenter, "settings"):
+                start_from(model, models["nnU-Net"], folders)
                 settings = sampling_settings(options, model.segmenter.settings)
             evaluate(model, settings, cases, folders.raw, output / NNUNET, rows, deadline.check, options.seed)
     finally:
         if rows.rows:
             (output / "report.md").write_text(write_report(rows.rows, _heading(folders, options, models), options.seed))
             print(f"Report: {output / 'report.md'}")
+
+
+def start_from(model: Any, nnunet: Training, folders: Folders) -> None:
+    """Put the comparison's nnU-Net in the place of the pre-segmentor if the denoiser was trained beside another one.
+
+    A denoiser that never met its pre-segmentor in training works with any; `--trainers` names the two apart.
+
+    Raises:
+        ValueError: it did meet it, so that the exchange would change what it was trained for.
+    """
+    from nnunet_diffusion.training.checkpoints import read_checkpoint
+
+    settings = model.segmenter.settings
+    if settings.presegmentor_trainer == nnunet.trainer:
+        return
+    if settings.presegmentation_start_probability > 0 or model.predictor.label_manager.has_ignore_label:
+        raise ValueError(
+            f"{model.name} was trained on the segmentations of {settings.presegmentor_trainer}, so {nnunet.trainer} cannot "
+            "take its place: train it with that one (--epochs, --denoiser-epochs)"
+        )
+    weights = read_checkpoint(nnunet.folder(folders) / "checkpoint_final.pth")["network_weights"]
+    model.segmenter.presegmentor.load_state_dict(weights)
+    print(f"{model.name} starts from {nnunet.trainer} instead of {settings.presegmentor_trainer}")
 
 
 def validation_cases(folders: Folders, options: argparse.Namespace) -> list[str]:

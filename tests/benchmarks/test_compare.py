@@ -5,6 +5,7 @@ import csv
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -170,6 +171,34 @@ def test_stock_plans_and_small_plans_exclude_each_other() -> None:
         options("--batch", "4", "--plans-name", "nnUNetPlans")
     with pytest.raises(SystemExit):
         options("--plans-name", "small")
+
+
+def test_another_nnunet_takes_the_presegmentors_place_unless_the_denoiser_met_its_own(tmp_path: Path) -> None:
+    import torch
+
+    folders = comparison_plans.Folders(tmp_path, "Dataset004_X")
+    training = comparison_training.Training("nnUNetTrainer_20epochs", "small", "2d", 0, "cpu")
+    training.folder(folders).mkdir(parents=True)
+    longer, shorter = torch.nn.Conv2d(1, 2, 1), torch.nn.Conv2d(1, 2, 1)
+    torch.save({"network_weights": longer.state_dict()}, training.folder(folders) / "checkpoint_final.pth")
+
+    def start(**changes) -> None:
+        settings = DiffusionSettings(features_per_stage=(8, 16), **changes)
+        manager = SimpleNamespace(has_ignore_label=False)
+        model = SimpleNamespace(
+            name="logits",
+            segmenter=SimpleNamespace(settings=settings, presegmentor=shorter),
+            predictor=SimpleNamespace(label_manager=manager),
+        )
+        compare.start_from(model, training, folders)
+
+    before = shorter.weight.clone()
+    start(presegmentor_trainer="nnUNetTrainer_20epochs")
+    assert torch.equal(shorter.weight, before)
+    with pytest.raises(ValueError, match="was trained on the segmentations of nnUNetTrainer_10epochs"):
+        start(presegmentor_trainer="nnUNetTrainer_10epochs", presegmentation_start_probability=0.5)
+    start(presegmentor_trainer="nnUNetTrainer_10epochs")
+    assert torch.equal(shorter.weight, longer.weight)
 
 
 def test_cases_are_evenly_spaced(tmp_path: Path) -> None:
