@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from filelock import FileLock, Timeout
 from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.file_path_utilities import get_output_folder
@@ -23,9 +19,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunet_diffusion.training.checkpoints import read_checkpoint, write_aside
 from nnunet_diffusion.training.checks import check_batch
+from nnunet_diffusion.training.other_jobs import SUMMARY, agreed, claim_log, locked, wait_for_stock_training
 
-LOCK_NAME = "presegmentor.lock"
-LOCK_SECONDS = 1.0
 FOLDER_VARIABLE = "nnUNet_diffusion_presegmentor"
 # what must agree for one network's output to be another's start
 SAME_DATASET = ("labels", "regions_class_order", "channel_names")
@@ -59,36 +54,30 @@ def ensure_presegmentor(
         log: takes one line.
     """
     folder = Path(get_output_folder(dataset_name, trainer_name, plans_name, configuration, fold))
-    final, validated = folder / "checkpoint_final.pth", folder / "validation" / "summary.json"
+    final, validated = folder / "checkpoint_final.pth", folder / SUMMARY
     if agreed(final.is_file() and validated.is_file()):
         log(f"Pre-segmentor: {final} is trained already.")
         return final
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder / LOCK_NAME, log):
+    with locked(folder, log):
+        wait_for_stock_training(folder, log)
         if not agreed(final.is_file()):
             log(f"Pre-segmentor: {trainer_name} of fold {fold} is not trained yet, training it first (in {folder}).")
             resumable = agreed(any((folder / f"checkpoint_{kind}.pth").is_file() for kind in ("latest", "best")))
             trainer = _make_trainer(trainer_name, dataset_name, configuration, fold, plans_name, resumable, device)
+            claim_log(Path(trainer.log_file), trainer.local_rank)
             _save_often_and_whole(trainer)
             _check_batches(trainer)
             _load_last_checkpoint(trainer, resumable)
             trainer.run_training()
         elif not agreed(validated.is_file()):
             trainer = _make_trainer(trainer_name, dataset_name, configuration, fold, plans_name, True, device)
+            claim_log(Path(trainer.log_file), trainer.local_rank)
             trainer.load_checkpoint(str(final))
         if not agreed(validated.is_file()):
             log("Pre-segmentor: validation with probabilities.")
             trainer.perform_actual_validation(save_probabilities=True)
     return final
-
-
-def agreed(own: bool) -> bool:
-    """Return what rank 0 found, on every rank of a distributed training: files may appear between two looks."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return own
-    found = [own]
-    dist.broadcast_object_list(found, src=0)
-    return bool(found[0])
 
 
 def _make_trainer(
@@ -125,33 +114,6 @@ def _check_batches(trainer: nnUNetTrainer) -> None:
 
     for name in ("train_step", "validation_step"):
         setattr(trainer, name, checked(getattr(trainer, name)))
-
-
-@contextlib.contextmanager
-def _locked(path: Path, log: Callable[[str], None]) -> Iterator[None]:
-    """Hold the lock for a `with` block; of a distributed training rank 0 holds it, and all wait until it does."""
-    lock = FileLock(path)
-    first = True
-    while not agreed(_acquired(lock)):
-        if first:
-            log(f"Pre-segmentor: another job trains it now ({path} is locked); waiting for that job.")
-            first = False
-        # short waits: a collective call of the other ranks must not last long
-        time.sleep(LOCK_SECONDS)
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _acquired(lock: FileLock) -> bool:
-    if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
-        return False
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        return False
-    return True
 
 
 @dataclass(frozen=True)
@@ -255,7 +217,7 @@ def load_presegmentor_weights(
 
 def _refuse_other_split(path: Path, validation_cases: Sequence[str], file_ending: str) -> None:
     """Raise ValueError if the pre-segmentor's own validation had other cases; without one there is nothing to compare."""
-    summary = path.parent / "validation" / "summary.json"
+    summary = path.parent / SUMMARY
     if not summary.is_file():
         return
     measured = json.loads(summary.read_text()).get("metric_per_case", [])

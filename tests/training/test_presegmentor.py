@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ import pytest
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from nnunet_diffusion.training import DiffusionTrainer, presegmentor
+from nnunet_diffusion.training import DiffusionTrainer, other_jobs, presegmentor
 from nnunet_diffusion.training.presegmentor import ensure_presegmentor, load_presegmentor_weights
 
 pytestmark = pytest.mark.nnunet
@@ -244,7 +245,7 @@ def test_another_job_that_trains_it_is_waited_for_and_its_result_taken(workplace
     (folder / "checkpoint_final.pth").touch()
     monkeypatch.setattr(presegmentor, "_make_trainer", lambda *_: pytest.fail("it was trained a second time"))
     with subprocess.Popen(
-        [sys.executable, "-c", HOLD, folder, presegmentor.LOCK_NAME], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", HOLD, folder, other_jobs.LOCK_NAME], stdout=subprocess.PIPE, text=True
     ) as job:
         assert job.stdout.readline() == "locked\n"
         begin, lines = time.monotonic(), []
@@ -252,7 +253,51 @@ def test_another_job_that_trains_it_is_waited_for_and_its_result_taken(workplace
         assert (folder / "validation" / "summary.json").is_file()
         assert 1 < time.monotonic() - begin < 30
     assert "another job trains it now" in lines[0]
-    assert presegmentor.LOCK_NAME in lines[0]
+    assert other_jobs.LOCK_NAME in lines[0]
+
+
+def stock_log(place, root, text, silent_for=0.0):
+    """The log of an nnU-Net training that was started by itself."""
+    folder = root / "results" / place.dataset / "TinynnUNetTrainer__Tiny__2d" / "fold_0"
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "training_log_2026_1_1_00_00_00.txt"
+    log.write_text(text)
+    os.utime(log, (time.time() - silent_for,) * 2)
+    return log
+
+
+FINISH = """
+import sys, time
+from pathlib import Path
+folder = Path(sys.argv[1])
+print("began", flush=True)
+time.sleep(2)
+(folder / "validation").mkdir()
+(folder / "checkpoint_final.pth").touch()
+(folder / "validation" / "summary.json").write_text("{}")
+"""
+
+
+def test_an_nnunet_trained_by_itself_meanwhile_is_waited_for(workplace, tmp_path, monkeypatch):
+    folder = stock_log(workplace, tmp_path, "Epoch time: 30.0 s").parent
+    monkeypatch.setattr(presegmentor, "_make_trainer", lambda *_: pytest.fail("it was trained a second time"))
+    with subprocess.Popen([sys.executable, "-c", FINISH, folder], stdout=subprocess.PIPE, text=True) as job:
+        assert job.stdout.readline() == "began\n"
+        begin, lines = time.monotonic(), []
+        # the other job's checkpoint is taken, though ours had found none
+        assert ensure(workplace, lines) == folder / "checkpoint_final.pth"
+        assert 1 < time.monotonic() - begin < 30
+    assert "nnU-Net is being trained by itself" in lines[0]
+    assert "goes on in 90 s" in lines[0] or "goes on in 89 s" in lines[0]
+
+
+def test_a_dead_jobs_log_and_our_own_are_not_waited_for(workplace, tmp_path):
+    log = stock_log(workplace, tmp_path, "Epoch time: 30.0 s\nEpoch time: 2.0 s", silent_for=91)
+    other_jobs.wait_for_stock_training(log.parent, pytest.fail)
+    stock_log(workplace, tmp_path, "Epoch time: 30.0 s", silent_for=80)
+    assert 5 < other_jobs._seconds_until_silent(log.parent) < 11
+    other_jobs.claim_log(log)
+    other_jobs.wait_for_stock_training(log.parent, pytest.fail)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,105 @@
+"""Other jobs that train the same pre-segmentor: ours are kept apart by a lock, nnU-Net's own are waited for."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch.distributed as dist
+from filelock import FileLock, Timeout
+
+LOCK_NAME = "presegmentor.lock"
+LOCK_SECONDS = 1.0
+CLAIMED_LOGS = "presegmentor_logs.txt"
+SILENT_SECONDS = 60.0
+SILENT_EPOCHS = 3
+SUMMARY = "validation/summary.json"
+
+
+def agreed(own: bool) -> bool:
+    """Return what rank 0 found, on every rank of a distributed training: files may appear between two looks."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return own
+    found = [own]
+    dist.broadcast_object_list(found, src=0)
+    return bool(found[0])
+
+
+@contextlib.contextmanager
+def locked(folder: Path, log: Callable[[str], None]) -> Iterator[None]:
+    """Hold the lock of a fold's folder for a `with` block; of a distributed training rank 0 does, and all wait until then.
+
+    Args:
+        folder: of the fold.
+        log: takes one line.
+    """
+    path = folder / LOCK_NAME
+    lock = FileLock(path)
+    first = True
+    while not agreed(_acquired(lock)):
+        if first:
+            log(f"Pre-segmentor: another job trains it now ({path} is locked); waiting for that job.")
+            first = False
+        # short waits: a collective call of the other ranks must not last long
+        time.sleep(LOCK_SECONDS)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _acquired(lock: FileLock) -> bool:
+    if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
+        return False
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return False
+    return True
+
+
+def wait_for_stock_training(folder: Path, log: Callable[[str], None]) -> None:
+    """Wait while a job of nnU-Net's own, which knows no lock, trains or validates in this fold's folder.
+
+    Such a job writes its training log at least once an epoch. It is taken for dead once that log has been silent for
+    `SILENT_EPOCHS` of its longest epochs and `SILENT_SECONDS`; it has finished when checkpoint and validation are there.
+
+    Args:
+        folder: of the fold.
+        log: takes one line.
+    """
+    first = True
+    while agreed((left := _seconds_until_silent(folder)) > 0):
+        if first:
+            log(
+                f"Pre-segmentor: nnU-Net is being trained by itself in {folder}; waiting for that job. If it is dead, this one "
+                f"goes on in {max(left, 0):.0f} s."
+            )
+            first = False
+        time.sleep(LOCK_SECONDS)
+
+
+def _seconds_until_silent(folder: Path) -> float:
+    newest = _stock_log(folder)
+    if newest is None or ((folder / "checkpoint_final.pth").is_file() and (folder / SUMMARY).is_file()):
+        return 0.0
+    epochs = [float(seconds) for seconds in re.findall(r"Epoch time: ([\d.]+) s", newest.read_text(errors="replace"))]
+    limit = max(SILENT_SECONDS, SILENT_EPOCHS * max(epochs, default=0.0))
+    return newest.stat().st_mtime + limit - time.time()
+
+
+def _stock_log(folder: Path) -> Path | None:
+    """Return the newest training log that none of our jobs wrote."""
+    claimed = set((folder / CLAIMED_LOGS).read_text().split()) if (folder / CLAIMED_LOGS).is_file() else set()
+    logs = [path for path in folder.glob("training_log_*.txt") if path.name not in claimed]
+    return max(logs, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def claim_log(path: Path, rank: int = 0) -> None:
+    """Note that a training log is one of our jobs': while those live, they hold the lock, whatever the log's age."""
+    if rank == 0:
+        with path.with_name(CLAIMED_LOGS).open("a") as file:
+            file.write(f"{path.name}\n")
