@@ -97,7 +97,7 @@ class DiffusionSettings:
     eta: float = _setting(0.0, "Randomness of DDIM: 0 deterministic, 1 as DDPM.", low=0, high=1)
     samples: int = _setting(1, "Reverse processes whose probabilities are averaged.", low=1, high=1000)
     presegmentation_weight: float = _setting(
-        0.0,
+        0.5,
         "Weight of the pre-segmentor's own probabilities in that average, 0..1; not of a start given from outside.",
         low=0,
         high=1,

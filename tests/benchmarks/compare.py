@@ -84,7 +84,7 @@ def read_options(words: Sequence[str] | None = None) -> argparse.Namespace:
         type=float,
         nargs="*",
         default=[],
-        help="further settings: start_step, fewest steps",
+        help="above 0, beside 0: for each start_step, with the fewest steps",
     )
     add("--no-repair", action="store_true", help="leave the repair test out")
     add("--controls", nargs="*", default=[], choices=["longer", "stock"])
@@ -132,13 +132,11 @@ def sampling_settings(options: argparse.Namespace, defaults: Any) -> list[Any]:
     seed = {"seed": options.seed}
     found = {"default": Setting("default: " + _describe(defaults, {}), NNUNET, seed)}
     for start_step in options.start_steps:
-        for steps in options.steps:
-            for samples in options.samples:
-                _add(found, defaults, {"start_step": start_step, "steps": steps, "samples": samples}, seed)
-        for weight in options.presegmentation_weights:
-            for samples in options.samples:
-                changes = {"start_step": start_step, "steps": min(options.steps), "samples": samples}
-                _add(found, defaults, changes | {"presegmentation_weight": weight}, seed)
+        for weight in [0.0, *options.presegmentation_weights]:
+            for steps in [min(options.steps)] if weight else options.steps:
+                for samples in options.samples:
+                    changes = {"start_step": start_step, "steps": steps, "samples": samples}
+                    _add(found, defaults, changes | {"presegmentation_weight": weight}, seed)
     for steps in options.noise_steps if defaults.max_train_step == defaults.timesteps else []:
         changes = {"from_noise": True, "start_step": defaults.timesteps, "steps": steps, "samples": 1}
         name = f"DDPM from noise, {steps} steps"
@@ -147,11 +145,12 @@ def sampling_settings(options: argparse.Namespace, defaults: Any) -> list[Any]:
         found[name] = Setting(name, "noise", changes | {"presegmentation_weight": 0.0} | seed)
     settings = list(found.values())
     if not options.no_repair:
+        # a given start is not mixed into the result, so that the weight makes no difference
         one = [s for s in settings if s.start == NNUNET and s.changes.get("samples", 1) == 1]
         fewest = {
             s.changes.get("start_step", defaults.start_step): s
             for s in reversed(one)
-            if "presegmentation_weight" not in s.changes
+            if s.changes.get("presegmentation_weight", defaults.presegmentation_weight) == 0
         }
         for setting in fewest.values():
             settings += [Setting(setting.name, corruption, setting.changes) for corruption in CORRUPTIONS]

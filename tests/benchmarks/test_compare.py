@@ -17,7 +17,7 @@ pytest.importorskip("nnunetv2")
 import compare
 import comparison_plans
 import comparison_training
-from comparison_evaluation import CORRUPTIONS, NNUNET, CountedNetwork, Row, RowFile
+from comparison_evaluation import CORRUPTIONS, NNUNET, CountedNetwork, Row, RowFile, Setting
 from comparison_report import mean_rows, write_report
 
 STOCK = {
@@ -153,11 +153,16 @@ def test_settings_are_legal_distinct_and_repaired_at_each_start_step() -> None:
         DiffusionSettings(**{"features_per_stage": (8, 16)} | setting.changes)
     keys = [(setting.name, setting.start) for setting in settings]
     assert len(set(keys)) == len(keys)
-    # 3 T' x 4 steps x 2 ensembles; one is the default
-    plain = [s for s in settings if s.start == NNUNET and "presegmentation_weight" not in s.changes]
+
+    def weight(setting: Setting) -> float:
+        return setting.changes.get("presegmentation_weight", defaults.presegmentation_weight)
+
+    # 3 T' x 4 steps x 2 ensembles of the denoiser alone; with nnU-Net the fewest steps, of which one is the default
+    plain = [s for s in settings if s.start == NNUNET and not weight(s)]
     assert len(plain) == 3 * 4 * 2
+    assert len([s for s in settings if s.start == NNUNET and weight(s)]) == 3 * 2
+    assert settings[0].name.startswith("default") and weight(settings[0]) == defaults.presegmentation_weight
     assert len([s for s in settings if s.start == "noise"]) == 2
-    # the default (T' = 300, one step) stands for its start step
     assert len([s for s in settings if s.start in CORRUPTIONS]) == 3 * len(CORRUPTIONS)
     assert not [s for s in compare.sampling_settings(options("--no-repair"), defaults) if s.start in CORRUPTIONS]
     low = DiffusionSettings(features_per_stage=(8, 16), max_train_step=400)
