@@ -38,13 +38,14 @@ works, not how good it gets.
 {table}
 Dice is the mean over the test images with a lesion (a miss counts 0); HD95 the mean over those where both truth and
 result show one. DDPM starts from pure noise and runs without mirroring, to spare time; the other two are nnU-Net's
-stock prediction with mirroring.
+stock prediction with mirroring. In PD-DDPM nnU-Net's own probabilities count with a weight of {weight:g}.
 
 {agreement}
 
 ![Reverse process](report.png)
 
-From nnU-Net's segmentation noised to T' = {start_step} down to 0, here in {figure_steps} steps over the whole image.
+From nnU-Net's segmentation noised to T' = {start_step} down to 0, here in {figure_steps} steps over the whole image and
+without nnU-Net's probabilities in the result.
 Error map: white right, red missed, blue too much.
 """
 
@@ -269,6 +270,7 @@ def report_text(
         without_lesion=len(truth) - len(lesions),
         table=markdown_table(header, rows),
         agreement="\n".join(agreement),
+        weight=settings.presegmentation_weight,
         start_step=settings.start_step,
         figure_steps=FIGURE_STEPS,
     )

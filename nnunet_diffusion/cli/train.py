@@ -39,6 +39,8 @@ def run(words: Sequence[str]) -> int:
             words += ["-tr", DEFAULT_TRAINER]
         check_input(options, os.environ)
         check_device(options.device)
+        if options.pretrained_weights is not None:
+            check_pretrained_weights(options.pretrained_weights)
     os.environ.update(with_trainers(os.environ))
     # nnU-Net reads its paths and nnUNet_extTrainer from the environment: import it only now.
     from nnunetv2.run.run_training import run_training_entry
@@ -180,3 +182,19 @@ def check_device(device: str) -> None:
         raise CommandError("-device is cuda (the default), but torch finds no CUDA GPU; add: -device cpu")
     if device == "mps" and not torch.backends.mps.is_available():
         raise CommandError("-device is mps, but torch finds none; add: -device cpu")
+
+
+def check_pretrained_weights(path: str) -> None:
+    """Raise CommandError unless `path` is a checkpoint of a diffusion trainer, whose weights alone fit the network."""
+    from nnunet_diffusion.training.checkpoints import read_checkpoint
+    from nnunet_diffusion.training.diffusion_trainer import CHECKPOINT_KEY
+
+    try:
+        checkpoint = read_checkpoint(path)
+    except (OSError, ValueError) as error:
+        raise CommandError(f"-pretrained_weights: {error}") from error
+    if CHECKPOINT_KEY not in checkpoint:
+        raise CommandError(
+            f"-pretrained_weights is {path}, a checkpoint of {checkpoint.get('trainer_name')}, not of a diffusion trainer; "
+            "to start from a trained nnU-Net leave it out and export nnUNet_diffusion_presegmentor=MODEL_FOLDER"
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunet_diffusion import labels
 
 FOLDERS = ("nnUNet_preprocessed", "nnUNet_results")
+PATIENCE_SECONDS = 5.0
 
 
 def refuse_missing_folders() -> None:
@@ -40,6 +42,24 @@ def refuse_foreign_plans(dataset_name: str, dataset_json: Mapping[str, Any]) -> 
                 "nnUNetv2_plan_experiment, or bring plans over with nnUNetv2_move_plans_between_datasets, then run "
                 "nnUNetv2_preprocess."
             )
+
+
+def read_shared_json(path: Path) -> Any:
+    """Read a file that other folds' jobs write too, not aside: what is half written now is whole a moment later.
+
+    Raises:
+        ValueError: it is no JSON for `PATIENCE_SECONDS`; names the file and the cure.
+    """
+    end = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            return json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            if time.monotonic() > end:
+                raise ValueError(
+                    f"{path} is damaged ({error}). Remove it: the next training of any fold writes it again."
+                ) from error
+            time.sleep(0.1)
 
 
 def check_batch(batch: Mapping[str, Any], label_manager: LabelManager) -> None:

@@ -29,7 +29,12 @@ from nnunet_diffusion.training.cascade import (
     refuse_incomplete_previous_stage,
 )
 from nnunet_diffusion.training.checkpoints import read_checkpoint, write_checkpoint
-from nnunet_diffusion.training.checks import check_batch, refuse_foreign_plans, refuse_missing_folders
+from nnunet_diffusion.training.checks import (
+    check_batch,
+    read_shared_json,
+    refuse_foreign_plans,
+    refuse_missing_folders,
+)
 from nnunet_diffusion.training.network import build_segmenter
 from nnunet_diffusion.training.presegmentor import (
     FOLDER_VARIABLE,
@@ -241,7 +246,7 @@ class DiffusionTrainer(nnUNetTrainer):
         path = Path(self.output_folder_base) / "plans.json"
         if not path.is_file():
             return
-        existing = json.loads(path.read_text())["configurations"].get(self.configuration_name, {}).get(PLANS_KEY)
+        existing = read_shared_json(path)["configurations"].get(self.configuration_name, {}).get(PLANS_KEY)
         ours = self.settings.to_plans()
         if existing is not None and existing != ours:
             differing = [key for key in ours if existing.get(key) != ours[key]]

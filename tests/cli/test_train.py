@@ -129,6 +129,20 @@ def test_gpu_that_is_not_there(folders, monkeypatch, capsys):
     assert "add: -device cpu" in error_of(capsys, "7", "2d", "0")
 
 
+def test_pretrained_weights_of_nnunet_itself_and_of_no_checkpoint(folders, tmp_path, capsys):
+    import torch
+
+    path = tmp_path / "checkpoint_final.pth"
+    words = ["7", "2d", "0", "-device", "cpu", "-pretrained_weights", str(path)]
+    assert f"No checkpoint at {path}" in error_of(capsys, *words)
+    path.write_bytes(b"PK")
+    assert "truncated or damaged" in error_of(capsys, *words)
+    torch.save({"network_weights": {}, "trainer_name": "nnUNetTrainer"}, path)
+    line = error_of(capsys, *words)
+    assert "a checkpoint of nnUNetTrainer, not of a diffusion trainer" in line
+    assert "nnUNet_diffusion_presegmentor" in line
+
+
 def test_missing_words_are_named(folders, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["train", "7"])

@@ -5,9 +5,11 @@ import copy
 import numpy as np
 import pytest
 import torch
+from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch.nn.functional import interpolate
 
-from nnunet_diffusion.training import DiffusionTrainer
+from nnunet_diffusion.training import DiffusionTrainer, diffusion_trainer
 
 pytestmark = pytest.mark.nnunet
 
@@ -155,6 +157,34 @@ def test_resumed_training_takes_the_same_next_step(workplace, tmp_path):
     for key, state in ours["state"].items():
         assert all(torch.equal(value, theirs["state"][key][name]) for name, value in state.items())
     assert first.logger.get_checkpoint() == second.logger.get_checkpoint()
+
+
+def test_pretrained_weights_reach_the_denoiser_and_its_average_but_not_the_presegmentor(
+    workplace, tmp_path, monkeypatch
+):
+    pretrained = started(workplace)
+    pretrained.train_step(make_batch())
+    pretrained.save_checkpoint(str(tmp_path / "pretrained.pth"))
+    torch.manual_seed(1)
+    own = workplace.trainer(nnUNetTrainer)
+    own.initialize()
+    own.save_checkpoint(str(tmp_path / "own.pth"))
+
+    trainer = workplace.trainer(DiffusionTrainer)
+    trainer.initialize()
+    with pytest.raises(AssertionError, match="missing in the pretrained model"):
+        load_pretrained_weights(trainer.network, str(tmp_path / "own.pth"))
+    load_pretrained_weights(trainer.network, str(tmp_path / "pretrained.pth"))
+    monkeypatch.setattr(diffusion_trainer, "ensure_presegmentor", lambda *_: tmp_path / "own.pth")
+    trainer._embed_presegmentor()
+    for key, value in own.network.state_dict().items():
+        assert torch.equal(trainer.segmenter.presegmentor.state_dict()[key], value), key
+    for key, value in pretrained.ema.module.state_dict().items():
+        assert torch.equal(trainer.segmenter.denoiser.state_dict()[key], value), key
+    trainer.on_train_epoch_start()
+    trainer.train_step(make_batch())
+    for key, value in trainer.segmenter.denoiser.state_dict().items():
+        assert torch.equal(trainer.ema.module.state_dict()[key], value), key
 
 
 def test_each_epoch_has_noise_of_its_own_from_the_settings_seed(workplace):
