@@ -91,7 +91,7 @@ class DiffusionSettings:
     # inference
     sampler: str = _setting("ddim", "Sampler of the reverse process.", choices=tuple(SAMPLERS))
     start_step: int = _setting(
-        300, "T' of PD-DDPM: noising steps at the start of the reverse process, 1..timesteps.", low=1
+        100, "T' of PD-DDPM: noising steps at the start of the reverse process, 1..timesteps.", low=1
     )
     steps: int = _setting(1, "Network evaluations of one reverse process, 1..start_step.", low=1)
     eta: float = _setting(0.0, "Randomness of DDIM: 0 deterministic, 1 as DDPM.", low=0, high=1)
