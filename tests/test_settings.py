@@ -100,3 +100,10 @@ def test_table_names_every_setting():
     table = settings_table()
     for entry in dataclasses.fields(DiffusionSettings):
         assert f"| `{entry.name}` |" in table
+
+
+def test_norms_are_those_that_the_networks_can_build():
+    from nnunet_diffusion import settings
+    from nnunet_diffusion.networks import blocks
+
+    assert settings.NORMS == blocks.NORMS
