@@ -9,33 +9,25 @@ from nnunet_diffusion.training import DiffusionTrainer, DiffusionTrainerNoMirror
 CUDA = torch.device("cuda")
 
 
-def shorten(trainer):
-    trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = 2, 2, 1
+class Tiny:
+    """Comes first among the bases; nnU-Net reads the names of these parameters."""
 
-
-class TinynnUNetTrainer(nnUNetTrainer):
     def __init__(self, plans, configuration, fold, dataset_json, device=CUDA):
         super().__init__(plans, configuration, fold, dataset_json, device)
-        shorten(self)
+        self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = 2, 2, 1
 
 
-class TinyDiffusionTrainer(DiffusionTrainer):
+class TinynnUNetTrainer(Tiny, nnUNetTrainer):
+    pass
+
+
+class TinyDiffusionTrainer(Tiny, DiffusionTrainer):
     presegmentor_trainer = "TinynnUNetTrainer"
 
-    def __init__(self, plans, configuration, fold, dataset_json, device=CUDA):
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        shorten(self)
+
+class TinynnUNetTrainerNoMirroring(Tiny, nnUNetTrainerNoMirroring):
+    pass
 
 
-class TinynnUNetTrainerNoMirroring(nnUNetTrainerNoMirroring):
-    def __init__(self, plans, configuration, fold, dataset_json, device=CUDA):
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        shorten(self)
-
-
-class TinyDiffusionTrainerNoMirroring(DiffusionTrainerNoMirroring):
+class TinyDiffusionTrainerNoMirroring(Tiny, DiffusionTrainerNoMirroring):
     presegmentor_trainer = "TinynnUNetTrainerNoMirroring"
-
-    def __init__(self, plans, configuration, fold, dataset_json, device=CUDA):
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        shorten(self)
