@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +62,28 @@ class DiffusionSegmenter(nn.Module):
         super().train(mode)
         self.presegmentor.eval()
         return self
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights as any module does.
+
+        Raises:
+            ValueError: if `strict` and they are those of another network; torch would list every tensor of both.
+        """
+        own = self.state_dict()
+        differing = {
+            key: tuple(None if side.get(key) is None else tuple(side[key].shape) for side in (state_dict, own))
+            for key in {**own, **state_dict}
+        }
+        differing = {key: shapes for key, shapes in differing.items() if shapes[0] != shapes[1]}
+        if strict and differing:
+            key, (theirs, ours) = next(iter(differing.items()))
+            raise ValueError(
+                f"These weights are not of the network that the plans describe: {len(differing)} of {len(own)} tensors differ, "
+                f"first {key} (shape {theirs or 'none'} in the weights, {ours or 'none'} in the network). Architecture and "
+                f"`diffusion` section decide: put the plans.json that was written with the checkpoint beside its fold, "
+                "or train again with the present plans under another plans_name."
+            )
+        return super().load_state_dict(state_dict, strict, assign)
 
     def forward(
         self,

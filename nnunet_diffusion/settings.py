@@ -180,6 +180,11 @@ class DiffusionSettings:
             raise ValueError(
                 f"The plans' {PLANS_KEY!r} section must be a dictionary, got {type(section).__name__}: {section!r}."
             )
+        if section.get("version", 1) != 1:
+            raise ValueError(
+                f"diffusion.version is {section['version']!r}, this nnunet-diffusion reads 1: upgrade it with "
+                "pip install -U nnunet-diffusion."
+            )
         known = [entry.name for entry in dataclasses.fields(cls)]
         for key in section:
             if key not in known:
@@ -187,11 +192,6 @@ class DiffusionSettings:
                 raise ValueError(
                     f"Unknown key diffusion.{key} (value {section[key]!r}) in the plans. Known: {', '.join(near)}."
                 )
-        if section.get("version", 1) != 1:
-            raise ValueError(
-                f"diffusion.version is {section['version']!r}, this nnunet-diffusion reads 1: upgrade it with "
-                "pip install -U nnunet-diffusion."
-            )
         settings = default_settings(configuration, prediction_type=section.get("prediction_type", "logits"))
         return dataclasses.replace(settings, **section)
 

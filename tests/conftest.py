@@ -171,6 +171,12 @@ def workplace_maker():
 
 
 @pytest.fixture(scope="session")
+def workplace_type():
+    """`Workplace`, for test modules that make a dataset of their own."""
+    return Workplace
+
+
+@pytest.fixture(scope="session")
 def hippocampus(hippocampus_data, tmp_path_factory):
     """Ten real training cases and two test cases, preprocessed in 2d and 3d_fullres with small plans `Tiny`."""
     return make_workplace(hippocampus_data, tmp_path_factory.mktemp("nnunet"))

@@ -70,6 +70,7 @@ def test_prediction_types_without_bounded_targets_train_on_the_truth_by_default(
         ({"corruption_probability": 0.7, "presegmentation_start_probability": 0.5}, ["0.7", "0.5", "at most 1"]),
         ({"condition_on_presegmentation": True}, ["condition_on_presegmentation", "truth", "0.5"]),
         ({"version": 2}, ["version", "2", "upgrade"]),
+        ({"version": 2, "of_the_future": 1}, ["version", "2", "upgrade"]),
         ({"seed": -1}, ["seed", "-1", ">= 0"]),
     ],
 )

@@ -186,14 +186,13 @@ def check_device(device: str) -> None:
 
 def check_pretrained_weights(path: str) -> None:
     """Raise CommandError unless `path` is a checkpoint of a diffusion trainer, whose weights alone fit the network."""
-    from nnunet_diffusion.training.checkpoints import read_checkpoint
-    from nnunet_diffusion.training.diffusion_trainer import CHECKPOINT_KEY
+    from nnunet_diffusion.training.checkpoints import DIFFUSION_KEY, read_checkpoint
 
     try:
         checkpoint = read_checkpoint(path)
     except (OSError, ValueError) as error:
         raise CommandError(f"-pretrained_weights: {error}") from error
-    if CHECKPOINT_KEY not in checkpoint:
+    if DIFFUSION_KEY not in checkpoint:
         raise CommandError(
             f"-pretrained_weights is {path}, a checkpoint of {checkpoint.get('trainer_name')}, not of a diffusion trainer; "
             "to start from a trained nnU-Net leave it out and export nnUNet_diffusion_presegmentor=MODEL_FOLDER"

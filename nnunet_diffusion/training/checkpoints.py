@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import pickle
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+DIFFUSION_KEY = "diffusion"  # what a diffusion trainer saves beside nnU-Net's own entries
 # what nnU-Net's own checkpoints hold beside tensors and plain Python: numpy scalars in the logged curves
 SAFE_TYPES: list[Any] = [
     np.dtype,
@@ -54,6 +55,29 @@ def _damaged(path: Path, reason: object) -> str:
         f"Checkpoint {path} ({path.stat().st_size} bytes) is truncated or damaged: {reason}. Remove it and continue "
         "from another checkpoint of the same folder, or train again."
     )
+
+
+def refuse_foreign_checkpoint(checkpoint: Mapping[str, Any], name: str, training: Mapping[str, str]) -> None:
+    """Raise ValueError, naming what differs, if a training cannot go on from a checkpoint.
+
+    Args:
+        checkpoint: as `read_checkpoint` returns it.
+        name: of its file.
+        training: "dataset", "configuration" and "fold" of the training.
+    """
+    if DIFFUSION_KEY not in checkpoint:
+        raise ValueError(
+            f"{name} is a checkpoint of {checkpoint.get('trainer_name')}, not of a diffusion trainer: its output folder was "
+            "used by something else. Remove it, or take another plans_name."
+        )
+    init = checkpoint["init_args"]
+    saved = {"dataset": init["plans"]["dataset_name"], **{key: str(init[key]) for key in ("configuration", "fold")}}
+    for key, ours in training.items():
+        if saved[key] != ours:
+            raise ValueError(
+                f"{name} is of {key} {saved[key]}, this training is of {key} {ours}: remove it from this output folder, or "
+                "give it as -pretrained_weights to begin a new training with its weights."
+            )
 
 
 def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:

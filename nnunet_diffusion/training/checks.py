@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,15 +15,53 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunet_diffusion import labels
 
-FOLDERS = ("nnUNet_preprocessed", "nnUNet_results")
+PREPROCESSED, RESULTS = FOLDERS = ("nnUNet_preprocessed", "nnUNet_results")
 PATIENCE_SECONDS = 5.0
 
 
 def refuse_missing_folders() -> None:
-    """Raise RuntimeError if nnU-Net's folders are not set; nnU-Net itself fails on a folder named None."""
+    """Refuse folders that nnU-Net itself would use: one named None, one that cannot be written.
+
+    Raises:
+        RuntimeError: a folder is not set.
+        OSError: the results folder cannot be made or written.
+    """
     for name in FOLDERS:
         if not os.environ.get(name):
             raise RuntimeError(f"{name} is not set: export {name}=/path/to/{name}, as for any nnU-Net training.")
+    folder = Path(os.environ[RESULTS])
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"{RESULTS} is {folder}, where nothing can be written ({error.strerror}): make it writable, free some space, "
+            f"or export {RESULTS}=/another/folder."
+        ) from error
+
+
+def explained(error: Exception, preprocessed: Path, epoch: int) -> Exception | None:
+    """Return what to tell the user of an error that came from loading the cases; None if it came from elsewhere.
+
+    Args:
+        error: as nnU-Net raised it in training.
+        preprocessed: folder of the configuration's preprocessed cases.
+        epoch: in which it happened, from 0.
+    """
+    saved = f"Finished epochs are saved; continue with --c (epoch {epoch} is done again)."
+    if not preprocessed.is_dir():
+        return FileNotFoundError(
+            f"{preprocessed} is gone in the middle of training: mount or restore it. If it cannot be restored, run "
+            f"nnUNetv2_preprocess. {saved}"
+        )
+    if "background workers" in str(error):
+        return RuntimeError(
+            "A process that loads and augments cases has died. Its own message, if it had one, stands above; without one it "
+            "was killed, mostly for lack of memory or of space in /dev/shm: free some, or export nnUNet_n_proc_DA with a "
+            f"smaller number. {saved}"
+        )
+    return None
 
 
 def refuse_foreign_plans(dataset_name: str, dataset_json: Mapping[str, Any]) -> None:
@@ -32,7 +71,7 @@ def refuse_foreign_plans(dataset_name: str, dataset_json: Mapping[str, Any]) -> 
         dataset_name: of the plans.
         dataset_json: of the dataset that the user names.
     """
-    path = Path(os.environ[FOLDERS[0]]) / dataset_name / "dataset.json"
+    path = Path(os.environ[PREPROCESSED]) / dataset_name / "dataset.json"
     theirs = json.loads(path.read_text()) if path.is_file() else None
     for key in ("labels", "channel_names"):
         if theirs is None or theirs.get(key) != dataset_json.get(key):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -28,9 +29,15 @@ from nnunet_diffusion.training.cascade import (
     refuse_impossible_start,
     refuse_incomplete_previous_stage,
 )
-from nnunet_diffusion.training.checkpoints import read_checkpoint, write_checkpoint
+from nnunet_diffusion.training.checkpoints import (
+    DIFFUSION_KEY,
+    read_checkpoint,
+    refuse_foreign_checkpoint,
+    write_checkpoint,
+)
 from nnunet_diffusion.training.checks import (
     check_batch,
+    explained,
     read_shared_json,
     refuse_foreign_plans,
     refuse_missing_folders,
@@ -44,7 +51,6 @@ from nnunet_diffusion.training.presegmentor import (
 )
 
 LOSS_TERMS = ("denoising", "presence", "location")
-CHECKPOINT_KEY = "diffusion"
 RANK_SEEDS = 1_000_003  # far beyond the epochs of a training, so that no rank repeats another's noise
 
 
@@ -76,6 +82,9 @@ class DiffusionTrainer(nnUNetTrainer):
         """Set nnU-Net up, read the settings and write them into the plans."""
         refuse_missing_folders()
         refuse_foreign_plans(plans["dataset_name"], dataset_json)
+        os.environ.setdefault(
+            "WANDB_REINIT", "create_new"
+        )  # else the pre-segmentor's curves go into this network's run
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.settings = DiffusionSettings.from_plans(self.configuration_manager.configuration)
         self._given = given_presegmentor(fold, self.configuration_manager.patch_size)
@@ -193,6 +202,16 @@ class DiffusionTrainer(nnUNetTrainer):
             self.network, segmenter.denoiser = network, raw
 
     # training --------------------------------------------------------------------------------------------------------
+
+    def run_training(self) -> None:
+        """Train both networks as nnU-Net does; say what to do where cases cannot be loaded any more."""
+        try:
+            super().run_training()
+        except (OSError, RuntimeError) as error:
+            told = explained(error, Path(self.preprocessed_dataset_folder), self.current_epoch)
+            if told is None:
+                raise
+            raise told from error
 
     def on_train_start(self) -> None:
         """Have the pre-segmentor trained, embed it, then start as nnU-Net does."""
@@ -374,7 +393,7 @@ class DiffusionTrainer(nnUNetTrainer):
             "init_args": self.my_init_kwargs,
             "trainer_name": self.__class__.__name__,
             "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
-            CHECKPOINT_KEY: {
+            DIFFUSION_KEY: {
                 "denoiser_weights": self.segmenter.denoiser.state_dict(),
                 "averaged_steps": self.ema.n_averaged,
             },
@@ -385,16 +404,21 @@ class DiffusionTrainer(nnUNetTrainer):
         """Restore everything a training needs to go on; settings come from the checkpoint.
 
         Raises:
-            ValueError: if it is not a checkpoint of a diffusion trainer of this configuration, or its network differs.
+            ValueError: if it is not a checkpoint of a diffusion trainer of this dataset and configuration, or its network
+                differs.
         """
         checkpoint = filename_or_checkpoint
         if not isinstance(checkpoint, dict):
             checkpoint = read_checkpoint(checkpoint, self.device)
-        if CHECKPOINT_KEY not in checkpoint:
-            raise ValueError(
-                f"{_named(filename_or_checkpoint)} is a checkpoint of {checkpoint.get('trainer_name')}, not of a diffusion "
-                "trainer: its output folder was used by something else. Remove it, or take another plans_name."
-            )
+        refuse_foreign_checkpoint(
+            checkpoint,
+            "The given dictionary" if isinstance(filename_or_checkpoint, dict) else str(filename_or_checkpoint),
+            {
+                "dataset": self.plans_manager.dataset_name,
+                "configuration": self.configuration_name,
+                "fold": str(self.fold),
+            },
+        )
         saved = PlansManager(checkpoint["init_args"]["plans"]).get_configuration(self.configuration_name)
         if not self.was_initialized:
             self._adopt(DiffusionSettings.from_plans(saved.configuration))
@@ -407,13 +431,9 @@ class DiffusionTrainer(nnUNetTrainer):
         self.inference_allowed_mirroring_axes = checkpoint["inference_allowed_mirroring_axes"]
         with self._averaged_weights():
             self.segmenter.load_state_dict(checkpoint["network_weights"])
-        self.segmenter.denoiser.load_state_dict(checkpoint[CHECKPOINT_KEY]["denoiser_weights"])
-        self.ema.n_averaged.copy_(checkpoint[CHECKPOINT_KEY]["averaged_steps"])
+        self.segmenter.denoiser.load_state_dict(checkpoint[DIFFUSION_KEY]["denoiser_weights"])
+        self.ema.n_averaged.copy_(checkpoint[DIFFUSION_KEY]["averaged_steps"])
         self.optimizer.load_state_dict(checkpoint["optimizer_state"])
         if self.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
             self.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])
         self._resumed = True
-
-
-def _named(source: dict | str | Path) -> str:
-    return "The given dictionary" if isinstance(source, dict) else str(source)

@@ -1,4 +1,4 @@
-"""Other jobs that train the same pre-segmentor: ours are kept apart by a lock, nnU-Net's own are waited for."""
+"""Other jobs that train the same pre-segmentor: ours are kept apart by a lock, nnU-Net's own go first."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 from filelock import FileLock, Timeout
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 LOCK_NAME = "presegmentor.lock"
 LOCK_SECONDS = 1.0
@@ -72,7 +73,7 @@ def wait_for_stock_training(folder: Path, log: Callable[[str], None]) -> None:
         log: takes one line.
     """
     first = True
-    while agreed((left := _seconds_until_silent(folder)) > 0):
+    while agreed((left := seconds_until_silent(folder)) > 0):
         if first:
             log(
                 f"Pre-segmentor: nnU-Net is being trained by itself in {folder}; waiting for that job. If it is dead, this one "
@@ -82,13 +83,34 @@ def wait_for_stock_training(folder: Path, log: Callable[[str], None]) -> None:
         time.sleep(LOCK_SECONDS)
 
 
-def _seconds_until_silent(folder: Path) -> float:
+def seconds_until_silent(folder: Path) -> float:
+    """Return in how many seconds a job of nnU-Net's own in this fold's folder would be taken for dead; 0 if none lives."""
     newest = _stock_log(folder)
     if newest is None or ((folder / "checkpoint_final.pth").is_file() and (folder / SUMMARY).is_file()):
         return 0.0
     epochs = [float(seconds) for seconds in re.findall(r"Epoch time: ([\d.]+) s", newest.read_text(errors="replace"))]
     limit = max(SILENT_SECONDS, SILENT_EPOCHS * max(epochs, default=0.0))
     return newest.stat().st_mtime + limit - time.time()
+
+
+class StockTrainingBegan(Exception):
+    """nnU-Net's own job began in the folder in which ours trains the same network."""
+
+
+def give_way_to_stock_training(trainer: nnUNetTrainer) -> None:
+    """Have `trainer` raise StockTrainingBegan, all ranks together, before it writes beside a job of nnU-Net's own.
+
+    Such a job knows no lock, so the one that does steps aside. It looks at the end of each epoch, which is when files are
+    written.
+    """
+    end = trainer.on_epoch_end
+
+    def on_epoch_end() -> None:
+        if agreed(seconds_until_silent(Path(trainer.output_folder)) > 0):
+            raise StockTrainingBegan
+        end()
+
+    trainer.on_epoch_end = on_epoch_end
 
 
 def _stock_log(folder: Path) -> Path | None:

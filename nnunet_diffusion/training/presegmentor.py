@@ -19,7 +19,15 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunet_diffusion.training.checkpoints import read_checkpoint, write_aside
 from nnunet_diffusion.training.checks import check_batch
-from nnunet_diffusion.training.other_jobs import SUMMARY, agreed, claim_log, locked, wait_for_stock_training
+from nnunet_diffusion.training.other_jobs import (
+    SUMMARY,
+    StockTrainingBegan,
+    agreed,
+    claim_log,
+    give_way_to_stock_training,
+    locked,
+    wait_for_stock_training,
+)
 
 FOLDER_VARIABLE = "nnUNet_diffusion_presegmentor"
 # what must agree for one network's output to be another's start
@@ -41,8 +49,9 @@ def ensure_presegmentor(
     """Return the final checkpoint of the pre-segmentor, training and validating it first where it does not exist.
 
     The training is nnU-Net's own, with a checkpoint each epoch; a half-trained one is resumed. A lock in the fold's folder
-    keeps other jobs from training the same network meanwhile; it is the operating system's, so it ends with its job. All
-    ranks of a distributed training call this together.
+    keeps other jobs from training the same network meanwhile; it is the operating system's, so it ends with its job. A job
+    of nnU-Net's own, which knows no lock, is waited for, also if it begins later. All ranks of a distributed training call
+    this together.
 
     Args:
         trainer_name: an nnU-Net trainer that nnU-Net's own search finds.
@@ -61,29 +70,56 @@ def ensure_presegmentor(
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder, log):
         wait_for_stock_training(folder, log)
-        if not agreed(final.is_file()):
+        trainer = None
+        while trainer is None and not agreed(final.is_file()):
             log(f"Pre-segmentor: {trainer_name} of fold {fold} is not trained yet, training it first (in {folder}).")
             resumable = agreed(any((folder / f"checkpoint_{kind}.pth").is_file() for kind in ("latest", "best")))
             trainer = _make_trainer(trainer_name, dataset_name, configuration, fold, plans_name, resumable, device)
-            claim_log(Path(trainer.log_file), trainer.local_rank)
-            _save_often_and_whole(trainer)
-            _check_batches(trainer)
-            _load_last_checkpoint(trainer, resumable)
-            trainer.run_training()
-        elif not agreed(validated.is_file()):
-            trainer = _make_trainer(trainer_name, dataset_name, configuration, fold, plans_name, True, device)
-            claim_log(Path(trainer.log_file), trainer.local_rank)
-            trainer.load_checkpoint(str(final))
+            if not _trained(trainer, resumable):
+                log(f"Pre-segmentor: nnU-Net's own training began in {folder}, so this one gives way to it.")
+                trainer = None
+                wait_for_stock_training(folder, log)
         if not agreed(validated.is_file()):
+            if trainer is None:
+                trainer = _make_trainer(trainer_name, dataset_name, configuration, fold, plans_name, True, device)
+                trainer.load_checkpoint(str(final))
             log("Pre-segmentor: validation with probabilities.")
             trainer.perform_actual_validation(save_probabilities=True)
+        if trainer is not None:
+            _finish_loggers(trainer)
     return final
+
+
+def _trained(trainer: nnUNetTrainer, resumable: bool) -> bool:
+    """Train to the end; return False if nnU-Net's own job began to train the same network meanwhile."""
+    _save_often_and_whole(trainer)
+    _check_batches(trainer)
+    give_way_to_stock_training(trainer)
+    _load_last_checkpoint(trainer, resumable)
+    try:
+        trainer.run_training()
+    except StockTrainingBegan:
+        for loader in (trainer.dataloader_train, trainer.dataloader_val):
+            if hasattr(loader, "_finish"):  # worker processes
+                loader._finish()
+        _finish_loggers(trainer)
+        return False
+    return True
+
+
+def _finish_loggers(trainer: nnUNetTrainer) -> None:
+    """End the runs of nnU-Net's loggers (W&B): nnU-Net lets them end with the process, ours goes on with another run."""
+    for logger in trainer.logger.loggers:
+        if hasattr(logger, "run"):
+            logger.run.finish()
 
 
 def _make_trainer(
     name: str, dataset: str, configuration: str, fold: int | str, plans: str, resume: bool, device: torch.device
 ) -> nnUNetTrainer:
-    return get_trainer_from_args(dataset, configuration, fold, name, plans, resume, device)
+    trainer = get_trainer_from_args(dataset, configuration, fold, name, plans, resume, device)
+    claim_log(Path(trainer.log_file), trainer.local_rank)
+    return trainer
 
 
 def _save_often_and_whole(trainer: nnUNetTrainer) -> None:

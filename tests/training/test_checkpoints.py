@@ -130,6 +130,61 @@ def test_checkpoint_of_nnunet_is_refused_by_the_diffusion_trainer(workplace, nnu
         trainer.load_checkpoint(read_checkpoint(nnunet_checkpoint))
 
 
+def test_checkpoint_of_another_width_is_refused_with_the_tensor_and_both_shapes(workplace, tmp_path):
+    trainer = workplace.trainer(DiffusionTrainer)
+    trainer.initialize()
+    trainer.save_checkpoint(str(tmp_path / "a.pth"))
+    weights = read_checkpoint(tmp_path / "a.pth")["network_weights"]
+    wider = workplace.trainer(DiffusionTrainer, features_per_stage=[16, 16, 16])
+    wider.initialize()
+    before = {key: value.clone() for key, value in wider.network.state_dict().items()}
+    with pytest.raises(
+        ValueError, match=r"first denoiser\.\S+ \(shape \(64, 32\).*\(128, 64\).*plans\.json that was written"
+    ):
+        wider.network.load_state_dict(weights)  # as nnU-Net's predictor does
+    assert all(torch.equal(value, before[key]) for key, value in wider.network.state_dict().items())
+    with pytest.raises(ValueError, match=r"1 of \d+ tensors differ, first (\S+) \(shape none"):
+        trainer.network.load_state_dict(dict(list(weights.items())[1:]))
+
+
+def test_plans_changed_since_are_refused_on_resuming_with_the_tensor_and_both_shapes(workplace, tmp_path):
+    trainer = workplace.trainer(DiffusionTrainer)
+    trainer.initialize()
+    trainer.save_checkpoint(str(tmp_path / "a.pth"))
+
+    def wider(plans):
+        plans["configurations"]["2d"]["architecture"]["arch_kwargs"]["features_per_stage"] = [12, 12, 24]
+
+    with pytest.raises(ValueError, match=r"presegmentor\.\S+ \(shape \(8,.*\(12,"):
+        workplace.trainer(DiffusionTrainer, change=wider).load_checkpoint(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize(
+    "place, value, message",
+    [
+        (("plans", "dataset_name"), "Dataset001_Brain", "a.pth is of dataset Dataset001_Brain, this.*Dataset004"),
+        (
+            ("configuration",),
+            "3d_fullres",
+            "a.pth is of configuration 3d_fullres, this training is of configuration 2d",
+        ),
+        (("fold",), 3, "a.pth is of fold 3, this training is of fold 0"),
+    ],
+)
+def test_checkpoint_of_another_training_is_refused_by_what_differs(workplace, tmp_path, place, value, message):
+    trainer = workplace.trainer(DiffusionTrainer)
+    trainer.initialize()
+    trainer.save_checkpoint(str(tmp_path / "a.pth"))
+    checkpoint = read_checkpoint(tmp_path / "a.pth")
+    section = checkpoint["init_args"]
+    for key in place[:-1]:
+        section = section[key]
+    section[place[-1]] = value
+    torch.save(checkpoint, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=message):
+        workplace.trainer(DiffusionTrainer).load_checkpoint(tmp_path / "a.pth")
+
+
 def test_checkpoint_is_accepted_as_text_path_and_dictionary(workplace, tmp_path):
     trainer = workplace.trainer(DiffusionTrainer, seed=5)
     trainer.initialize()

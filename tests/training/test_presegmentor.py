@@ -291,11 +291,42 @@ def test_an_nnunet_trained_by_itself_meanwhile_is_waited_for(workplace, tmp_path
     assert "goes on in 90 s" in lines[0] or "goes on in 89 s" in lines[0]
 
 
+@pytest.mark.slow
+def test_an_nnunet_that_begins_while_ours_trains_is_given_way_to(workplace, tmp_path, monkeypatch, validations):
+    """nnU-Net's own job begins in our second epoch; what it makes is taken, and nothing of ours is written beside it."""
+    folder = tmp_path / "results" / workplace.dataset / "TinynnUNetTrainer__Tiny__2d" / "fold_0"
+    begun, own_files = [], {}
+    start = nnUNetTrainer.on_train_epoch_start
+
+    def with_another_job(self):
+        start(self)
+        begun.append(self.current_epoch)
+        if begun == [0, 1]:
+            stock_log(workplace, tmp_path, "Epoch time: 1.0 s")
+            own_files.update({path.name: path.stat().st_mtime_ns for path in folder.glob("*.pth")})
+
+    def finished(wanted, log):
+        if any(path.name == "training_log_2026_1_1_00_00_00.txt" for path in folder.iterdir()):
+            assert own_files == {path.name: path.stat().st_mtime_ns for path in folder.glob("*.pth")}
+            (folder / "checkpoint_final.pth").write_text("of nnU-Net's own job")
+            (folder / "validation").mkdir()
+            (folder / "validation" / "summary.json").write_text("{}")
+
+    monkeypatch.setattr(nnUNetTrainer, "on_train_epoch_start", with_another_job)
+    monkeypatch.setattr(presegmentor, "wait_for_stock_training", finished)
+    lines = []
+    assert ensure(workplace, lines).read_text() == "of nnU-Net's own job"
+    assert begun == [0, 1]
+    assert "began in" in lines[-1]
+    assert "gives way to it" in lines[-1]
+    assert not validations
+
+
 def test_a_dead_jobs_log_and_our_own_are_not_waited_for(workplace, tmp_path):
     log = stock_log(workplace, tmp_path, "Epoch time: 30.0 s\nEpoch time: 2.0 s", silent_for=91)
     other_jobs.wait_for_stock_training(log.parent, pytest.fail)
     stock_log(workplace, tmp_path, "Epoch time: 30.0 s", silent_for=80)
-    assert 5 < other_jobs._seconds_until_silent(log.parent) < 11
+    assert 5 < other_jobs.seconds_until_silent(log.parent) < 11
     other_jobs.claim_log(log)
     other_jobs.wait_for_stock_training(log.parent, pytest.fail)
 

@@ -1,0 +1,112 @@
+"""Five folds submitted together, then everything nnU-Net offers on a cross-validation: choice, ensemble, postprocessing."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from nnunet_diffusion.training.checkpoints import read_checkpoint
+
+pytestmark = [pytest.mark.nnunet, pytest.mark.slow]
+FIRST, OURS = "TinynnUNetTrainer", "TinyDiffusionTrainer"
+FOLDS = (0, 1, 2, 3, 4)
+
+
+def submit(place, results, fold, trainer, log):
+    """Start nnUNetv2_train in the background, its output in a file."""
+    script = Path(sys.executable).parent / "nnUNetv2_train"
+    words = [4, "2d", fold, "-tr", trainer, "-p", "Tiny", "-device", "cpu", "--npz"]
+    return subprocess.Popen(
+        [sys.executable, str(script), *map(str, words)],
+        env={**os.environ, **place.environment, "nnUNet_results": str(results), "OMP_NUM_THREADS": "1"},
+        stdout=log.open("w"),
+        stderr=subprocess.STDOUT,
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(hippocampus, tmp_path_factory):
+    """nnU-Net's own job of fold 0, then the five folds of ours at once; returns the results folder and the logs."""
+    results = tmp_path_factory.mktemp("folds")
+    model = results / hippocampus.dataset / f"{FIRST}__Tiny__2d"
+    jobs = [submit(hippocampus, results, 0, FIRST, results / "first.txt")]
+    end = time.monotonic() + 120
+    while not list(model.glob("fold_0/training_log_*.txt")):
+        assert time.monotonic() < end, (results / "first.txt").read_text()
+        time.sleep(0.1)
+    jobs += [submit(hippocampus, results, fold, OURS, results / f"{fold}.txt") for fold in FOLDS]
+    codes = [job.wait(timeout=600) for job in jobs]
+    logs = [path.read_text() for path in (results / "first.txt", *(results / f"{fold}.txt" for fold in FOLDS))]
+    assert codes == [0] * 6, "\n".join(log[-3000:] for log, code in zip(logs, codes, strict=True) if code)
+    return hippocampus, results, logs[1:]
+
+
+def test_each_network_is_trained_once_whoever_trains_it(trained):
+    place, results, logs = trained
+    assert "nnU-Net is being trained by itself" in logs[0]
+    assert "training it first" not in logs[0]
+    for fold in FOLDS:
+        assert fold == 0 or "training it first" in logs[fold]
+        folders = [results / place.dataset / f"{name}__Tiny__2d" / f"fold_{fold}" for name in (FIRST, OURS)]
+        for folder in folders:
+            told = "".join(path.read_text() for path in folder.glob("training_log_*.txt"))
+            assert len(re.findall(r"Epoch 0\b", told)) == len(re.findall(r"Epoch 1\b", told)) == 1, folder
+            assert (folder / "validation" / "summary.json").is_file()
+        first, ours = (read_checkpoint(folder / "checkpoint_final.pth")["network_weights"] for folder in folders)
+        assert all((ours[f"presegmentor.{key}"] == value).all() for key, value in first.items())
+
+
+def segmentations(folder):
+    return {path.name: sitk.GetArrayFromImage(sitk.ReadImage(str(path))) for path in sorted(folder.glob("*.nii.gz"))}
+
+
+def test_best_configuration_ensemble_and_postprocessing(trained, tmp_path):
+    place, results, _ = trained
+    variables = {"nnUNet_results": str(results)}
+    words = ["Dataset004_Hippocampus", "-p", "Tiny", "-c", "2d", "-tr", FIRST, OURS, "-np", 1]
+    output = place.run("nnUNetv2_find_best_configuration", *words, **variables).stdout
+    information = json.loads((results / place.dataset / "inference_information.json").read_text())
+    assert len(information["all_results"]) == 3
+    assert any(name.startswith("ensemble___") for name in information["all_results"])
+    assert all(np.isfinite(dice) for dice in information["all_results"].values())
+    instructions = (results / place.dataset / "inference_instructions.txt").read_text()
+    assert instructions.strip() in output
+    # the ensemble's own commands, whichever model won here
+    members = []
+    for trainer in (FIRST, OURS):
+        members.append(tmp_path / trainer)
+        place.run(
+            "nnUNetv2_predict", "-i", place.raw / "imagesTs", "-o", members[-1], "-d", 4, "-c", "2d", "-p", "Tiny",
+            "-tr", trainer, "-f", *FOLDS, "-device", "cpu", "--save_probabilities", **variables,
+        )  # fmt: skip
+    place.run("nnUNetv2_ensemble", "-i", *members, "-o", tmp_path / "ensemble", "-np", 1, **variables)
+    postprocessing = Path(information["best_model_or_ensemble"]["postprocessing_file"])
+    place.run(
+        "nnUNetv2_apply_postprocessing", "-i", tmp_path / "ensemble", "-o", tmp_path / "final", "-np", 1,
+        "-pp_pkl_file", postprocessing, "-plans_json", postprocessing.with_name("plans.json"), **variables,
+    )  # fmt: skip
+    images = {path.name.replace("_0000", "") for path in (place.raw / "imagesTs").iterdir()}
+    for folder in (*members, tmp_path / "ensemble", tmp_path / "final"):
+        found = segmentations(folder)
+        assert set(found) == images
+        assert all(set(np.unique(labels)) <= {0, 1, 2} for labels in found.values())
+    for name, found in segmentations(tmp_path / "ensemble").items():
+        both = [np.load(folder / name.replace(".nii.gz", ".npz"))["probabilities"] for folder in members]
+        assert np.array_equal(np.mean(both, 0).argmax(0), found)
+
+
+def test_accumulated_results_have_every_case_once(trained):
+    place, results, _ = trained
+    words = ["Dataset004_Hippocampus", "-tr", OURS, "-p", "Tiny", "-c", "2d", "-np", 1]
+    place.run("nnUNetv2_accumulate_crossval_results", *words, nnUNet_results=str(results))
+    folder = results / place.dataset / f"{OURS}__Tiny__2d" / "crossval_results_folds_0_1_2_3_4"
+    summary = json.loads((folder / "summary.json").read_text())
+    cases = sorted(Path(case["prediction_file"]).name for case in summary["metric_per_case"])
+    assert cases == sorted(path.name for path in (place.raw / "labelsTr").iterdir())
