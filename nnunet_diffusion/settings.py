@@ -47,7 +47,7 @@ class DiffusionSettings:
     )
     version: int = _setting(1, "Version of this section's layout.", low=1, high=1)
     # the diffusion process
-    prediction_type: str = _setting("logits", "What the denoiser predicts.", choices=PREDICTION_TYPES)
+    prediction_type: str = _setting("x0", "What the denoiser predicts.", choices=PREDICTION_TYPES)
     schedule: str = _setting("linear", "Noise schedule; `linear` is the paper's.", choices=tuple(SCHEDULES))
     timesteps: int = _setting(1000, "Length T of the forward process, in steps.", low=2)
     # the denoiser
@@ -192,11 +192,11 @@ class DiffusionSettings:
                 raise ValueError(
                     f"Unknown key diffusion.{key} (value {section[key]!r}) in the plans. Known: {', '.join(near)}."
                 )
-        settings = default_settings(configuration, prediction_type=section.get("prediction_type", "logits"))
+        settings = default_settings(configuration, prediction_type=section.get("prediction_type", "x0"))
         return dataclasses.replace(settings, **section)
 
 
-def default_settings(configuration: Mapping[str, Any], prediction_type: str = "logits") -> DiffusionSettings:
+def default_settings(configuration: Mapping[str, Any], prediction_type: str = "x0") -> DiffusionSettings:
     """Return the settings for a configuration of plain nnU-Net plans.
 
     Args:

@@ -12,7 +12,9 @@ from nnunet_diffusion.networks.pgdiffseg import PGDiffSeg
 from nnunet_diffusion.segmenter import DiffusionSegmenter
 from nnunet_diffusion.settings import DiffusionSettings
 
-SETTINGS = DiffusionSettings(features_per_stage=(8, 8, 16), start_step=300, steps=3, presegmentation_weight=0.0)
+SETTINGS = DiffusionSettings(
+    features_per_stage=(8, 8, 16), prediction_type="logits", start_step=300, steps=3, presegmentation_weight=0.0
+)
 
 
 def cross_entropy(logits, target):
