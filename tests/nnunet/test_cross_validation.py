@@ -15,7 +15,7 @@ import SimpleITK as sitk
 from nnunet_diffusion.training.checkpoints import read_checkpoint
 
 pytestmark = [pytest.mark.nnunet, pytest.mark.slow]
-FIRST, OURS = "TinynnUNetTrainer", "TinyDiffusionTrainer"
+FIRST, OURS = "TinynnUNetTrainerNoMirroring", "TinyDiffusionTrainerNoMirroring"
 FOLDS = (0, 1, 2, 3, 4)
 
 
@@ -84,7 +84,7 @@ def test_best_configuration_ensemble_and_postprocessing(trained, tmp_path):
         members.append(tmp_path / trainer)
         place.run(
             "nnUNetv2_predict", "-i", place.raw / "imagesTs", "-o", members[-1], "-d", 4, "-c", "2d", "-p", "Tiny",
-            "-tr", trainer, "-f", *FOLDS, "-device", "cpu", "--save_probabilities", **variables,
+            "-tr", trainer, "-f", *FOLDS, "-device", "cpu", "--save_probabilities", "-npp", 0, "-nps", 0, **variables,
         )  # fmt: skip
     place.run("nnUNetv2_ensemble", "-i", *members, "-o", tmp_path / "ensemble", "-np", 1, **variables)
     postprocessing = Path(information["best_model_or_ensemble"]["postprocessing_file"])
@@ -104,7 +104,7 @@ def test_best_configuration_ensemble_and_postprocessing(trained, tmp_path):
 
 def test_accumulated_results_have_every_case_once(trained):
     place, results, _ = trained
-    words = ["Dataset004_Hippocampus", "-tr", OURS, "-p", "Tiny", "-c", "2d", "-np", 1]
+    words = ["Dataset004_Hippocampus", "-tr", OURS, "-p", "Tiny", "-c", "2d"]
     place.run("nnUNetv2_accumulate_crossval_results", *words, nnUNet_results=str(results))
     folder = results / place.dataset / f"{OURS}__Tiny__2d" / "crossval_results_folds_0_1_2_3_4"
     summary = json.loads((folder / "summary.json").read_text())

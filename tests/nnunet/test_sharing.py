@@ -17,7 +17,7 @@ OURS = "TinyDiffusionTrainer"
 def predict(place, out, plans="Tiny", check=True, **variables):
     done = place.run(
         "nnUNetv2_predict", "-i", place.raw / "imagesTs", "-o", out, "-d", 4, "-c", "2d", "-p", plans, "-tr", OURS,
-        "-f", 0, "-device", "cpu", "--save_probabilities", check=check, **variables,
+        "-f", 0, "-device", "cpu", "--save_probabilities", "--disable_tta", "-npp", 0, "-nps", 0, check=check, **variables,
     )  # fmt: skip
     return done, sorted(path for path in out.glob("*") if path.suffix in (".gz", ".npz")) if out.is_dir() else []
 
