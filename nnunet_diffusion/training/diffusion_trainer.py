@@ -427,7 +427,8 @@ class DiffusionTrainer(nnUNetTrainer):
         self.my_init_kwargs = checkpoint["init_args"]
         self.current_epoch = checkpoint["current_epoch"]
         self.logger.load_checkpoint(checkpoint["logging"])
-        self._best_ema = checkpoint["_best_ema"]
+        # nnU-Net saves before it notes the epoch's own value: a worse epoch would then overwrite checkpoint_best
+        self._best_ema = max(self._curves()["ema_fg_dice"], default=checkpoint["_best_ema"])
         self.inference_allowed_mirroring_axes = checkpoint["inference_allowed_mirroring_axes"]
         with self._averaged_weights():
             self.segmenter.load_state_dict(checkpoint["network_weights"])

@@ -50,7 +50,7 @@ def write_volume(path, number, truth, spacing):
     body = (place[1:] ** 2).sum(0) < 0.4
     centre = random.uniform(-0.2, 0.2, (3, 1, 1, 1))
     labels = ((((place - centre) * [[[[0.6]]], [[[1.0]]], [[[1.0]]]]) ** 2).sum(0) < 0.1).astype(np.uint8)
-    volumes = [np.where(body, random.normal(100 + 60 * sign * labels, 10), 0) for sign in (1, -1)]
+    volumes = [np.where(body, random.normal(100 + brighter * labels.astype(float), 10), 0) for brighter in (60, -60)]
     names = [path.with_name(path.name.replace("_0000", f"_{channel:04d}")) for channel in (0, 1)]
     for name, voxels in (*zip(names, volumes, strict=True), *([(truth, labels)] if truth else [])):
         image = sitk.GetImageFromArray(voxels.astype(np.uint8 if voxels is labels else np.float32))

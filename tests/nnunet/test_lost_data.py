@@ -53,6 +53,7 @@ def test_unplugged_preprocessed_folder(interrupted):
     continue_to_the_end(build)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # the loader's own thread
 def test_killed_loading_process(interrupted, monkeypatch):
     _, build = interrupted
     monkeypatch.setenv("nnUNet_n_proc_DA", "1")
