@@ -27,15 +27,19 @@ for name in sys.argv[1:]:
 """
 
 
-@pytest.mark.parametrize("directories", [[TRAINERS], [TINY_TRAINERS, TRAINERS]])
-def test_every_trainer_and_its_presegmentor_is_found(directories):
-    done = subprocess.run(
-        [sys.executable, "-c", SEARCH, *NAMES],
+def search(code, *directories):
+    return subprocess.run(
+        [sys.executable, "-c", code, *NAMES],
         env={**os.environ, "nnUNet_extTrainer": os.pathsep.join(map(str, directories))},
         capture_output=True,
         text=True,
         timeout=300,
     )
+
+
+@pytest.mark.parametrize("directories", [[TRAINERS], [TINY_TRAINERS, TRAINERS]])
+def test_every_trainer_and_its_presegmentor_is_found(directories):
+    done = search(SEARCH, *directories)
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines() if line.startswith("FOUND")]
     assert [line[1] for line in lines] == [line[2] for line in lines] == NAMES
@@ -43,3 +47,12 @@ def test_every_trainer_and_its_presegmentor_is_found(directories):
         suffix = name.removeprefix("DiffusionTrainer")
         assert presegmentor == f"nnUNetTrainer{suffix}"
         assert epochs == ("".join(filter(str.isdecimal, suffix)) or "None")
+
+
+def test_a_missing_package_is_said_in_one_line_with_the_cure():
+    without = "import sys; sys.modules['nnunet_diffusion'] = None" + SEARCH
+    done = search(without, TRAINERS)
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    for part in ("nnunet_diffusion", "pip install", str(TRAINERS), "nnUNet_extTrainer"):
+        assert part in last
