@@ -56,6 +56,17 @@ def test_average_and_presegmentor_are_equal_on_all_ranks(results):
             assert torch.equal(value, second[part][name]), name
 
 
+def test_validation_cases_are_shared_out_and_all_measured(results):
+    first, second, _ = results
+    if not first["predicted"]:
+        pytest.skip("validated with x0 only")
+    assert len(first["predicted"]) == len(second["predicted"]) == 1
+    assert sorted(first["predicted"] + second["predicted"]) == first["validation"]
+    summary = json.loads((Path(first["folder"]) / "validation" / "summary.json").read_text())
+    measured = {Path(case["prediction_file"]).name.removesuffix(".nii.gz") for case in summary["metric_per_case"]}
+    assert sorted(measured) == first["validation"]
+
+
 def test_ranks_draw_different_noise(results):
     first, second, alone = results
     assert first["seed"] == alone["seed"] != second["seed"]
