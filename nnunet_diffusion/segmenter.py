@@ -80,7 +80,7 @@ class DiffusionSegmenter(nn.Module):
             raise ValueError(
                 f"These weights are not of the network that the plans describe: {len(differing)} of {len(own)} tensors differ, "
                 f"first {key} (shape {theirs or 'none'} in the weights, {ours or 'none'} in the network). Architecture and "
-                f"`diffusion` section decide: put the plans.json that was written with the checkpoint beside its fold, "
+                "`diffusion` section decide: put the plans.json that was written with the checkpoint beside its fold, "
                 "or train again with the present plans under another plans_name."
             )
         return super().load_state_dict(state_dict, strict, assign)

@@ -49,11 +49,10 @@ def explained(error: Exception, preprocessed: Path, epoch: int) -> Exception | N
         preprocessed: folder of the configuration's preprocessed cases.
         epoch: in which it happened, from 0.
     """
-    saved = f"Finished epochs are saved; continue with --c (epoch {epoch} is done again)."
+    saved = f"Finished epochs are saved; continue with --c, from epoch {epoch} on."
     if not preprocessed.is_dir():
         return FileNotFoundError(
-            f"{preprocessed} is gone in the middle of training: mount or restore it. If it cannot be restored, run "
-            f"nnUNetv2_preprocess. {saved}"
+            f"{preprocessed} is not there, or no more: mount or restore it, or run nnUNetv2_preprocess. {saved}"
         )
     if "background workers" in str(error):
         return RuntimeError(

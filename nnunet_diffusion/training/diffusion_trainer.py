@@ -82,9 +82,8 @@ class DiffusionTrainer(nnUNetTrainer):
         """Set nnU-Net up, read the settings and write them into the plans."""
         refuse_missing_folders()
         refuse_foreign_plans(plans["dataset_name"], dataset_json)
-        os.environ.setdefault(
-            "WANDB_REINIT", "create_new"
-        )  # else the pre-segmentor's curves go into this network's run
+        # else Weights & Biases puts the pre-segmentor's curves into this network's run
+        os.environ.setdefault("WANDB_REINIT", "create_new")
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.settings = DiffusionSettings.from_plans(self.configuration_manager.configuration)
         self._given = given_presegmentor(fold, self.configuration_manager.patch_size)

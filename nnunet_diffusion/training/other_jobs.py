@@ -101,12 +101,12 @@ def give_way_to_stock_training(trainer: nnUNetTrainer) -> None:
     """Have `trainer` raise StockTrainingBegan, all ranks together, before it writes beside a job of nnU-Net's own.
 
     Such a job knows no lock, so the one that does steps aside. It looks at the end of each epoch, which is when files are
-    written.
+    written; a final checkpoint is not its own then.
     """
-    end = trainer.on_epoch_end
+    end, folder = trainer.on_epoch_end, Path(trainer.output_folder)
 
     def on_epoch_end() -> None:
-        if agreed(seconds_until_silent(Path(trainer.output_folder)) > 0):
+        if agreed(seconds_until_silent(folder) > 0 or (folder / "checkpoint_final.pth").is_file()):
             raise StockTrainingBegan
         end()
 

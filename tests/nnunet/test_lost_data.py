@@ -47,7 +47,7 @@ def continue_to_the_end(build):
 def test_unplugged_preprocessed_folder(interrupted):
     place, build = interrupted
     away = place.root / "unplugged"
-    with pytest.raises(FileNotFoundError, match=r"nnUNetPlans_2d is gone.*mount.*--c \(epoch 1 is done again"):
+    with pytest.raises(FileNotFoundError, match=r"nnUNetPlans_2d is not there.*mount.*--c, from epoch 1 on"):
         build(lambda trainer: Path(trainer.preprocessed_dataset_folder).rename(away)).run_training()
     away.rename(place.preprocessed / "nnUNetPlans_2d")
     continue_to_the_end(build)
@@ -63,7 +63,7 @@ def test_killed_loading_process(interrupted, monkeypatch):
             process.kill()
             process.join()
 
-    with pytest.raises(RuntimeError, match=r"has died.*nnUNet_n_proc_DA.*--c \(epoch 1 is done again"):
+    with pytest.raises(RuntimeError, match=r"has died.*nnUNet_n_proc_DA.*--c, from epoch 1 on"):
         build(kill).run_training()
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     continue_to_the_end(build)
