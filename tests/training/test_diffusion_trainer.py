@@ -214,6 +214,12 @@ def test_overfits_a_batch_of_real_patches(workplace):
     assert (2 * overlap / (2 * overlap + wrong) > 0.75).all()  # after 100 steps, from an untrained pre-segmentor
 
 
+def test_a_fold_beyond_the_splits_has_the_presegmentors_random_split(workplace):
+    ours, theirs = (workplace.trainer(kind, fold=7).do_split() for kind in (DiffusionTrainer, nnUNetTrainer))
+    assert [list(part) for part in ours] == [list(part) for part in theirs]
+    assert [len(part) for part in ours] == [8, 2]
+
+
 def test_infinite_loss_names_epoch_and_cases(workplace):
     trainer = started(workplace, prediction_type="logits")
     trainer.loss = lambda logits, target: logits.sum() * float("inf")
