@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import time
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+ASIDE = ".tmp"
+LEFT_BEHIND_SECONDS = 600.0
 DIFFUSION_KEY = "diffusion"  # what a diffusion trainer saves beside nnU-Net's own entries
 # what nnU-Net's own checkpoints hold beside tensors and plain Python: numpy scalars in the logged curves
 SAFE_TYPES: list[Any] = [
@@ -96,7 +99,7 @@ def write_aside(write: Callable[[str], object], path: str | Path) -> None:
         OSError: as `write_checkpoint`.
     """
     path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = path.with_name(f".{path.name}.{os.getpid()}{ASIDE}")
     try:
         write(str(aside))
         if aside.is_file():
@@ -107,3 +110,10 @@ def write_aside(write: Callable[[str], object], path: str | Path) -> None:
             f"Could not write {path}: {error}. The previous checkpoint, if any, is untouched: free some space or make the "
             "folder writable, then continue with --c."
         ) from error
+
+
+def remove_what_killed_jobs_left(folder: Path) -> None:
+    """Remove half-written files that a job killed while writing left aside; young ones may be another job's."""
+    for path in folder.glob(f".*{ASIDE}"):
+        if time.time() - path.stat().st_mtime > LEFT_BEHIND_SECONDS:
+            path.unlink(missing_ok=True)

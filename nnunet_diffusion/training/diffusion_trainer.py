@@ -33,6 +33,7 @@ from nnunet_diffusion.training.checkpoints import (
     DIFFUSION_KEY,
     read_checkpoint,
     refuse_foreign_checkpoint,
+    remove_what_killed_jobs_left,
     write_checkpoint,
 )
 from nnunet_diffusion.training.checks import (
@@ -229,6 +230,7 @@ class DiffusionTrainer(nnUNetTrainer):
         if not self._resumed:
             self._embed_presegmentor()
         self._warn_about_presegmentation_starts()
+        remove_what_killed_jobs_left(Path(self.output_folder))
         super().on_train_start()
 
     def _embed_presegmentor(self) -> None:

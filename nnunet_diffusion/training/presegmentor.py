@@ -17,7 +17,7 @@ from nnunetv2.utilities.file_path_utilities import get_output_folder
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
-from nnunet_diffusion.training.checkpoints import read_checkpoint, write_aside
+from nnunet_diffusion.training.checkpoints import read_checkpoint, remove_what_killed_jobs_left, write_aside
 from nnunet_diffusion.training.checks import check_batch
 from nnunet_diffusion.training.other_jobs import (
     SUMMARY,
@@ -69,6 +69,7 @@ def ensure_presegmentor(
         return final
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder, log):
+        remove_what_killed_jobs_left(folder)
         wait_for_stock_training(folder, log)
         trainer = None
         while trainer is None and not agreed(final.is_file()):

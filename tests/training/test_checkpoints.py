@@ -9,7 +9,7 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_diffusion.training import DiffusionTrainer
-from nnunet_diffusion.training.checkpoints import read_checkpoint, write_checkpoint
+from nnunet_diffusion.training.checkpoints import read_checkpoint, remove_what_killed_jobs_left, write_checkpoint
 
 pytestmark = pytest.mark.nnunet
 CHECKPOINT = {"network_weights": {"layer.weight": torch.arange(1000.0)}, "logging": {"dice": [np.float32(0.5), 0.25]}}
@@ -93,6 +93,16 @@ def test_failed_write_leaves_the_previous_file_whole_and_nothing_else(tmp_path, 
         write_checkpoint({}, path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_job_killed_while_writing_left_is_removed_once_it_is_old(tmp_path):
+    names = (".checkpoint_latest.pth.77.tmp", ".checkpoint_best.pth.78.tmp", "checkpoint_latest.pth")
+    for name in names:
+        (tmp_path / name).write_bytes(b"half")
+        os.utime(tmp_path / name, (0, 0))
+    (tmp_path / names[1]).touch()
+    remove_what_killed_jobs_left(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names[1:])
 
 
 def test_trainer_writes_its_checkpoint_that_way(workplace, tmp_path, monkeypatch):
