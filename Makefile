@@ -1,6 +1,7 @@
 # make demo   everything from set-up to demo/report.md
 # make test   set-up, then all checks and tests
 # make lint   the checks without the tests
+# make matrix the tests that take no long training, with each of PYTHONS (default python3.10 python3.12)
 # make clean  remove what the others made, except the environment (make distclean removes that too)
 
 PYTHON ?= python3
@@ -12,7 +13,9 @@ READY := $(VENV)/ready
 TEST_ENVIRONMENT := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive nnUNet_def_n_proc=1 nnUNet_compile=f
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean distclean
+.PHONY: help demo test lint matrix clean distclean
+
+PYTHONS ?= python3.10 python3.12
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -34,6 +37,14 @@ lint: $(READY)
 
 test: lint
 	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest
+
+matrix:
+	for python in $(PYTHONS); do \
+		folder=.ci/cache/$$(basename $$python); \
+		{ test -x $$folder/bin/pytest || $$python -m venv $$folder && \
+		  $$folder/bin/python -m pip install -q -e '.[dev,solvers]' && \
+		  $(TEST_ENVIRONMENT) $$folder/bin/python -m pytest -m "not slow"; } || exit 1; \
+	done
 
 clean:
 	rm -rf demo build dist .ci/cache .pytest_cache .mypy_cache .ruff_cache

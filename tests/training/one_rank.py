@@ -18,7 +18,7 @@ RANKS = 2
 
 
 def take_step(folder: Path, rows: slice) -> dict:
-    """Make one step on these rows of the batch; return what it made; two ranks then validate."""
+    """Make one step on these rows of the batch; return gradients, averaged weights and the pre-segmentor's weights."""
     given = torch.load(folder / "given.pt")
     plans = json.loads((folder / "plans.json").read_text())
     description = json.loads((folder / "dataset.json").read_text())
@@ -30,10 +30,6 @@ def take_step(folder: Path, rows: slice) -> dict:
     drawn = trainer._generator.initial_seed()
     trainer.segmenter._training_noise = lambda clean, generator: (given["timestep"][rows], given["noise"][rows])
     losses = trainer.train_step({key: given[key][rows] for key in ("data", "target")})
-    lines: list[str] = []
-    if dist.is_initialized() and plans["configurations"]["2d"]["diffusion"]["prediction_type"] == "x0":
-        trainer.print_to_log_file = lambda *words, **_: lines.append(" ".join(map(str, words)))
-        trainer.perform_actual_validation()
     denoiser, presegmentor = trainer.segmenter.denoiser, trainer.segmenter.presegmentor
     return {
         "gradients": {name: parameter.grad for name, parameter in denoiser.named_parameters()},
@@ -42,9 +38,6 @@ def take_step(folder: Path, rows: slice) -> dict:
         "losses": {key: float(value) for key, value in losses.items()},
         "seed": drawn,
         "wrapped": type(trainer.network).__name__,
-        "predicted": [line.removeprefix("predicting ") for line in lines if line.startswith("predicting ")],
-        "validation": sorted(map(str, trainer.do_split()[1])),
-        "folder": trainer.output_folder,
     }
 
 

@@ -6,12 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+
+from nnunet_diffusion.training.checkpoints import read_checkpoint
 
 pytestmark = [pytest.mark.nnunet, pytest.mark.slow]
 
 SCRIPT = Path(__file__).with_name("one_rank.py")
+JOB = Path(__file__).with_name("distributed_job.py")
 
 
 @pytest.fixture(scope="module", params=["logits", "x0"])
@@ -56,17 +60,38 @@ def test_average_and_presegmentor_are_equal_on_all_ranks(results):
             assert torch.equal(value, second[part][name]), name
 
 
-def test_validation_cases_are_shared_out_and_all_measured(results):
-    first, second, _ = results
-    if not first["predicted"]:
-        pytest.skip("validated with x0 only")
-    assert len(first["predicted"]) == len(second["predicted"]) == 1
-    assert sorted(first["predicted"] + second["predicted"]) == first["validation"]
-    summary = json.loads((Path(first["folder"]) / "validation" / "summary.json").read_text())
-    measured = {Path(case["prediction_file"]).name.removesuffix(".nii.gz") for case in summary["metric_per_case"]}
-    assert sorted(measured) == first["validation"]
-
-
 def test_ranks_draw_different_noise(results):
     first, second, alone = results
     assert first["seed"] == alone["seed"] != second["seed"]
+
+
+def test_whole_job_on_two_ranks(hippocampus, tmp_path):
+    """Pre-segmentor and denoiser from nothing to validation; the validation cases are shared out, all are measured."""
+    variables = {**os.environ, **hippocampus.environment, "nnUNet_results": str(tmp_path / "results")}
+    logs = [tmp_path / f"{rank}.txt" for rank in (0, 1)]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(JOB), str(rank), str(tmp_path)],
+            env=variables,
+            stdout=log.open("w"),
+            stderr=subprocess.STDOUT,
+        )
+        for rank, log in enumerate(logs)
+    ]
+    codes = [process.wait(timeout=500) for process in ranks]
+    told = [log.read_text() for log in logs]
+    assert codes == [0, 0], "\n".join(text[-3000:] for text in told)
+    model = tmp_path / "results" / hippocampus.dataset
+    first, ours = (model / f"{name}__Tiny__2d" / "fold_0" for name in ("TinynnUNetTrainer", "TinyDiffusionTrainer"))
+    validation = json.loads((hippocampus.preprocessed / "splits_final.json").read_text())[0]["val"]
+    for folder in (first, ours):
+        summary = json.loads((folder / "validation" / "summary.json").read_text())
+        measured = {Path(case["prediction_file"]).name.removesuffix(".nii.gz") for case in summary["metric_per_case"]}
+        assert measured == set(validation)
+    for text in told:
+        assert text.count("predicting ") == 2 * len(validation) // 2  # half of the cases, by each network
+    trained, presegmentor = (read_checkpoint(folder / "checkpoint_final.pth") for folder in (ours, first))
+    assert len(trained["logging"]["denoising_loss"]) == 2
+    assert np.isfinite(trained["logging"]["denoising_loss"]).all()
+    for key, value in presegmentor["network_weights"].items():
+        assert torch.equal(trained["network_weights"][f"presegmentor.{key}"], value)
