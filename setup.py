@@ -56,7 +56,15 @@ if __name__ == "__main__":
         ],
         extras_require={
             "solvers": SOLVERS,
-            "dev": ["build", "mypy>=1.10", "pytest>=8", "pytest-timeout", "pytest-xdist", "ruff>=0.6", "wandb>=0.19.10"],
+            "dev": [
+                "build",
+                "mypy>=1.10",
+                "pytest>=8",
+                "pytest-timeout",
+                "pytest-xdist",
+                "ruff>=0.6",
+                "wandb>=0.19.10",
+            ],
         },
         entry_points={"console_scripts": ["nnunet_diffusion=nnunet_diffusion.cli.main:main"]},
         classifiers=[

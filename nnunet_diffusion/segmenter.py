@@ -70,18 +70,15 @@ class DiffusionSegmenter(nn.Module):
             ValueError: if `strict` and they are those of another network; torch would list every tensor of both.
         """
         own = self.state_dict()
-        differing = {
-            key: tuple(None if side.get(key) is None else tuple(side[key].shape) for side in (state_dict, own))
-            for key in {**own, **state_dict}
-        }
-        differing = {key: shapes for key, shapes in differing.items() if shapes[0] != shapes[1]}
+        theirs, ours = ({key: str(tuple(value.shape)) for key, value in side.items()} for side in (state_dict, own))
+        differing = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
         if strict and differing:
-            key, (theirs, ours) = next(iter(differing.items()))
+            first = differing[0]
             raise ValueError(
                 f"These weights are not of the network that the plans describe: {len(differing)} of {len(own)} tensors differ, "
-                f"first {key} (shape {theirs or 'none'} in the weights, {ours or 'none'} in the network). Architecture and "
-                "`diffusion` section decide: put the plans.json that was written with the checkpoint beside its fold, "
-                "or train again with the present plans under another plans_name."
+                f"first {first} (shape {theirs.get(first, 'none')} in the weights, {ours.get(first, 'none')} in the network). "
+                "Architecture and `diffusion` section decide: put the plans.json that was written with the checkpoint beside "
+                "its fold, or train again with the present plans under another plans_name."
             )
         return super().load_state_dict(state_dict, strict, assign)
 

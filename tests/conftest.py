@@ -2,11 +2,13 @@
 
 import contextlib
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,12 @@ REPOSITORY = Path(__file__).parents[1]
 DATA = Path(os.environ.get("NNUNET_DIFFUSION_TEST_DATA", REPOSITORY / "../shared/data")).resolve()
 TINY_TRAINERS = REPOSITORY / "tests" / "nnunet" / "tiny_trainers"
 TRAINERS = REPOSITORY / "trainers"
+
+
+class Threads:
+    """Stands for multiprocessing's spawn context: each process of nnU-Net's many pools would import torch again."""
+
+    Pool = ThreadPool
 
 
 @dataclass(frozen=True)
@@ -50,11 +58,21 @@ class Workplace:
             "OMP_NUM_THREADS": "2",
         }
 
+    @staticmethod
+    def words(command, *arguments):
+        """Return what starts one of nnU-Net's console commands."""
+        return [sys.executable, str(Path(sys.executable).parent / command), *map(str, arguments)]
+
+    def start(self, command, *arguments, stdout, variables, **options):
+        """Start one of nnU-Net's console commands, both outputs together; return the running process."""
+        environment = {**os.environ, **self.environment, **variables}
+        words = self.words(command, *arguments)
+        return subprocess.Popen(words, env=environment, stdout=stdout, stderr=subprocess.STDOUT, text=True, **options)
+
     def run(self, command, *arguments, check=True, **variables):
         """Run one of nnU-Net's console commands on the CPU; return the finished process."""
-        script = Path(sys.executable).parent / command
         done = subprocess.run(
-            [sys.executable, str(script), *map(str, arguments)],
+            self.words(command, *arguments),
             env={**os.environ, **self.environment, **variables},
             capture_output=True,
             text=True,
@@ -78,6 +96,34 @@ class Workplace:
                 yield self
             finally:
                 torch.set_num_threads(threads)
+
+    @contextlib.contextmanager
+    def planned_in_process(self, results, configuration, patch, **description):
+        """Plan and preprocess the raw files that are there, with plans `Tiny`, then stay `in_process` for a `with` block.
+
+        Args:
+            results: as for `in_process`.
+            configuration: to preprocess.
+            patch: of the plans `Tiny`.
+            description: dataset.json.
+        """
+        from nnunetv2.experiment_planning.plan_and_preprocess_api import (
+            extract_fingerprints,
+            plan_experiments,
+            preprocess,
+        )
+
+        (self.raw / "dataset.json").write_text(json.dumps(description))
+        number = int(self.dataset[7:10])
+        with self.in_process(results), pytest.MonkeyPatch.context() as patched:
+            patched.setattr(multiprocessing, "get_context", lambda *_: Threads)
+            patched.setenv("nnUNet_n_proc_DA", "1")  # the planner takes it for its number of threads
+            extract_fingerprints([number], num_processes=1, check_dataset_integrity=True)
+            plan_experiments([number])
+            preprocess([number], configurations=[configuration], num_processes=[1])
+            patched.setenv("nnUNet_n_proc_DA", "0")
+            self.write_plans("Tiny", configuration, patch=patch)
+            yield self
 
     def trainer(self, kind, plans="Tiny", configuration="2d", fold=0, change=None, description=None, **section):
         """Build a trainer on the CPU, inside `in_process`; `change` may alter the plans, `section` is its settings."""

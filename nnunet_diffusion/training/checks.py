@@ -19,7 +19,7 @@ PREPROCESSED, RESULTS = FOLDERS = ("nnUNet_preprocessed", "nnUNet_results")
 PATIENCE_SECONDS = 5.0
 
 
-def refuse_missing_folders() -> None:
+def refuse_unusable_folders() -> None:
     """Refuse folders that nnU-Net itself would use: one named None, one that cannot be written.
 
     Raises:

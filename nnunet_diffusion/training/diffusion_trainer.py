@@ -41,7 +41,7 @@ from nnunet_diffusion.training.checks import (
     explained,
     read_shared_json,
     refuse_foreign_plans,
-    refuse_missing_folders,
+    refuse_unusable_folders,
 )
 from nnunet_diffusion.training.network import build_segmenter
 from nnunet_diffusion.training.presegmentor import (
@@ -81,7 +81,7 @@ class DiffusionTrainer(nnUNetTrainer):
         device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net's signature
     ) -> None:
         """Set nnU-Net up, read the settings and write them into the plans."""
-        refuse_missing_folders()
+        refuse_unusable_folders()
         refuse_foreign_plans(plans["dataset_name"], dataset_json)
         # else Weights & Biases puts the pre-segmentor's curves into this network's run
         os.environ.setdefault("WANDB_REINIT", "create_new")

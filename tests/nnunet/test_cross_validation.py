@@ -1,10 +1,7 @@
 """Five folds submitted together, then everything nnU-Net offers on a cross-validation: choice, ensemble, postprocessing."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -21,14 +18,9 @@ FOLDS = (0, 1, 2, 3, 4)
 
 def submit(place, results, fold, trainer, log):
     """Start nnUNetv2_train in the background, its output in a file."""
-    script = Path(sys.executable).parent / "nnUNetv2_train"
     words = [4, "2d", fold, "-tr", trainer, "-p", "Tiny", "-device", "cpu", "--npz"]
-    return subprocess.Popen(
-        [sys.executable, str(script), *map(str, words)],
-        env={**os.environ, **place.environment, "nnUNet_results": str(results), "OMP_NUM_THREADS": "1"},
-        stdout=log.open("w"),
-        stderr=subprocess.STDOUT,
-    )
+    variables = {"nnUNet_results": str(results), "OMP_NUM_THREADS": "1"}
+    return place.start("nnUNetv2_train", *words, stdout=log.open("w"), variables=variables)
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,11 @@
 """Kinds of images and plans that nnU-Net reads: one small dataset each, planned, trained and predicted by nnU-Net's code."""
 
 import json
-import multiprocessing
-from multiprocessing.pool import ThreadPool
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments, preprocess
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.run_training import run_training
 from PIL import Image
@@ -21,12 +18,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # nnU-Net's means over classes that no case has
 ]
 CPU = torch.device("cpu")
-
-
-class Threads:
-    """Stands for multiprocessing's spawn context: each process of nnU-Net's many pools would import torch again."""
-
-    Pool = ThreadPool
 
 
 def write_natural(path, number, truth):
@@ -79,7 +70,7 @@ KINDS = {
 
 
 @pytest.fixture(params=list(KINDS))
-def trained(request, workplace_type, tmp_path, monkeypatch):
+def trained(request, workplace_type, tmp_path):
     """Plan, preprocess and train on fold 0; returns the place, the kind and the model's folder."""
     write, ending, configuration, patch, channels, labels, number = KINDS[request.param]
     place = workplace_type(tmp_path, "Dataset051_Kind")
@@ -93,15 +84,7 @@ def trained(request, workplace_type, tmp_path, monkeypatch):
         )
     write(place.raw / "imagesTs" / f"case_100_0000{ending}", 102, None)
     description = {"channel_names": channels, "labels": labels, "numTraining": number, "file_ending": ending}
-    (place.raw / "dataset.json").write_text(json.dumps(description))
-    monkeypatch.setattr(multiprocessing, "get_context", lambda *_: Threads)
-    with place.in_process(tmp_path / "results"):
-        monkeypatch.setenv("nnUNet_n_proc_DA", "1")  # the planner takes it for its number of threads
-        extract_fingerprints([51], num_processes=1, check_dataset_integrity=True)
-        plan_experiments([51])
-        preprocess([51], configurations=[configuration], num_processes=[1])
-        monkeypatch.setenv("nnUNet_n_proc_DA", "0")
-        place.write_plans("Tiny", configuration, patch=patch)
+    with place.planned_in_process(tmp_path / "results", configuration, patch, **description):
         run_training("51", configuration, 0, "TinyDiffusionTrainer", "Tiny", device=CPU)
         yield (
             place,

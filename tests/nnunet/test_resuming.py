@@ -3,9 +3,7 @@
 import os
 import signal
 import subprocess
-import sys
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 
@@ -17,16 +15,10 @@ TRAIN = [4, "2d", 0, "-tr", "TinyDiffusionTrainer", "-p", "Tiny", "-device", "cp
 
 def killed_at(place, results, moment, arguments=()):
     """Start the training and kill it, workers included, at the first line that `moment` is true of."""
-    script = Path(sys.executable).parent / "nnUNetv2_train"
-    environment = {**os.environ, **place.environment, "nnUNet_results": str(results), "PYTHONUNBUFFERED": "1"}
-    lines = []
-    with subprocess.Popen(
-        [sys.executable, str(script), *map(str, [*TRAIN, *arguments])],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
+    variables = {"nnUNet_results": str(results), "PYTHONUNBUFFERED": "1"}
+    words, lines = [*TRAIN, *arguments], []
+    with place.start(
+        "nnUNetv2_train", *words, stdout=subprocess.PIPE, variables=variables, start_new_session=True
     ) as job:
         for line in job.stdout:
             lines.append(line)

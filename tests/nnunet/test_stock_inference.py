@@ -1,8 +1,6 @@
 """What nnU-Net's own predictor makes of the segmenter: no seams, rounding only, bounded logits, any dataset and plans."""
 
 import json
-import multiprocessing
-from multiprocessing.pool import ThreadPool
 
 import numpy as np
 import pytest
@@ -10,12 +8,7 @@ import torch
 from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_encoder_unet_planners import (
     nnUNetPlannerResEncM,
 )
-from nnunetv2.experiment_planning.plan_and_preprocess_api import (
-    extract_fingerprints,
-    plan_experiment_dataset,
-    plan_experiments,
-    preprocess,
-)
+from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiment_dataset
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.run_training import run_training
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -197,16 +190,10 @@ def make_image(number, size=(40, 48), filled=True):
     return [channel.clip(0, 255).astype(np.uint8) for channel in channels], labels
 
 
-class Threads:
-    """Stands for multiprocessing's spawn context: each process of nnU-Net's many pools would import torch again."""
-
-    Pool = ThreadPool
-
-
 @pytest.fixture
-def several(hippocampus, tmp_path, monkeypatch):
+def several(workplace_type, tmp_path):
     """Ten training images, one of them small and one without foreground, and three such test images; planned."""
-    place = type(hippocampus)(tmp_path, "Dataset011_Several")
+    place = workplace_type(tmp_path, "Dataset011_Several")
     for folder in ("imagesTr", "labelsTr", "imagesTs"):
         (place.raw / folder).mkdir(parents=True)
     odd = {0: {"size": (20, 24)}, 1: {"filled": False}}
@@ -223,15 +210,7 @@ def several(hippocampus, tmp_path, monkeypatch):
         "numTraining": 10,
         "file_ending": ".png",
     }
-    (place.raw / "dataset.json").write_text(json.dumps(description))
-    monkeypatch.setattr(multiprocessing, "get_context", lambda *_: Threads)
-    with place.in_process(tmp_path / "results"):
-        monkeypatch.setenv("nnUNet_n_proc_DA", "1")  # the planner takes it for its number of threads
-        extract_fingerprints([11], num_processes=1, check_dataset_integrity=True)
-        plan_experiments([11])
-        preprocess([11], configurations=["2d"], num_processes=[1])
-        monkeypatch.setenv("nnUNet_n_proc_DA", "0")
-        place.write_plans("Tiny", "2d", patch=[32, 32])
+    with place.planned_in_process(tmp_path / "results", "2d", [32, 32], **description):
         yield place
 
 

@@ -9,12 +9,9 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from nnunetv2.run import run_training
 from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as nnunet_module
-from torch.nn.parallel import DistributedDataParallel
-
-RANKS = 2
+from one_rank import RANKS, join
 
 
 def main() -> None:
@@ -28,12 +25,8 @@ def main() -> None:
         build(self, *arguments, **keywords)
         self.device = torch.device("cpu")
 
-    def join(rank: int, ranks: int) -> None:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=ranks)
-
     trainer_class.__init__ = on_the_cpu
-    nnunet_module.DDP = lambda network, device_ids: DistributedDataParallel(network)
-    run_training.setup_ddp = join
+    run_training.setup_ddp = lambda rank, ranks: join(rank, folder)
     torch.cuda.set_device = lambda device: None
     run_training.run_ddp(
         rank, "4", "2d", 0, "TinyDiffusionTrainer", "Tiny", False, False, False, None, False, False, RANKS

@@ -41,6 +41,12 @@ def take_step(folder: Path, rows: slice) -> dict:
     }
 
 
+def join(rank: int, folder: Path) -> None:
+    """Join the other rank over the CPU, and have nnU-Net wrap its network for the CPU."""
+    nnunet_module.DDP = lambda network, device_ids: DistributedDataParallel(network)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
+
+
 def main() -> None:
     """Join the other rank, step, leave the result in FOLDER/RANK.pt; alone, with the whole batch."""
     folder = Path(sys.argv[2])
@@ -48,8 +54,7 @@ def main() -> None:
         torch.save(take_step(folder, slice(None)), folder / "alone.pt")
         return
     rank = int(sys.argv[1])
-    nnunet_module.DDP = lambda network, device_ids: DistributedDataParallel(network)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
+    join(rank, folder)
     torch.save(take_step(folder, slice(rank, rank + 1)), folder / f"{rank}.pt")
     dist.destroy_process_group()
 

@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from nnunet_diffusion.training import checks
-from nnunet_diffusion.training.checks import explained, read_shared_json, refuse_missing_folders
+from nnunet_diffusion.training.checks import explained, read_shared_json, refuse_unusable_folders
 
 
 def test_a_file_that_another_job_is_writing_is_read_once_it_is_whole(tmp_path):
@@ -33,7 +33,7 @@ def test_results_folder_that_cannot_be_made_is_named(tmp_path, monkeypatch):
     with pytest.raises(
         OSError, match=r"nnUNet_results is .*file/results, where nothing can be written \(Not a directory"
     ):
-        refuse_missing_folders()
+        refuse_unusable_folders()
 
 
 def test_read_only_results_folder_is_named(tmp_path, monkeypatch):
@@ -44,7 +44,7 @@ def test_read_only_results_folder_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
     with pytest.raises(OSError, match=r"results, where nothing can be written \(Permission denied\): make it writable"):
-        refuse_missing_folders()
+        refuse_unusable_folders()
 
 
 def test_only_errors_that_come_from_loading_are_explained(tmp_path):
