@@ -160,10 +160,10 @@ class DiffusionSegmenter(nn.Module):
         if not settings.from_noise and presegmentation is not None:
             repeated = presegmentation.float().repeat_interleave(settings.samples, 0)
             start = start_state(repeated, start, settings.start_step, self.process)
-        with torch.no_grad(), self._precision(image):
+        with torch.no_grad(), self.precision(image):
             clean = sample(
                 settings.sampler,
-                self._predictor(self._condition_image(image, presegmentation)),
+                self._predictor(self.condition_image(image, presegmentation)),
                 start,
                 settings.start_step,
                 settings.steps,
@@ -196,7 +196,8 @@ class DiffusionSegmenter(nn.Module):
         """Evaluate the condition flow and the prior branch at one timestep; `image` (B, C, *spatial)."""
         return self.denoiser.encode(image, torch.full((len(image),), timestep, device=image.device))
 
-    def _condition_image(self, image: Tensor, presegmentation: Tensor | None) -> Tensor:
+    def condition_image(self, image: Tensor, presegmentation: Tensor | None) -> Tensor:
+        """Return what the condition flow sees: the image, with the start's state below it where the settings say so."""
         if not self.settings.condition_on_presegmentation or presegmentation is None:
             return image
         return torch.cat((image, labels.probabilities_to_state(presegmentation).to(image)), 1)
@@ -230,7 +231,7 @@ class DiffusionSegmenter(nn.Module):
         start = self._training_start(clean, image, generator)
         timestep, noise = self._training_noise(clean, generator)
         noisy = self.process.add_noise(start, noise, timestep)
-        condition_image = self._condition_image(image, (start + 1) / 2)
+        condition_image = self.condition_image(image, (start + 1) / 2)
         prediction, presence, location = self._evaluate(self.denoiser, noisy, condition_image, timestep)
         with torch.autocast(image.device.type, enabled=False):
             if settings.prediction_type != "logits":
@@ -289,7 +290,7 @@ class DiffusionSegmenter(nn.Module):
             self.settings = before
 
     @staticmethod
-    def _precision(image: Tensor) -> contextlib.AbstractContextManager:
+    def precision(image: Tensor) -> contextlib.AbstractContextManager:
         """Evaluate a denoiser trained in bfloat16 in bfloat16, whatever precision the caller's autocast has."""
         if has_bfloat16(image.device) and torch.is_autocast_enabled(image.device.type):
             return torch.autocast(image.device.type, dtype=torch.bfloat16)

@@ -18,6 +18,8 @@ OnStep = Callable[[int, Tensor, Tensor], None]
 """(timestep, noisy, clean estimate) -> None, called after every evaluation of the network."""
 Step = Callable[[Tensor, Tensor, int, int], Tensor]
 """(clean estimate, noisy, timestep, previous) -> state at `previous`."""
+Random = torch.Generator | Sequence[torch.Generator] | None
+"""Source of random numbers: one for the whole batch, one for each of its entries, or torch's global one."""
 
 
 def timestep_grid(start_step: int, steps: int) -> list[int]:
@@ -67,7 +69,7 @@ def ancestral(
     grid: Sequence[int],
     process: GaussianDiffusion,
     *,
-    generator: torch.Generator | None = None,
+    generator: Random = None,
     eta: float = 0.0,
     on_step: OnStep | None = None,
 ) -> Tensor:
@@ -78,7 +80,7 @@ def ancestral(
         start: (B, K, *spatial), the noisy state at grid[0].
         grid: strictly decreasing timesteps within 0..T-1; after the last one comes the clean state.
         process: the diffusion process of the predictions.
-        generator: source of the random numbers; torch's global one if None.
+        generator: source of the random numbers, also one for each entry of the batch; torch's global one if None.
         eta: no effect; the samplers share one signature.
         on_step: called after every evaluation.
 
@@ -102,7 +104,7 @@ def ddim(
     grid: Sequence[int],
     process: GaussianDiffusion,
     *,
-    generator: torch.Generator | None = None,
+    generator: Random = None,
     eta: float = 0.0,
     on_step: OnStep | None = None,
 ) -> Tensor:
@@ -113,7 +115,8 @@ def ddim(
         start: (B, K, *spatial), the noisy state at grid[0].
         grid: strictly decreasing timesteps within 0..T-1; after the last one comes the clean state.
         process: the diffusion process of the predictions.
-        generator: source of the random numbers; torch's global one if None. Unused at eta = 0.
+        generator: source of the random numbers, also one for each entry of the batch; torch's global one if None. Unused
+            at eta = 0.
         eta: 0 (deterministic) to 1 (the ancestral sampler).
         on_step: called after every evaluation.
 
@@ -145,7 +148,7 @@ def diffusers_solver(
     grid: Sequence[int],
     process: GaussianDiffusion,
     *,
-    generator: torch.Generator | None = None,
+    generator: Random = None,
     eta: float = 0.0,
     on_step: OnStep | None = None,
 ) -> Tensor:
@@ -187,7 +190,7 @@ def sample(
     steps: int,
     process: GaussianDiffusion,
     *,
-    generator: torch.Generator | None = None,
+    generator: Random = None,
     eta: float = 0.0,
     on_step: OnStep | None = None,
 ) -> Tensor:
@@ -200,7 +203,7 @@ def sample(
         start_step: T', 1..T.
         steps: number of network evaluations, 1..start_step.
         process: the diffusion process of the predictions.
-        generator: source of the random numbers; torch's global one if None.
+        generator: source of the random numbers, also one for each entry of the batch; torch's global one if None.
         eta: 0..1, noise of the "ddim" sampler; no effect on the others.
         on_step: called as on_step(timestep, noisy, clean) after every evaluation.
 
@@ -232,7 +235,10 @@ def _reverse(
     return state
 
 
-def _normal_like(state: Tensor, generator: torch.Generator | None) -> Tensor:
+def _normal_like(state: Tensor, generator: Random) -> Tensor:
+    if isinstance(generator, Sequence):
+        pairs = zip(state, generator, strict=True)
+        return torch.stack([_normal_like(entry, source) for entry, source in pairs])
     device = state.device if generator is None else generator.device
     return torch.randn(state.shape, generator=generator, device=device, dtype=torch.float32).to(state)
 

@@ -1,0 +1,196 @@
+"""`nnunet_diffusion predict`: nnUNetv2_predict's arguments and those of the reverse process."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nnunet_diffusion.cli.errors import CommandError
+from nnunet_diffusion.cli.trainers_directory import with_trainers
+from nnunet_diffusion.diffusion.samplers import SAMPLERS
+
+FUSIONS = ("mean", "majority", "staple")  # inference.fusion imports nnU-Net, which reads its paths when imported
+RESULTS = "nnUNet_results"
+INTERRUPTED = 130  # as a shell reports Ctrl-C
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add `predict` to the command line."""
+    parser = subparsers.add_parser(
+        "predict",
+        help="segment images: one reverse process per volume, any sampler, any pre-segmentation",
+        description="nnUNetv2_predict for models of DiffusionTrainer, with one reverse process per volume. Mirroring applies "
+        "to the pre-segmentation only. What is not given comes from the model's plans.",
+    )
+    _add_arguments_of_nnunet(parser)
+    _add_own_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def _add_arguments_of_nnunet(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("-i", required=True, metavar="FOLDER", help="images, with channel numbers (_0000)")
+    add("-o", required=True, metavar="FOLDER", help="output; made if it does not exist")
+    add("-d", metavar="ID", help="dataset, number or name")
+    add("-p", default="nnUNetPlans", help="plans (nnUNetPlans)")
+    add("-tr", default="DiffusionTrainer", help="trainer of the model (DiffusionTrainer)")
+    add("-c", metavar="CONFIG", help="configuration, for example 2d")
+    add("-m", metavar="FOLDER", help="model folder, in the place of -d, -p, -tr and -c")
+    add("-f", nargs="+", default=["0", "1", "2", "3", "4"], metavar="FOLD", help="folds (0 1 2 3 4)")
+    add("-step_size", type=float, default=0.5, help="step of the tiles, share of the patch, at most 1 (0.5)")
+    add("--disable_tta", action="store_true", help="do not mirror the pre-segmentation: faster, less accurate")
+    add("--verbose", action="store_true")
+    add("--save_probabilities", action="store_true", help="also write .npz, for nnUNetv2_ensemble")
+    add("--continue_prediction", action="store_true", help="leave out cases that are finished")
+    add("-chk", default="checkpoint_final.pth", help="checkpoint (checkpoint_final.pth)")
+    add("-npp", type=int, default=_number_in("nnUNet_npp", 3), help="processes that preprocess (3)")
+    add("-nps", type=int, default=_number_in("nnUNet_nps", 3), help="processes that write (3)")
+    add("-prev_stage_predictions", metavar="FOLDER", help="segmentations of the cascade's previous stage")
+    add("-num_parts", type=int, default=1, help="calls that share the images (1)")
+    add("-part_id", type=int, default=0, help="which of them this is, from 0")
+    add("-device", default="cuda", choices=("cuda", "cpu", "mps"))
+    add("--disable_progress_bar", action="store_true")
+    add("--not_on_device", action="store_true", help="keep volumes in the CPU's memory")
+
+
+def _number_in(variable: str, default: int) -> int:
+    """Number in an environment variable, as nnU-Net reads it: anything else gives the default."""
+    text = os.environ.get(variable, "")
+    return int(text) if text.isdecimal() else default
+
+
+def _add_own_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("reverse process")
+    add = group.add_argument
+    add("--sampler", choices=tuple(SAMPLERS))
+    add("--steps", type=int, help="evaluations of one reverse process")
+    add("--start_step", type=int, help="T' of PD-DDPM: noising steps at the start")
+    add("--samples", type=int, help="reverse processes; probabilities are their mean")
+    add(
+        "--presegmentation_weight",
+        type=float,
+        help="share of the pre-segmentation's probabilities in the result, 0 to 1",
+    )
+    add("--fusion", choices=FUSIONS, default="mean", help="of samples to a segmentation (mean)")
+    add("--keep_samples", action="store_true", help="write each sample to OUT/samples")
+    add("--seed", type=int, help="of the noise")
+    add("--presegmentation", metavar="FOLDER", help="segmentations or .npz probabilities to start from")
+    add("--tile_wise", action="store_true", help="one reverse process per tile, as stock prediction has it")
+    add("--sequential", action="store_true", help="no further processes, as -npp 0 -nps 0")
+    add("--state_memory", type=float, metavar="GIB", help="GPU memory that a volume's state may take (what is free)")
+    add("--trust_checkpoint", action="store_true", help="load a checkpoint that may run code")
+    add("--quiet", action="store_true", help="say nothing but errors")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Predict; returns 0, or 1 if a case failed.
+
+    Raises:
+        CommandError: wrong arguments, or the model cannot be loaded.
+    """
+    check_options(options)
+    os.environ.update(with_trainers(os.environ))
+    with _silence(options.quiet):
+        predictor = _loaded_predictor(options)
+        return _predict(predictor, options)
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Raise CommandError on arguments that do not go together, and on folders that are not there."""
+    if options.m is None and (options.d is None or options.c is None):
+        raise CommandError("give the model as -d ID -c CONFIG (with -tr and -p where they differ), or its folder as -m")
+    if options.m is None and not os.environ.get(RESULTS):
+        raise CommandError(
+            "nnUNet_results is not set; run: export nnUNet_results=/path/to/nnUNet_results, or give -m MODEL_FOLDER"
+        )
+    for name in ("i", "presegmentation", "prev_stage_predictions"):
+        folder = getattr(options, name)
+        if folder is not None and not Path(folder).is_dir():
+            raise CommandError(f"-{'-' * (name == 'presegmentation')}{name} is {folder}, which is no folder")
+    if not 0 <= options.part_id < options.num_parts:
+        raise CommandError(f"-part_id is {options.part_id}, but must be 0 to num_parts - 1 = {options.num_parts - 1}")
+    if not 0 < options.step_size <= 1:
+        raise CommandError(f"-step_size is {options.step_size}, but must be above 0 and at most 1")
+    for fold in options.f:
+        if fold != "all" and not fold.isdecimal():
+            raise CommandError(f"-f has '{fold}', but folds are 0, 1, 2, ... or 'all'")
+
+
+def _loaded_predictor(options: argparse.Namespace) -> Any:
+    # nnU-Net reads its paths from the environment: import it only now
+    import torch
+    from nnunetv2.utilities.file_path_utilities import get_output_folder
+
+    from nnunet_diffusion.inference import DiffusionPredictor
+
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise CommandError("-device is cuda, but torch sees no GPU; run `nnunet_diffusion doctor`, or give -device cpu")
+    # as nnUNetv2_predict sets them
+    torch.set_num_threads(multiprocessing.cpu_count() if options.device == "cpu" else 1)
+    try:
+        folder = options.m or get_output_folder(options.d, options.tr, options.p, options.c)
+        predictor = DiffusionPredictor(
+            tile_step_size=options.step_size,
+            use_mirroring=not options.disable_tta,
+            perform_everything_on_device=not options.not_on_device,
+            device=torch.device(options.device),
+            verbose=options.verbose,
+            verbose_preprocessing=options.verbose,
+            allow_tqdm=not (options.disable_progress_bar or options.quiet),
+            sampler=options.sampler,
+            steps=options.steps,
+            start_step=options.start_step,
+            samples=options.samples,
+            seed=options.seed,
+            presegmentation_weight=options.presegmentation_weight,
+            fusion=options.fusion,
+            joint=not options.tile_wise,
+            keep_samples=options.keep_samples,
+            trust_checkpoint=options.trust_checkpoint,
+            state_memory_gb=options.state_memory,
+        )
+        predictor.initialize_from_trained_model_folder(folder, options.f, options.chk)
+    except (FileNotFoundError, ValueError, RuntimeError) as error:
+        raise CommandError(str(error)) from error
+    return predictor
+
+
+def _predict(predictor: Any, options: argparse.Namespace) -> int:
+    try:
+        predictor.predict_from_files(
+            options.i,
+            options.o,
+            options.save_probabilities,
+            not options.continue_prediction,
+            0 if options.sequential else options.npp,
+            0 if options.sequential else options.nps,
+            options.prev_stage_predictions,
+            options.num_parts,
+            options.part_id,
+            options.presegmentation,
+        )
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    except (RuntimeError, OSError) as error:
+        print(f"nnunet_diffusion predict: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("nnunet_diffusion predict: interrupted; go on with --continue_prediction", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+@contextlib.contextmanager
+def _silence(quiet: bool) -> Iterator[None]:
+    """Swallow what nnU-Net prints, not its errors."""
+    if not quiet:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield

@@ -1,0 +1,237 @@
+"""Many cases: prepared and written by other processes while the network works; a bad one does not stop the rest."""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from numpy.typing import NDArray
+
+from nnunet_diffusion.inference.output import PredictedCase, write_case
+from nnunet_diffusion.inference.presegmentation import Presegmentation, find_presegmentation, read_presegmentation
+
+LARGE_BYTES = 2**30  # what is larger is written by this process: it would have to be copied twice to another
+
+
+@dataclass(frozen=True)
+class CaseFiles:
+    """Files of one case.
+
+    Attributes:
+        name: of the case.
+        images: one file per channel.
+        target: output file without its ending; None to return the result.
+        previous_stage: segmentation of the cascade's previous stage.
+        presegmentation: folder of pre-segmentations to start from.
+    """
+
+    name: str
+    images: Sequence[str]
+    target: str | None = None
+    previous_stage: str | None = None
+    presegmentation: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedCase:
+    """A case on the network's grid.
+
+    Attributes:
+        data: (C, *volume), float32.
+        properties: of the image, as nnU-Net's preprocessor gives them.
+        presegmentation: to start from; None for the embedded nnU-Net's.
+    """
+
+    data: NDArray
+    properties: dict[str, Any]
+    presegmentation: Presegmentation | None
+
+
+class FailedCases(RuntimeError):
+    """Some cases could not be predicted, all others are finished.
+
+    Attributes:
+        failures: name of each such case -> why.
+    """
+
+    def __init__(self, failures: dict[str, str], number: int) -> None:
+        self.failures = failures
+        listed = "\n".join(f"  {name}: {reason}" for name, reason in failures.items())
+        super().__init__(f"{len(failures)} of {number} cases failed, the others are finished:\n{listed}")
+
+
+def prepare_case(
+    case: CaseFiles,
+    plans_manager: PlansManager,
+    configuration_manager: ConfigurationManager,
+    dataset_json: dict[str, Any],
+) -> PreparedCase:
+    """Read and preprocess a case as nnU-Net does, with what else the reverse process needs.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: channels are missing, a file cannot be read, or holds NaN; names the file.
+    """
+    channels = len(dataset_json.get("channel_names", dataset_json.get("modality", ())))
+    if len(case.images) != channels:
+        raise ValueError(
+            f"it has {len(case.images)} channels ({', '.join(Path(path).name for path in case.images)}), the model needs "
+            f"{channels} ({case.name}_0000{dataset_json['file_ending']} and so on)"
+        )
+    missing = [path for path in (*case.images, case.previous_stage) if path is not None and not Path(path).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{missing[0]} is missing")
+    reader = plans_manager.image_reader_writer_class()
+    try:
+        image, properties = reader.read_images(list(case.images))
+    except Exception as error:  # each reader raises what its library raises
+        raise ValueError(f"{', '.join(case.images)} cannot be read: {error}") from error
+    for path, channel in zip(case.images, image, strict=False):
+        if not np.isfinite(channel).all():
+            raise ValueError(f"{path} has NaN or infinite voxels: replace them and predict again")
+    if image[0].size == 0 or not image.any():
+        raise ValueError(f"{', '.join(case.images)} is empty: every voxel is 0")
+    previous = None if case.previous_stage is None else reader.read_seg(case.previous_stage)[0]
+    data, moved, properties = configuration_manager.preprocessor_class(verbose=False).run_case_npy(
+        image, previous, properties, plans_manager, configuration_manager, dataset_json
+    )
+    label_manager = plans_manager.get_label_manager(dataset_json)
+    if previous is not None:
+        data = np.vstack((data, convert_labelmap_to_one_hot(moved[0], label_manager.foreground_labels, data.dtype)))
+    given = None
+    if case.presegmentation is not None:
+        source = find_presegmentation(Path(case.presegmentation), case.name, dataset_json["file_ending"])
+        given = read_presegmentation(
+            source, properties, data.shape[1:], plans_manager, configuration_manager, label_manager
+        )
+    return PreparedCase(np.ascontiguousarray(data, dtype=np.float32), properties, given)
+
+
+class _Inline(Executor):
+    """Executor that does its work at once, in this process."""
+
+    def submit(self, fn: Callable, /, *args: Any, **kwargs: Any) -> Future:
+        future: Future = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+def _begin_worker() -> None:
+    """Leave Ctrl-C to the parent, which lets running work end; end when the parent is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+@contextmanager
+def workers(number: int) -> Iterator[Executor]:
+    """Executor of so many fresh processes, 0 for none; what has not begun is dropped when the block is left by an error."""
+    if number == 0:
+        yield _Inline()
+        return
+    pool = ProcessPoolExecutor(number, multiprocessing.get_context("spawn"), _begin_worker)
+    try:
+        yield pool
+    except BaseException:
+        pool.shutdown(wait=True, cancel_futures=True)
+        raise
+    pool.shutdown()
+
+
+def run_cases(
+    cases: Sequence[CaseFiles],
+    predict: Callable[[CaseFiles, PreparedCase], PredictedCase],
+    managers: tuple[PlansManager, ConfigurationManager, dict[str, Any]],
+    save_probabilities: bool,
+    preparing: int,
+    writing: int,
+    on_case: Callable[[str, str], object],
+) -> list[Any]:
+    """Predict all cases; the network works in this process.
+
+    Args:
+        cases: to predict.
+        predict: what the network does.
+        managers: plans, configuration and dataset.json of the model.
+        save_probabilities: as `write_case`.
+        preparing: processes that read and preprocess; 0 for this one.
+        writing: processes that resample and write; 0 for this one.
+        on_case: called with the name of each case and how it ended: empty for well.
+
+    Returns:
+        What `write_case` returns, in the order of the cases.
+
+    Raises:
+        FailedCases: some cases failed; the others are finished.
+        RuntimeError: a process was killed; finished cases are kept.
+    """
+    results: list[Any] = [None] * len(cases)
+    failures: dict[str, str] = {}
+    written: dict[Future, int] = {}
+
+    def failed(index: int, error: Exception) -> None:
+        failures[cases[index].name] = f"{type(error).__name__}: {error}"
+        on_case(cases[index].name, failures[cases[index].name])
+
+    def collect(limit: int) -> None:
+        while len(written) > limit:
+            for future in wait(written, return_when=FIRST_COMPLETED).done:
+                index = written.pop(future)
+                try:
+                    results[index] = future.result()
+                    on_case(cases[index].name, "")
+                except BrokenProcessPool:
+                    raise
+                except Exception as error:
+                    failed(index, error)
+
+    try:
+        with workers(preparing) as readers, workers(writing) as writers:
+            waiting: deque[Future] = deque()
+            coming = iter(cases)
+            for index, case in enumerate(cases):
+                while len(waiting) <= preparing and (next_case := next(coming, None)) is not None:
+                    waiting.append(readers.submit(prepare_case, next_case, *managers))
+                try:
+                    predicted = predict(case, waiting.popleft().result())
+                except BrokenProcessPool:
+                    raise
+                except Exception as error:
+                    failed(index, error)
+                    continue
+                collect(writing)
+                executor = writers if predicted.logits.nbytes < LARGE_BYTES else _Inline()
+                written[executor.submit(write_case, predicted, *managers, save_probabilities)] = index
+                del predicted
+            collect(0)
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            "A process that prepares or writes cases was killed, mostly for lack of memory or of space in /dev/shm. Finished "
+            "cases are kept: run again with --continue_prediction and --sequential (or fewer processes, -npp 1 -nps 1)."
+        ) from error
+    if failures:
+        raise FailedCases(failures, len(cases))
+    return results

@@ -1,0 +1,96 @@
+"""One segmentation out of several samples: mean, majority vote, STAPLE."""
+
+from __future__ import annotations
+
+import numpy as np
+import SimpleITK as sitk
+import torch
+from torch import Tensor
+
+from nnunet_diffusion import labels
+
+FUSIONS = ("mean", "majority", "staple")
+STAPLE_ITERATIONS = 50
+MARGIN_VOXELS = 2
+
+
+def votes_of(probabilities: Tensor, regions: bool) -> Tensor:
+    """Return what a member votes for, as integers: its label map (*volume), or its masks of regions (K, *volume).
+
+    Args:
+        probabilities: (K, *volume).
+        regions: whether the heads are regions.
+    """
+    if regions:
+        return (probabilities > 0.5).to(torch.uint8)
+    return probabilities.argmax(0).to(torch.uint8 if len(probabilities) <= 256 else torch.int16)
+
+
+def fuse(votes: Tensor, mean: Tensor, fusion: str, regions: bool) -> Tensor:
+    """Return probabilities (K, *volume) whose decision is the fused segmentation.
+
+    Args:
+        votes: (N, *volume) label maps or (N, K, *volume) masks, as `votes_of` gives them.
+        mean: mean probabilities of the members (K, *volume), which decide where votes are even.
+        fusion: "majority" or "staple".
+        regions: whether the heads are regions.
+
+    Raises:
+        ValueError: an unknown fusion.
+    """
+    if fusion == "majority":
+        return _majority(votes, mean, regions)
+    if fusion == "staple":
+        return _staple(votes, mean, regions)
+    raise ValueError(f"fusion is {fusion!r}; known: {', '.join(FUSIONS)}")
+
+
+def _masks(votes: Tensor, head: int, regions: bool) -> Tensor:
+    return votes[:, head] if regions else (votes == head).to(torch.uint8)
+
+
+def _majority(votes: Tensor, mean: Tensor, regions: bool) -> Tensor:
+    # half a vote of the mean probability decides ties and nothing else
+    counts = torch.stack([_masks(votes, head, regions).sum(0, dtype=torch.float32) for head in range(len(mean))])
+    return (counts + mean / 2) / (len(votes) + 0.5)
+
+
+def _staple(votes: Tensor, mean: Tensor, regions: bool) -> Tensor:
+    result = torch.empty_like(mean)
+    for head in range(0 if regions else 1, len(mean)):
+        result[head] = staple(_masks(votes, head, regions), mean[head])
+    if not regions:
+        result[0] = (1 - result[1:].sum(0)).clamp(0, 1)
+        result = result.clamp(min=labels.LOWEST_PROBABILITY)
+        result /= result.sum(0, keepdim=True)
+    return result
+
+
+def staple(masks: Tensor, fallback: Tensor) -> Tensor:
+    """Return the probability of the truth behind several masks (Warfield et al. 2004, by SimpleITK).
+
+    Where all agree nothing is estimated; the algorithm sees the smallest box around the voxels in dispute, with a margin.
+
+    Args:
+        masks: (N, *volume) of 0 and 1.
+        fallback: (*volume), taken for disputed voxels where the algorithm gives no number (a mask empty in the box).
+
+    Returns:
+        (*volume), float32, on the CPU.
+    """
+    masks = masks.cpu()
+    share = masks.float().mean(0)
+    disputed = (share > 0) & (share < 1)
+    if not disputed.any():
+        return share
+    places = disputed.nonzero()
+    low, high = places.amin(0).tolist(), places.amax(0).tolist()
+    box = tuple(slice(max(0, a - MARGIN_VOXELS), b + 1 + MARGIN_VOXELS) for a, b in zip(low, high, strict=True))
+    images = [sitk.GetImageFromArray(mask[box].numpy()) for mask in masks]
+    algorithm = sitk.STAPLEImageFilter()
+    algorithm.SetForegroundValue(1.0)
+    algorithm.SetMaximumIterations(STAPLE_ITERATIONS)
+    estimate = torch.from_numpy(sitk.GetArrayFromImage(algorithm.Execute(images)).astype(np.float32))
+    estimate = torch.where(torch.isfinite(estimate), estimate, fallback.cpu()[box].float())
+    share[box] = torch.where(disputed[box], estimate, share[box])
+    return share

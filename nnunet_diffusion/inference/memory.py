@@ -1,0 +1,134 @@
+"""Memory of a volume's reverse processes: known before they begin, and kept within what there is."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nnunet_diffusion.diffusion.solvers import SOLVERS
+
+GIB = 2**30
+FLOAT_BYTES = 4
+# Volumes of K channels that live at once, beside what each sample needs: start, its probabilities, their mean, scratch.
+SHARED = 4
+NETWORK_SHARE = 0.25  # of a GPU's memory stays free for the networks' own evaluations
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Where the state of a volume lives.
+
+    Attributes:
+        device: of the state.
+        at_once: samples whose states live together; those share one condition flow.
+        needed_bytes: at most, for the volume's state.
+        note: what to tell the user, empty where nothing had to give way.
+    """
+
+    device: torch.device
+    at_once: int
+    needed_bytes: int
+    note: str = ""
+
+
+def volumes_per_sample(sampler: str, steps: int) -> int:
+    """Volumes of K channels that one sample needs: state and estimate, and what a sampler's step adds to them."""
+    if steps == 1:
+        return 2
+    return 8 if sampler in SOLVERS else 6
+
+
+def state_bytes(volume: Sequence[int], heads: int, samples: int, sampler: str, steps: int) -> int:
+    """Memory of the reverse processes of a volume, in bytes, without the image and the networks.
+
+    Args:
+        volume: its size in voxels, per axis.
+        heads: K.
+        samples: whose states live together.
+        sampler: its name.
+        steps: of the reverse process.
+    """
+    one = FLOAT_BYTES * math.prod(volume)
+    return one * (heads * (SHARED + samples * volumes_per_sample(sampler, steps)) + 1)
+
+
+def free_bytes(device: torch.device) -> float:
+    """Memory that a volume's state may take on a device, in bytes; infinite where it cannot be known."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return free - NETWORK_SHARE * total
+    information = Path("/proc/meminfo")
+    if device.type == "cpu" and information.is_file():
+        for line in information.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024 * float(line.split()[1])
+    return math.inf
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """Peak of a GPU's memory since it was last reset, on a CPU of the process since its start; None where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform != "linux":
+        return None
+    import resource  # not everywhere
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+
+def plan_memory(
+    volume: Sequence[int],
+    heads: int,
+    samples: int,
+    sampler: str,
+    steps: int,
+    device: torch.device,
+    limit_bytes: float | None = None,
+    free: Callable[[torch.device], float] = free_bytes,
+) -> MemoryPlan:
+    """Choose the device of the state and the number of samples at once.
+
+    The GPU is taken if all samples fit there, else the CPU; where memory is short there too, fewer samples at once, each
+    group with a condition flow of its own.
+
+    Args:
+        volume: its size in voxels, per axis.
+        heads: K.
+        samples: number of reverse processes.
+        sampler: its name.
+        steps: of each reverse process.
+        device: of the networks.
+        limit_bytes: of the device's memory, instead of what is free.
+        free: device -> bytes.
+
+    Raises:
+        MemoryError: not even one sample fits; names what is needed and what there is.
+    """
+
+    def needed(count: int) -> int:
+        return state_bytes(volume, heads, count, sampler, steps)
+
+    available = free(device) if limit_bytes is None else limit_bytes
+    if needed(samples) <= available:
+        return MemoryPlan(device, samples, needed(samples))
+    cpu, notes = torch.device("cpu"), []
+    if device.type != "cpu":
+        notes.append(
+            f"{needed(samples) / GIB:.2f} GiB do not fit on {device} ({available / GIB:.2f} free): state on the CPU"
+        )
+        available = free(cpu)
+    fitting = [count for count in range(samples, 0, -1) if needed(count) <= available]
+    if not fitting:
+        raise MemoryError(
+            f"One reverse process of {' x '.join(map(str, volume))} voxels and {heads} channels needs "
+            f"{needed(1) / GIB:.2f} GiB, {available / GIB:.2f} GiB are free: take a machine with more memory, --steps 1, or a "
+            "configuration with a coarser spacing (3d_lowres)."
+        )
+    if fitting[0] < samples:
+        notes.append(f"{needed(samples) / GIB:.2f} GiB for {samples} samples: {fitting[0]} at a time")
+    return MemoryPlan(cpu, fitting[0], needed(fitting[0]), "; ".join(notes))

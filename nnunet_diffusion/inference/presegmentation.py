@@ -1,0 +1,169 @@
+"""Pre-segmentations from outside: label maps or nnU-Net's .npz probabilities, moved to the network's grid."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from numpy.typing import NDArray
+
+SPACING_TOLERANCE = 1e-3  # relative
+ORIGIN_TOLERANCE_VOXELS = 0.1
+DIRECTION_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True, eq=False)
+class Presegmentation:
+    """A pre-segmentation on the network's grid.
+
+    Attributes:
+        probabilities: (K, *volume), float32.
+        certain: it was a label map, whose certainty means nothing.
+        source: its file.
+    """
+
+    probabilities: NDArray
+    certain: bool
+    source: str
+
+
+def find_presegmentation(folder: Path, case: str, file_ending: str) -> Path:
+    """Return the file of a case: probabilities (.npz) where there are some, else the label map.
+
+    Raises:
+        FileNotFoundError: the folder has neither.
+    """
+    for path in (folder / f"{case}.npz", folder / f"{case}{file_ending}"):
+        if path.is_file():
+            return path
+    raise FileNotFoundError(
+        f"The pre-segmentation of {case} is missing: {folder} has neither {case}.npz nor {case}{file_ending}."
+    )
+
+
+def read_presegmentation(
+    path: Path,
+    properties: Mapping[str, Any],
+    volume: Sequence[int],
+    plans_manager: PlansManager,
+    configuration_manager: ConfigurationManager,
+    label_manager: LabelManager,
+) -> Presegmentation:
+    """Read a file and move it to the network's grid by nnU-Net's own functions: transposed, cropped, resampled.
+
+    Args:
+        path: label map in the image's geometry, or .npz with `probabilities` (K, *image) as nnU-Net writes it.
+        properties: of the preprocessed image.
+        volume: the network's grid.
+        plans_manager: of the model.
+        configuration_manager: of the model.
+        label_manager: of the model.
+
+    Raises:
+        ValueError: geometry or labels do not fit the image and the model; names file, value and what was expected.
+    """
+    forward = plans_manager.transpose_forward
+    image_shape = [int(properties["shape_before_cropping"][axis]) for axis in plans_manager.transpose_backward]
+    certain = path.suffix != ".npz"
+    if certain:
+        array = _read_label_map(path, properties, image_shape, plans_manager, label_manager)
+        resample = configuration_manager.resampling_fn_seg
+    else:
+        array = _read_probabilities(path, image_shape, label_manager.num_segmentation_heads)
+        resample = configuration_manager.resampling_fn_probabilities
+    array = array.transpose([0, *[axis + 1 for axis in forward]])
+    cropped = (slice(None), *[slice(*bounds) for bounds in properties["bbox_used_for_cropping"]])
+    array = array[cropped]
+    spacing = [properties["spacing"][axis] for axis in forward]
+    target = list(configuration_manager.spacing)
+    target = target if len(target) == len(spacing) else [spacing[0], *target]
+    moved = np.asarray(resample(array, list(volume), spacing, target))
+    probabilities = _one_hot(moved[0], label_manager) if certain else moved.astype(np.float32)
+    return Presegmentation(probabilities, certain, str(path))
+
+
+def _read_label_map(
+    path: Path,
+    properties: Mapping[str, Any],
+    image_shape: Sequence[int],
+    plans_manager: PlansManager,
+    label_manager: LabelManager,
+) -> NDArray:
+    try:
+        found, theirs = plans_manager.image_reader_writer_class().read_seg(str(path))
+    except Exception as error:  # each reader raises what its library raises
+        raise ValueError(f"The pre-segmentation {path} cannot be read: {error}") from error
+    _check_shape(path, found.shape[1:], image_shape)
+    _check_geometry(path, theirs, properties)
+    known = set(map(int, label_manager.all_labels)) | {0}
+    unknown = sorted(set(np.unique(found).tolist()) - known)
+    if unknown:
+        raise ValueError(
+            f"The pre-segmentation {path} has label {unknown[0]:g}, which is not in dataset.json ({sorted(known)}): map its "
+            "labels to the model's."
+        )
+    return found.astype(np.int16)
+
+
+def _read_probabilities(path: Path, image_shape: Sequence[int], heads: int) -> NDArray:
+    try:
+        with np.load(path) as content:  # allow_pickle is False
+            if "probabilities" not in content:
+                raise ValueError("it has no array 'probabilities'")
+            probabilities = content["probabilities"]
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"The pre-segmentation {path} is no .npz of nnUNetv2_predict --save_probabilities: {error}"
+        ) from error
+    if len(probabilities) != heads:
+        raise ValueError(f"The pre-segmentation {path} has {len(probabilities)} channels, the model has {heads} heads.")
+    _check_shape(path, probabilities.shape[1:], image_shape)
+    probabilities = probabilities.astype(np.float32)
+    if not np.isfinite(probabilities).all() or probabilities.min() < -1e-3 or probabilities.max() > 1 + 1e-3:
+        raise ValueError(
+            f"The pre-segmentation {path} holds values from {probabilities.min()} to {probabilities.max()}, which are no "
+            "probabilities."
+        )
+    return probabilities.clip(0, 1)
+
+
+def _check_shape(path: Path, found: Sequence[int], expected: Sequence[int]) -> None:
+    if list(found) != list(expected):
+        raise ValueError(
+            f"The pre-segmentation {path} has shape {tuple(found)}, its image {tuple(expected)}: resample it to the image."
+        )
+
+
+def _check_geometry(path: Path, theirs: Mapping[str, Any], properties: Mapping[str, Any]) -> None:
+    """Compare spacing and, where the reader gives them, origin and direction."""
+    pairs = [("spacing", theirs["spacing"], properties["spacing"], SPACING_TOLERANCE * np.min(properties["spacing"]))]
+    ours, others = properties.get("sitk_stuff"), theirs.get("sitk_stuff")
+    if ours and others:
+        limit = ORIGIN_TOLERANCE_VOXELS * min(ours["spacing"])
+        pairs.append(("origin", others["origin"], ours["origin"], limit))
+        pairs.append(("direction", others["direction"], ours["direction"], DIRECTION_TOLERANCE))
+    ours, others = properties.get("nibabel_stuff"), theirs.get("nibabel_stuff")
+    if ours and others:
+        limit = ORIGIN_TOLERANCE_VOXELS * np.min(properties["spacing"])
+        pairs.append(("affine", np.ravel(others["original_affine"]), np.ravel(ours["original_affine"]), limit))
+    for name, found, expected, tolerance in pairs:
+        if len(found) != len(expected) or np.abs(np.subtract(found, expected)).max() > tolerance:
+            raise ValueError(
+                f"The pre-segmentation {path} has {name} {tuple(map(float, found))}, its image "
+                f"{tuple(map(float, expected))}: resample it to the image."
+            )
+
+
+def _one_hot(label_map: NDArray, label_manager: LabelManager) -> NDArray:
+    """Return (K, *volume): classes, or masks of regions."""
+    if label_manager.has_regions:
+        heads = [np.isin(label_map, region) for region in label_manager.foreground_regions]
+    else:
+        heads = [label_map == label for label in label_manager.all_labels]
+    return np.stack(heads).astype(np.float32)

@@ -1,0 +1,194 @@
+"""Reverse processes on a volume that the denoiser sees in tiles only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nnunet_diffusion import labels
+from nnunet_diffusion.diffusion.gaussian import GaussianDiffusion
+from nnunet_diffusion.diffusion.samplers import sample, start_state
+from nnunet_diffusion.segmenter import DiffusionSegmenter
+
+Tile = tuple[slice | int, ...]
+"""Where a tile lies in (channels, *volume); as nnU-Net's slicers, an integer for the slice of a volume in 2D."""
+NOISE_OF_START, NOISE_OF_STEPS = 0, 1
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """The tiles of a volume and the weights with which their predictions are blended.
+
+    Attributes:
+        tiles: nnU-Net's slicers; they cover the volume.
+        weight: (*patch), float32, positive: nnU-Net's Gaussian, or ones.
+        batch: patches that the network sees at once, at most.
+        device: of the network.
+    """
+
+    tiles: Sequence[Tile]
+    weight: Tensor
+    batch: int
+    device: torch.device
+
+    def groups(self, samples: int) -> Iterator[Sequence[Tile]]:
+        """Yield as many tiles as fit into a batch with all their samples, one at least."""
+        size = max(1, self.batch // samples)
+        for first in range(0, len(self.tiles), size):
+            yield self.tiles[first : first + size]
+
+    def total_weight(self, volume: torch.Size, device: torch.device) -> Tensor:
+        """Sum of the weights of all tiles, (*volume)."""
+        total = torch.zeros(volume, device=device)
+        weight = self.weight.to(device)
+        for tile in self.tiles:
+            total[tile[1:]] += weight
+        return total
+
+
+@dataclass
+class Evaluations:
+    """Patches that each network has seen, counted as they are."""
+
+    presegmentor: int = 0
+    condition: int = 0
+    denoiser: int = 0
+
+
+@dataclass
+class VolumeProcess:
+    """Reverse processes of one volume: the state is the volume's, the network sees it tile by tile.
+
+    After every evaluation of all tiles their clean estimates are blended (weighted mean, float32) and the whole state
+    makes one step of the sampler. Neighbouring tiles start from one noise field, so nothing marks their borders but the
+    network's own dependence on its field of view.
+
+    Attributes:
+        segmenter: in evaluation mode, on the tiling's device.
+        image: (C, *volume), preprocessed, padded to at least one patch.
+        tiling: of the volume.
+        presegmentation: probabilities (K, *volume) to start from; None if the settings start from noise.
+        seed: of all noise.
+        state_device: where the volume's state lives.
+        on_tiles: called with the number of tiles done after each batch of them.
+        evaluations: counted as they are made.
+    """
+
+    segmenter: DiffusionSegmenter
+    image: Tensor
+    tiling: Tiling
+    presegmentation: Tensor | None
+    seed: int
+    state_device: torch.device
+    on_tiles: Callable[[int], object] = lambda count: None
+    evaluations: Evaluations = field(default_factory=Evaluations)
+
+    def __post_init__(self) -> None:
+        """Prepare what all samples share."""
+        volume = self.image.shape[1:]
+        self._heads = self.segmenter.denoiser.state_channels
+        self._total = self.tiling.total_weight(volume, self.state_device)
+        # the volume's state only ever sees clean estimates, whatever the network predicts
+        self._volume_process = GaussianDiffusion(self.segmenter.process.schedule, "x0")
+
+    def run(self, samples: Sequence[int]) -> Tensor:
+        """Return the probabilities (len(samples), K, *volume) of these samples, float32; the same for the same seed.
+
+        Args:
+            samples: their numbers, from 0; they share the condition flow.
+        """
+        settings = self.segmenter.settings
+        start = torch.empty((len(samples), self._heads, *self.image.shape[1:]), device=self.state_device)
+        for state, number in zip(start, samples, strict=True):
+            state.copy_(self._start(number))
+        with torch.no_grad():
+            clean = sample(
+                settings.sampler,
+                self._evaluate,
+                start,
+                settings.start_step,
+                settings.steps,
+                self._volume_process,
+                generator=[self._generator(number, NOISE_OF_STEPS) for number in samples],
+                eta=settings.eta,
+            )
+        return labels.state_to_probabilities(clean, settings.regions)
+
+    def run_tile_wise(self, samples: Sequence[int]) -> Tensor:
+        """As `run`, but each tile has a reverse process of its own, and the results are blended at the end."""
+        settings, segmenter = self.segmenter.settings, self.segmenter
+        starts = [self._start(number) for number in samples]
+        total = torch.zeros((len(samples), self._heads, *self.image.shape[1:]), device=self.state_device)
+        for number, tile in enumerate(self.tiling.tiles):
+            start = torch.stack([state[tile] for state in starts]).to(self.tiling.device)
+
+            def evaluate(noisy: Tensor, timestep: int, tile: Tile = tile) -> Tensor:
+                return self._clean_of_tiles([tile], noisy[None], timestep)[0]
+
+            with torch.no_grad():
+                clean = sample(
+                    settings.sampler,
+                    evaluate,
+                    start,
+                    settings.start_step,
+                    settings.steps,
+                    GaussianDiffusion(segmenter.process.schedule, "x0"),
+                    generator=[self._generator(each, NOISE_OF_STEPS, number + 1) for each in samples],
+                    eta=settings.eta,
+                )
+            probabilities = labels.state_to_probabilities(clean, settings.regions)
+            total[_all_samples(tile)] += (probabilities * self.tiling.weight).to(self.state_device)
+        return total / self._total
+
+    def _generator(self, *numbers: int) -> torch.Generator:
+        """A source of its own for each purpose, on the CPU: neither order nor device changes what it gives."""
+        state = np.random.SeedSequence([self.seed, *numbers]).generate_state(1, np.uint64)[0]
+        return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+
+    def _start(self, number: int) -> Tensor:
+        settings = self.segmenter.settings
+        shape = (self._heads, *self.image.shape[1:])
+        noise = torch.randn(shape, generator=self._generator(number, NOISE_OF_START)).to(self.state_device)
+        if settings.from_noise or self.presegmentation is None:
+            return noise
+        given = self.presegmentation.to(self.state_device)
+        return start_state(given[None], noise[None], settings.start_step, self._volume_process)[0]
+
+    def _evaluate(self, noisy: Tensor, timestep: int) -> Tensor:
+        """Return the blended clean estimate of the whole state, (S, K, *volume)."""
+        total = torch.zeros_like(noisy)
+        for tiles in self.tiling.groups(len(noisy)):
+            states = torch.stack([noisy[_all_samples(tile)] for tile in tiles]).to(self.tiling.device)
+            clean = self._clean_of_tiles(tiles, states, timestep)
+            weighted = (clean * self.tiling.weight).to(total.device)
+            for tile, estimate in zip(tiles, weighted, strict=True):
+                total[_all_samples(tile)] += estimate
+        return total.div_(self._total)
+
+    def _clean_of_tiles(self, tiles: Sequence[Tile], states: Tensor, timestep: int) -> Tensor:
+        """Return the clean estimates of noisy tiles (B, S, K, *patch); the condition flow is evaluated once a tile."""
+        segmenter, device = self.segmenter, self.tiling.device
+        image = torch.stack([self.image[tile] for tile in tiles]).to(device)
+        given = None
+        if self.presegmentation is not None and segmenter.settings.condition_on_presegmentation:
+            given = torch.stack([self.presegmentation[tile] for tile in tiles]).to(device)
+        estimates = []
+        with segmenter.precision(image):
+            condition = segmenter.encode(segmenter.condition_image(image, given), timestep)
+            for part in states.split(max(1, self.tiling.batch // len(tiles)), 1):
+                noisy = part.flatten(0, 1)
+                times = torch.full((len(noisy),), timestep, device=device)
+                prediction = segmenter.denoiser(noisy, times, condition.repeat_interleave(part.shape[1]))
+                estimates.append(segmenter.process.to_clean(prediction, noisy, timestep).view(part.shape))
+        self.evaluations.condition += len(tiles)
+        self.evaluations.denoiser += len(tiles) * states.shape[1]
+        self.on_tiles(len(tiles))
+        return torch.cat(estimates, 1)
+
+
+def _all_samples(tile: Tile) -> Tile:
+    return (slice(None), *tile)

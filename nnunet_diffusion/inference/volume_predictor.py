@@ -1,0 +1,371 @@
+"""One volume: loading a model, pre-segmenting, reverse processes and their ensemble."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from acvl_utils.cropping_and_padding.padding import pad_nd_image
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.inference.sliding_window_prediction import compute_gaussian
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+from nnunetv2.utilities.helpers import dummy_context, empty_cache
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch import Tensor
+from tqdm import tqdm
+
+from nnunet_diffusion import labels
+from nnunet_diffusion.inference.ensemble import Members, VolumePrediction
+from nnunet_diffusion.inference.fusion import FUSIONS, fuse
+from nnunet_diffusion.inference.loading import read_model
+from nnunet_diffusion.inference.memory import GIB, peak_bytes, plan_memory
+from nnunet_diffusion.inference.presegmentation import Presegmentation
+from nnunet_diffusion.inference.volume import Evaluations, Tiling, VolumeProcess
+from nnunet_diffusion.segmenter import DiffusionSegmenter
+
+Folds = Sequence[int | str] | None
+OVERRIDES = ("sampler", "steps", "start_step", "samples", "seed", "presegmentation_weight")
+VERSIONS = ("nnunet-diffusion", "nnunetv2", "torch", "numpy", "SimpleITK")
+
+
+class VolumePredictor(nnUNetPredictor):
+    """nnU-Net's predictor of one volume, whose logits are made by PD-DDPM.
+
+    The embedded nnU-Net segments the whole volume with nnU-Net's own sliding window, mirrored as nnU-Net mirrors. From its
+    probabilities (or from those given) one reverse process per sample runs on the whole volume; its tiles are blended after
+    each step. Probabilities are the mean over samples, folds and, with `presegmentation_weight`, the pre-segmentor.
+
+    Args:
+        tile_step_size: as nnU-Net's, share of the patch.
+        use_gaussian: as nnU-Net's, also for the tiles of the reverse process.
+        use_mirroring: of the pre-segmentor; the denoiser is never mirrored.
+        perform_everything_on_device: keep the volume on the GPU where it fits.
+        device: of the networks.
+        verbose: as nnU-Net's.
+        verbose_preprocessing: as nnU-Net's.
+        allow_tqdm: show a bar over tiles x steps.
+        sampler: None for the model's setting, as for the next ones.
+        steps: evaluations of one reverse process.
+        start_step: T' of PD-DDPM.
+        samples: reverse processes.
+        seed: of their noise.
+        presegmentation_weight: share of the pre-segmentor's probabilities in the result, 0..1; in a vote, one vote if > 0.
+        fusion: "mean", "majority" or "staple"; of the segmentation, never of the probabilities.
+        joint: one reverse process per volume; False for one per tile, as stock prediction has it.
+        keep_samples: keep each sample's own result.
+        trust_checkpoint: load what may run code.
+        state_memory_gb: memory of the device that a volume's state may take, in GiB; None for what is free.
+
+    Raises:
+        ValueError: unknown fusion; the settings are checked when a model is loaded.
+    """
+
+    def __init__(
+        self,
+        tile_step_size: float = 0.5,
+        use_gaussian: bool = True,
+        use_mirroring: bool = True,
+        perform_everything_on_device: bool = True,
+        device: torch.device = torch.device("cuda"),  # noqa: B008  (nnU-Net's signature)
+        verbose: bool = False,
+        verbose_preprocessing: bool = False,
+        allow_tqdm: bool = True,
+        *,
+        sampler: str | None = None,
+        steps: int | None = None,
+        start_step: int | None = None,
+        samples: int | None = None,
+        seed: int | None = None,
+        presegmentation_weight: float | None = None,
+        fusion: str = "mean",
+        joint: bool = True,
+        keep_samples: bool = False,
+        trust_checkpoint: bool = False,
+        state_memory_gb: float | None = None,
+    ) -> None:
+        on_device = perform_everything_on_device and device.type == "cuda"
+        super().__init__(tile_step_size, use_gaussian, use_mirroring, on_device, device, verbose, verbose_preprocessing,
+                         allow_tqdm)  # fmt: skip
+        self.allow_tqdm: bool = allow_tqdm
+        if fusion not in FUSIONS:
+            raise ValueError(f"fusion is {fusion!r}; known: {', '.join(FUSIONS)}")
+        given = (sampler, steps, start_step, samples, seed, presegmentation_weight)
+        self.overrides: dict[str, Any] = {
+            key: value for key, value in zip(OVERRIDES, given, strict=True) if value is not None
+        }
+        self.fusion, self.joint, self.keep_samples = fusion, joint, keep_samples
+        self.trust_checkpoint, self.state_memory_gb = trust_checkpoint, state_memory_gb
+        self.folds: list[str] = []
+
+    # loading ---------------------------------------------------------------------------------------------------------
+
+    def initialize_from_trained_model_folder(
+        self, model_training_output_dir: str, use_folds: Folds, checkpoint_name: str = "checkpoint_final.pth"
+    ) -> None:
+        """Load a model as nnU-Net does, without running code from its files.
+
+        Raises:
+            FileNotFoundError: folder, file or fold is missing.
+            ValueError: a file is damaged or unsafe, the model is none of a diffusion trainer, or a setting is wrong.
+        """
+        folds = [use_folds] if isinstance(use_folds, (str, int)) else use_folds
+        model = read_model(Path(model_training_output_dir), folds, checkpoint_name, self.trust_checkpoint)
+        plans = PlansManager(model.plans)
+        configuration = plans.get_configuration(model.configuration)
+        trainer = recursive_find_trainer_class_by_name(model.trainer_name)
+        network = trainer.build_network_architecture(
+            plans,
+            configuration,
+            determine_num_input_channels(plans, configuration, model.dataset_json),
+            plans.get_label_manager(model.dataset_json).num_segmentation_heads,
+            enable_deep_supervision=False,
+        )
+        network.load_state_dict(model.weights[0])
+        self.folds = model.folds
+        self.manual_initialization(
+            network, plans, configuration, model.weights, model.dataset_json, model.trainer_name, model.mirroring_axes
+        )
+
+    def manual_initialization(
+        self,
+        network: torch.nn.Module,
+        plans_manager: PlansManager,
+        configuration_manager: Any,
+        parameters: list[dict] | None,
+        dataset_json: dict,
+        trainer_name: str,
+        inference_allowed_mirroring_axes: Sequence[int] | None,
+    ) -> None:
+        """Take a network that is built already.
+
+        Raises:
+            TypeError: it is no DiffusionSegmenter.
+            ValueError: a setting given to the predictor does not fit the model's.
+        """
+        if not isinstance(network, DiffusionSegmenter):
+            raise TypeError(
+                f"DiffusionPredictor predicts with a DiffusionSegmenter, got {type(network).__name__} of {trainer_name}."
+            )
+        network.settings = dataclasses.replace(network.settings, **self._fitting_overrides(network))
+        self.plans_manager, self.configuration_manager = plans_manager, configuration_manager
+        self.network, self.dataset_json, self.trainer_name = network, dataset_json, trainer_name
+        # nnU-Net gives None for the weights that the network has already
+        self.list_of_parameters = parameters if parameters is not None else [network.state_dict()]
+        self.allowed_mirroring_axes = inference_allowed_mirroring_axes
+        self.label_manager = plans_manager.get_label_manager(dataset_json)
+        self.folds = self.folds or [str(number) for number in range(len(self.list_of_parameters))]
+
+    def _fitting_overrides(self, network: DiffusionSegmenter) -> dict[str, Any]:
+        """The settings given; without `steps`, no more of them than a given start step allows."""
+        changes = dict(self.overrides)
+        if "start_step" in changes:
+            changes.setdefault("steps", min(network.settings.steps, changes["start_step"]))
+            changes["from_noise"] = False
+        return changes
+
+    # one volume ------------------------------------------------------------------------------------------------------
+
+    def predict_logits_from_preprocessed_data(self, data: Tensor) -> Tensor:
+        """Return logits (K, *volume) of the mean probabilities; `data` (C, *volume), as nnU-Net's method."""
+        return self.predict_volume(data).logits
+
+    def predict_volume(
+        self,
+        data: Tensor,
+        presegmentation: Presegmentation | None = None,
+        on_tiles: Callable[[int], object] | None = None,
+    ) -> VolumePrediction:
+        """Predict one preprocessed volume by all folds.
+
+        Args:
+            data: (C, *volume), in the cascade with the previous stage below the image.
+            presegmentation: to start from in the place of the embedded nnU-Net's.
+            on_tiles: called with the number of tiles done; by default a bar, where bars are allowed.
+
+        Raises:
+            ValueError: the image is not finite.
+            MemoryError: the state does not fit into memory.
+        """
+        if not torch.isfinite(data).all():
+            raise ValueError(
+                "the image has NaN or infinite voxels after preprocessing (one in the file spoils all of it)"
+            )
+        begin = time.perf_counter()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        settings = self.network.settings
+        members = Members(settings.regions, self.fusion != "mean", self.keep_samples)
+        evaluations, notes = Evaluations(), []  # type: ignore[var-annotated]
+        padded, unpad = pad_nd_image(
+            data, self.configuration_manager.patch_size, "constant", {"value": 0}, return_slicer=True
+        )
+        tiling = self._tiling(padded)
+        given = None if presegmentation is None else self._padded(presegmentation.probabilities)
+        bar = None
+        if on_tiles is None:
+            bar = tqdm(
+                total=self.work(data.shape[1:]), unit="tile", disable=None if self.allow_tqdm else True, leave=False
+            )
+            on_tiles = bar.update
+        self.network.to(self.device).eval()
+        with torch.inference_mode(), self._autocast():
+            for fold, weights in zip(self.folds, self.list_of_parameters, strict=True):
+                self.network.load_state_dict(weights)
+                start, member = self._start(padded, tiling, given, presegmentation, evaluations, on_tiles)
+                if member is not None:
+                    members.add(member, settings.presegmentation_weight)
+                if settings.presegmentation_weight < 1 or member is None or self.keep_samples:
+                    share = 1.0 if member is None else 1 - settings.presegmentation_weight
+                    self._run_fold(fold, padded, tiling, start, share, members, evaluations, notes, on_tiles)
+        if bar is not None:
+            bar.close()
+        return self._finished(members, unpad, evaluations, time.perf_counter() - begin, notes)
+
+    def work(self, volume: Sequence[int]) -> int:
+        """Number of tiles that the progress of one volume (*volume) counts."""
+        padded = self._padded_size(volume)
+        settings = self.network.settings
+        groups = settings.steps + 1
+        return len(self._internal_get_sliding_window_slicers(padded)) * groups * len(self.list_of_parameters)
+
+    def _padded_size(self, volume: Sequence[int]) -> tuple[int, ...]:
+        patch = self.configuration_manager.patch_size
+        least = [0] * (len(volume) - len(patch)) + list(patch)
+        return tuple(max(size, low) for size, low in zip(volume, least, strict=True))
+
+    def _padded(self, probabilities: np.ndarray) -> Tensor:
+        """Pad with background, as the image is padded with zeros."""
+        padded = pad_nd_image(
+            torch.from_numpy(np.ascontiguousarray(probabilities)).float(),
+            self.configuration_manager.patch_size,
+            "constant",
+            {"value": 0},
+        )
+        if not self.network.settings.regions:
+            padded[0] += 1 - padded.sum(0)
+        return padded
+
+    def _tiling(self, data: Tensor) -> Tiling:
+        patch = tuple(self.configuration_manager.patch_size)
+        weight = torch.ones(patch, device=self.device)
+        if self.use_gaussian:
+            # as nnU-Net's, but not in half precision
+            weight = compute_gaussian(patch, sigma_scale=1 / 8, value_scaling_factor=10, dtype=torch.float32,
+                                      device=self.device)  # fmt: skip
+        # what fits in training, with gradients, fits in inference
+        batch = int(self.configuration_manager.batch_size)
+        return Tiling(self._internal_get_sliding_window_slicers(data.shape[1:]), weight, batch, self.device)
+
+    def _autocast(self) -> Any:
+        return torch.autocast("cuda") if self.device.type == "cuda" else dummy_context()
+
+    def _start(
+        self,
+        data: Tensor,
+        tiling: Tiling,
+        given: Tensor | None,
+        presegmentation: Presegmentation | None,
+        evaluations: Evaluations,
+        on_tiles: Callable[[int], object],
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return the probabilities to start from, and those that count as a member of the ensemble."""
+        settings = self.network.settings
+        if presegmentation is not None:
+            on_tiles(len(tiling.tiles))
+            # a label map's certainty means nothing
+            counts = settings.presegmentation_weight > 0 and not presegmentation.certain
+            return given, given if counts else None
+        own = None
+        from_previous = settings.start_from == "previous_stage"
+        needed = not settings.from_noise or settings.condition_on_presegmentation
+        if settings.presegmentation_weight > 0 or (needed and not from_previous):
+            own = self._presegment(data, tiling, evaluations)
+        on_tiles(len(tiling.tiles))
+        member = own if settings.presegmentation_weight > 0 else None
+        if from_previous:
+            heads = self.network.denoiser.state_channels
+            return labels.foreground_to_probabilities(data[None, 1 - heads :])[0], member
+        return own, member
+
+    def _presegment(self, data: Tensor, tiling: Tiling, evaluations: Evaluations) -> Tensor:
+        """Segment the volume by nnU-Net's own sliding window; probabilities (K, *volume), float32."""
+        network, bar = self.network, self.allow_tqdm
+        counter = network.presegmentor.register_forward_hook(_counted(evaluations))
+        self.network, self.allow_tqdm = network.presegmentor, False  # type: ignore[assignment]
+        try:
+            try:
+                logits = self._internal_predict_sliding_window_return_logits(
+                    data, tiling.tiles, self.perform_everything_on_device
+                )
+            except torch.cuda.OutOfMemoryError:  # nnU-Net would take any error of the network's for this one
+                empty_cache(self.device)
+                logits = self._internal_predict_sliding_window_return_logits(data, tiling.tiles, False)
+        finally:
+            self.network, self.allow_tqdm = network, bar
+            counter.remove()
+        return labels.activate(logits[None], network.settings.regions)[0]
+
+    def _run_fold(
+        self,
+        fold: str,
+        data: Tensor,
+        tiling: Tiling,
+        start: Tensor | None,
+        share: float,
+        members: Members,
+        evaluations: Evaluations,
+        notes: list[str],
+        on_tiles: Callable[[int], object],
+    ) -> None:
+        settings, heads = self.network.settings, self.network.denoiser.state_channels
+        limit = None if self.state_memory_gb is None else self.state_memory_gb * GIB
+        if self.device.type == "cuda" and not self.perform_everything_on_device:
+            limit = 0.0
+        plan = plan_memory(
+            data.shape[1:], heads, settings.samples, settings.sampler, settings.steps, self.device, limit
+        )
+        if plan.note and plan.note not in notes:
+            notes.append(plan.note)
+        process = VolumeProcess(self.network, data, tiling, start, settings.seed, plan.device, on_tiles, evaluations)
+        run = process.run if self.joint else process.run_tile_wise
+        numbers = range(settings.samples)
+        for first in range(0, settings.samples, plan.at_once):
+            group = numbers[first : first + plan.at_once]
+            for number, probabilities in zip(group, run(group), strict=True):
+                members.add(probabilities, share / settings.samples, f"fold_{fold}_sample_{number}")
+
+    def _finished(
+        self, members: Members, unpad: Sequence[slice], evaluations: Evaluations, seconds: float, notes: list[str]
+    ) -> VolumePrediction:
+        regions, inner = members.regions, (slice(None), *unpad[1:])
+        mean = members.mean()[inner]
+        decision = None
+        if members.votes:
+            votes = torch.stack(members.votes)
+            where = (slice(None), *(inner if regions else inner[1:]))
+            votes = votes[where]
+            decision = labels.probabilities_to_logits(fuse(votes, mean, self.fusion, regions)[None], regions)[0]
+        compute_gaussian.cache_clear()
+        empty_cache(self.device)
+        return VolumePrediction(
+            labels.probabilities_to_logits(mean[None], regions)[0].contiguous(),
+            decision,
+            {name: logits[inner].contiguous() for name, logits in members.samples.items()},
+            evaluations,
+            seconds,
+            peak_bytes(self.device),
+            notes,
+        )
+
+
+def _counted(evaluations: Evaluations) -> Callable:
+    def hook(module: torch.nn.Module, inputs: tuple, output: object) -> None:
+        evaluations.presegmentor += len(inputs[0])
+
+    return hook
