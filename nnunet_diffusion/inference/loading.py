@@ -138,7 +138,10 @@ def _is_network_class(name: Any) -> bool:
     if not isinstance(name, str) or not any(name.startswith(f"{package}.") for package in ALLOWED_PACKAGES):
         return False
     found = pydoc.locate(name)
-    if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        # nnU-Net looks for a class that has moved by its last name, among dynamic_network_architectures only
-        return found is None
-    return any(found.__module__.startswith(package) for package in ALLOWED_PACKAGES)
+    if found is None:  # it may have moved: nnU-Net then looks for its last name among these architectures
+        return name.startswith("dynamic_network_architectures.")
+    return (
+        isinstance(found, type)
+        and issubclass(found, nn.Module)
+        and any(found.__module__.startswith(package) for package in ALLOWED_PACKAGES)
+    )

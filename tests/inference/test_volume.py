@@ -1,0 +1,159 @@
+"""Reverse processes on volumes, around denoisers whose answer is known."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from nnunetv2.inference.sliding_window_prediction import compute_gaussian, compute_steps_for_sliding_window
+from torch import nn
+
+from nnunet_diffusion import labels
+from nnunet_diffusion.diffusion.samplers import SAMPLERS, timestep_grid
+from nnunet_diffusion.inference.volume import NOISE_OF_START, Tiling, VolumeProcess
+from nnunet_diffusion.segmenter import DiffusionSegmenter
+from nnunet_diffusion.settings import DiffusionSettings
+
+CPU = torch.device("cpu")
+SETTINGS = DiffusionSettings(
+    features_per_stage=(8,), start_step=300, steps=4, samples=3, presegmentation_weight=0.0, corruption_probability=0.0
+)
+
+
+class ImageCondition(nn.Module):
+    """The image itself as condition."""
+
+    def __init__(self, image):
+        super().__init__()
+        self.image = image
+
+    def repeat_interleave(self, samples):
+        return ImageCondition(self.image.repeat_interleave(samples, 0))
+
+
+class Denoiser(nn.Module):
+    """`answer(noisy, image)`; counts what it sees."""
+
+    def __init__(self, classes, answer):
+        super().__init__()
+        self.state_channels, self.answer = classes, answer
+        self.encoded = self.evaluated = 0
+
+    def encode(self, image, timestep):
+        self.encoded += len(image)
+        return ImageCondition(image)
+
+    def forward(self, noisy, timestep, condition):
+        self.evaluated += len(noisy)
+        return self.answer(noisy, condition.image)
+
+
+def tiling(volume, patch, step, batch=4):
+    """Tiles as nnU-Net places them."""
+    places = compute_steps_for_sliding_window(volume[-len(patch) :], patch, step)
+    tiles = [
+        (slice(None), *[slice(a, a + size) for a, size in zip(corner, patch, strict=True)])
+        for corner in itertools.product(*places)
+    ]
+    if len(volume) > len(patch):
+        tiles = [(tile[0], number, *tile[1:]) for number in range(volume[0]) for tile in tiles]
+    weight = compute_gaussian(tuple(patch), value_scaling_factor=10, dtype=torch.float32, device=CPU)
+    return Tiling(tiles, weight, batch, CPU)
+
+
+def process(denoiser, image, tiles, settings=SETTINGS, presegmentation=None, seed=1):
+    network = DiffusionSegmenter(nn.Identity(), denoiser, settings).eval()
+    if presegmentation is None:
+        presegmentation = torch.full((denoiser.state_channels, *image.shape[1:]), 1 / denoiser.state_channels)
+    return VolumeProcess(network, image, tiles, presegmentation, seed, CPU)
+
+
+def local_denoiser(classes=2, dimension=2):
+    """Answers depend on the surroundings of a voxel, so at a tile's border on what the tile sees."""
+    torch.manual_seed(0)
+    conv = (nn.Conv2d if dimension == 2 else nn.Conv3d)(classes + 1, classes, 3, padding=1)
+    return Denoiser(classes, lambda noisy, image: torch.tanh(conv(torch.cat((noisy, image), 1))))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(
+    ("volume", "patch", "step"),
+    [((20, 17), (8, 8), 0.5), ((20, 17), (8, 16), 1.0), ((3, 20, 17), (8, 8), 0.3), ((9, 10, 11), (8, 8, 8), 0.5)],
+)
+def test_perfect_denoiser_leaves_no_seams(sampler, volume, patch, step):
+    truth = torch.randint(0, 3, (1, *volume))
+    state = labels.labels_to_state(truth[None], 3)[0]
+    perfect = Denoiser(3, lambda noisy, image: labels.labels_to_state(image[:, :1], 3))
+    settings = dataclasses.replace(SETTINGS, sampler=sampler)
+    found = process(perfect, truth.float(), tiling(volume, patch, step), settings).run([0, 1])
+    wanted = labels.state_to_probabilities(state[None])
+    assert found.shape == (2, 3, *volume)
+    assert (found - wanted).abs().max() < 1e-5
+
+
+def test_one_tile_is_the_same_jointly_and_tile_wise():
+    image = torch.randn(1, 8, 8)
+    one = process(local_denoiser(), image, tiling((8, 8), (8, 8), 0.5))
+    assert torch.allclose(one.run([0, 1]), one.run_tile_wise([0, 1]), atol=1e-6)
+
+
+def test_joint_process_is_what_a_loop_over_steps_and_tiles_gives():
+    """A slow implementation by itself: DDIM at eta 0, written out."""
+    image, tiles = torch.randn(1, 12, 10), tiling((12, 10), (8, 8), 0.5)
+    denoiser = local_denoiser()
+    joint = process(denoiser, image, tiles)
+    alpha_bar = joint.segmenter.process.schedule.alpha_bar
+    noise = torch.randn((2, 12, 10), generator=joint._generator(0, NOISE_OF_START)).double()
+    grid = timestep_grid(300, 4)
+    state = (1 - alpha_bar[grid[0]]).sqrt() * noise  # the start, probabilities of 1/2, is a state of 0
+    for now, following in zip(grid, [*grid[1:], None], strict=True):
+        total, weights = torch.zeros(2, 12, 10).double(), torch.zeros(12, 10).double()
+        for tile in tiles.tiles:
+            clean = denoiser.answer(state[tile][None].float(), image[tile][None])[0].double()
+            total[tile] += clean.detach() * tiles.weight
+            weights[tile[1:]] += tiles.weight
+        clean = total / weights
+        epsilon = (state - alpha_bar[now].sqrt() * clean) / (1 - alpha_bar[now]).sqrt()
+        after = torch.ones(()) if following is None else alpha_bar[following]
+        state = after.sqrt() * clean + (1 - after).sqrt() * epsilon
+    wanted = labels.state_to_probabilities(state[None])[0].float()
+    assert torch.allclose(joint.run([0])[0], wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_samples_share_the_condition_flow_and_do_not_depend_on_their_company(sampler):
+    settings = dataclasses.replace(SETTINGS, sampler=sampler)
+    image, tiles = torch.randn(1, 12, 10), tiling((12, 10), (8, 8), 0.5, batch=6)
+    together = process(local_denoiser(), image, tiles, settings)
+    found = together.run([0, 1, 2])
+    evaluations, denoiser = together.evaluations, together.segmenter.denoiser
+    assert evaluations.condition == denoiser.encoded == len(tiles.tiles) * 4
+    assert evaluations.denoiser == denoiser.evaluated == len(tiles.tiles) * 4 * 3
+    alone = torch.cat([process(local_denoiser(), image, tiles, settings).run([number]) for number in range(3)])
+    assert torch.allclose(found, alone, atol=1e-6)
+    assert not torch.allclose(found[0], found[1], atol=1e-2)
+
+
+def test_more_samples_than_fit_into_a_batch_are_evaluated_in_parts():
+    image = torch.randn(1, 12, 10)
+    small, large = (process(local_denoiser(), image, tiling((12, 10), (8, 8), 0.5, batch)) for batch in (2, 64))
+    assert torch.allclose(small.run(range(5)), large.run(range(5)), atol=1e-6)
+    assert small.evaluations == large.evaluations
+
+
+def test_seed_decides():
+    image, tiles = torch.randn(1, 12, 10), tiling((12, 10), (8, 8), 0.5)
+    one, same, other = (process(local_denoiser(), image, tiles, seed=seed).run([0]) for seed in (1, 1, 2))
+    assert torch.equal(one, same)
+    assert not torch.allclose(one, other, atol=1e-2)
+
+
+@pytest.mark.parametrize("joint", [True, False])
+def test_identity_denoiser_returns_the_presegmentation_without_noise(joint):
+    settings = dataclasses.replace(SETTINGS, start_step=1, steps=1)
+    given = torch.rand(2, 12, 10).softmax(0)
+    identity = process(
+        Denoiser(2, lambda noisy, image: noisy), torch.randn(1, 12, 10), tiling((12, 10), (8, 8), 0.5), settings, given
+    )
+    found = (identity.run if joint else identity.run_tile_wise)([0])[0]
+    assert (found - given).abs().max() < 0.05  # one step of noise has a standard deviation of 0.01 in the state

@@ -1,0 +1,315 @@
+"""`nnunet_diffusion predict` and DiffusionPredictor on real images, with the tiny trained model."""
+
+import gzip
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+from nnunet_diffusion.cli.main import main
+from nnunet_diffusion.inference import DiffusionPredictor
+from nnunet_diffusion.inference.cases import FailedCases
+
+pytestmark = [pytest.mark.nnunet, pytest.mark.slow]
+MODEL = "TinyDiffusionTrainer__Tiny__2d"
+STOCK = "TinynnUNetTrainer__Tiny__2d"
+
+
+@pytest.fixture
+def place(trained_2d):
+    """The trained model, its variables set in this process."""
+    with trained_2d[0].in_process(trained_2d[0].root / "results") as workplace:
+        yield workplace
+
+
+def words(place, out, *arguments, images=None):
+    return [
+        "predict", "-i", str(images or place.raw / "imagesTs"), "-o", str(out), "-m", str(place.results / MODEL), "-f", "0",
+        "-device", "cpu", *map(str, arguments),
+    ]  # fmt: skip
+
+
+def predict(place, out, *arguments, images=None, code=0):
+    assert main(words(place, out, "--sequential", *arguments, images=images)) == code
+    return {path.name: path for path in sorted(Path(out).glob("*.nii.gz"))}
+
+
+def label_maps(files):
+    return {name: sitk.GetArrayFromImage(sitk.ReadImage(str(path))) for name, path in files.items()}
+
+
+def assert_same(one, other):
+    assert one
+    assert set(one) == set(other)
+    for name, path in one.items():
+        assert path.read_bytes() == other[name].read_bytes()
+
+
+def loaded(place, **settings):
+    predictor = DiffusionPredictor(device=torch.device("cpu"), allow_tqdm=False, **settings)
+    predictor.initialize_from_trained_model_folder(str(place.results / MODEL), (0,))
+    return predictor
+
+
+def test_all_weight_on_the_presegmentor_gives_nnunets_own_segmentation(place, tmp_path):
+    """The volume's pre-segmentation is what stock nnU-Net predicts, mirrored and in its own sliding window."""
+    stock = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
+    stock.initialize_from_trained_model_folder(str(place.results / STOCK), (0,), "checkpoint_final.pth")
+    (tmp_path / "stock").mkdir()
+    stock.predict_from_files_sequential(str(place.raw / "imagesTs"), str(tmp_path / "stock"), save_probabilities=True)
+    ours = predict(place, tmp_path / "ours", "--presegmentation_weight", 1, "--save_probabilities")
+    theirs = label_maps({path.name: path for path in (tmp_path / "stock").glob("*.nii.gz")})
+    for name, found in label_maps(ours).items():
+        assert np.array_equal(found, theirs[name])
+        files = [folder / name.replace(".nii.gz", ".npz") for folder in (tmp_path / "stock", tmp_path / "ours")]
+        one, other = (np.load(path)["probabilities"] for path in files)
+        assert np.abs(one - other).max() < 1e-3
+
+
+def test_output_is_nnunets_and_its_commands_take_it(place, tmp_path):
+    found = predict(place, tmp_path / "a", "--save_probabilities", "--samples", 2, "--keep_samples", "--steps", 2)
+    assert len(found) == 2
+    case = next(iter(found)).removesuffix(".nii.gz")
+    for name in ("dataset.json", "plans.json", "predict_from_raw_data_args.json", f"{case}.npz", f"{case}.pkl"):
+        assert (tmp_path / "a" / name).is_file()
+    for path in sorted((place.raw / "imagesTs").iterdir()):
+        image, result = sitk.ReadImage(str(path)), sitk.ReadImage(str(found[path.name.replace("_0000", "")]))
+        for key in ("GetSize", "GetSpacing", "GetOrigin", "GetDirection"):
+            assert getattr(image, key)() == pytest.approx(getattr(result, key)())
+    report = json.loads((tmp_path / "a" / "reports" / f"{case}.json").read_text())
+    assert (report["samples"], report["steps"], report["seed"]) == (2, 2, 1234)
+    counted = report["network_evaluations"]
+    assert counted["denoiser"] == 2 * counted["condition"]
+    assert counted["presegmentor"] == 2 * counted["condition"]  # mirrored on two axes, against two steps
+    samples = [tmp_path / "a" / "samples" / f"fold_0_sample_{number}" for number in range(2)]
+    for folder in samples:
+        assert {path.name for path in folder.iterdir()} == set(found)
+    assert not list((tmp_path / "a").glob(".*"))
+
+    predict(place, tmp_path / "b", "--save_probabilities", "--seed", 5)
+    place.run("nnUNetv2_ensemble", "-i", tmp_path / "a", tmp_path / "b", "-o", tmp_path / "both", "-np", 1)
+    assert len(list((tmp_path / "both").glob("*.nii.gz"))) == 2
+    shutil.copytree(tmp_path / "a", tmp_path / "truth", ignore=shutil.ignore_patterns("samples", "reports"))
+    description = ["-djfile", tmp_path / "a" / "dataset.json", "-pfile", tmp_path / "a" / "plans.json"]
+    place.run("nnUNetv2_evaluate_folder", tmp_path / "truth", samples[0], *description, "-np", 1)
+    assert json.loads((samples[0] / "summary.json").read_text())["foreground_mean"]["Dice"] > 0
+
+
+def test_same_seed_gives_the_same_files_however_the_work_is_shared(place, tmp_path):
+    settings = ("--samples", 2, "--sampler", "ddpm", "--steps", 2)
+    alone = predict(place, tmp_path / "alone", *settings)
+    parts = [predict(place, tmp_path / "parts", *settings, "-num_parts", 2, "-part_id", part) for part in (1, 0)]
+    assert len(parts[0]) == 1
+    assert_same(alone, parts[1])
+    assert main(words(place, tmp_path / "pool", *settings, "-npp", 1, "-nps", 2)) == 0
+    assert_same(alone, {path.name: path for path in (tmp_path / "pool").glob("*.nii.gz")})
+    other = predict(place, tmp_path / "other", *settings, "--seed", 1)
+    assert any(path.read_bytes() != other[name].read_bytes() for name, path in alone.items())
+
+
+def test_finished_cases_are_left_out(place, tmp_path):
+    first, second = predict(place, tmp_path / "out").values()
+    kept, before = second.read_bytes(), first.stat().st_mtime_ns
+    second.unlink()
+    predict(place, tmp_path / "out", "--continue_prediction")
+    assert second.read_bytes() == kept
+    assert first.stat().st_mtime_ns == before
+
+
+@pytest.fixture
+def with_bad_cases(place, tmp_path):
+    """One good case and one of each kind of bad one; no NaN: ITK's reader of NIfTI makes zeros of them."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    good = sorted((place.raw / "imagesTs").iterdir())[0]
+    shutil.copy(good, folder / "good_0000.nii.gz")
+    image = sitk.ReadImage(str(good), sitk.sitkFloat32)
+    values = sitk.GetArrayFromImage(image)
+
+    def write(name, array):
+        changed = sitk.GetImageFromArray(array)
+        changed.CopyInformation(image)
+        sitk.WriteImage(changed, str(folder / f"{name}.nii.gz"))
+
+    write("empty_0000", values * 0)
+    write("two_0000", values)
+    write("two_0001", values)
+    (folder / "broken_0000.nii.gz").write_bytes(gzip.compress(b"no image"))
+    return folder
+
+
+@pytest.mark.parametrize("processes", [["--sequential"], ["-npp", 1, "-nps", 1]])
+def test_bad_cases_are_named_and_the_others_finished(place, tmp_path, with_bad_cases, capsys, processes):
+    assert main(words(place, tmp_path / "out", *processes, images=with_bad_cases)) == 1
+    message = capsys.readouterr().err
+    assert "3 of 4 cases failed" in message
+    for name, reason in {
+        "nan": "NaN",
+        "empty": "every voxel is 0",
+        "two": "2 channels",
+        "broken": "cannot be read",
+    }.items():
+        line = next(line for line in message.splitlines() if line.startswith(f"  {name}: "))
+        assert reason in line
+        assert name in line
+    assert [path.name for path in (tmp_path / "out").glob("*.nii.gz")] == ["good.nii.gz"]
+
+
+def test_presegmentations_from_outside(place, tmp_path):
+    weak = tmp_path / "weak"
+    predict(place, weak, "--presegmentation_weight", 1, "--save_probabilities")
+    probabilities = predict(place, tmp_path / "from_npz", "--presegmentation", weak)
+    # Hippocampus is not resampled in 2d, so the probabilities are those the embedded network gives
+    own = label_maps(predict(place, tmp_path / "own"))
+    for name, found in label_maps(probabilities).items():
+        assert (found != own[name]).mean() < 1e-3
+    for path in weak.glob("*.npz"):
+        path.unlink()
+    maps = predict(place, tmp_path / "from_maps", "--presegmentation", weak)
+    assert set(maps) == set(probabilities)
+    report = json.loads(next((tmp_path / "from_maps" / "reports").iterdir()).read_text())
+    assert report["start"].endswith(".nii.gz")
+    assert report["network_evaluations"]["presegmentor"] == 0
+    kept = predict(place, tmp_path / "kept", "--presegmentation", weak, "--start_step", 1, "--samples", 3)
+    assert set(kept) == set(maps)
+
+
+def test_presegmentation_that_does_not_fit_is_refused_by_file(place, tmp_path, capsys):
+    given = tmp_path / "given"
+    files = list(predict(place, given).values())
+    image = sitk.ReadImage(str(files[0]))
+
+    def refused(reason, changed):
+        sitk.WriteImage(changed, str(files[0]))
+        predict(place, tmp_path / "out", "--presegmentation", given, code=1)
+        message = capsys.readouterr().err
+        assert str(files[0]) in message
+        assert reason in message
+        assert [path.name for path in (tmp_path / "out").glob("*.nii.gz")] == [files[1].name]
+        shutil.rmtree(tmp_path / "out")
+
+    moved = sitk.Image(image)
+    moved.SetOrigin([value + 3 for value in image.GetOrigin()])
+    refused("has origin", moved)
+    stretched = sitk.Image(image)
+    stretched.SetSpacing([1.0, 2.0, 1.0])
+    refused("has spacing", stretched)
+    refused("has shape", image[:-1])
+    refused("label 7, which is not in dataset.json", sitk.Clamp(image * 0 + 7, sitk.sitkUInt8, 0, 255))
+    files[0].unlink()
+    predict(place, tmp_path / "out", "--presegmentation", given, code=1)
+    assert f"{given} has neither" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fusion", ["majority", "staple"])
+def test_fused_segmentation_stands_beside_the_mean_probabilities(place, tmp_path, fusion):
+    settings = ("--samples", 3, "--save_probabilities", "--start_step", 900)
+    mean = predict(place, tmp_path / "mean", *settings)
+    fused = predict(place, tmp_path / "fused", *settings, "--fusion", fusion)
+    differing = 0
+    for name in mean:
+        one, other = (
+            np.load(tmp_path / kind / name.replace(".nii.gz", ".npz"))["probabilities"] for kind in ("mean", "fused")
+        )
+        assert np.array_equal(one, other)
+        differing += (label_maps(mean)[name] != label_maps(fused)[name]).mean()
+    assert 0 < differing < 0.3
+
+
+def test_class_returns_what_nnunets_returns(place, tmp_path):
+    predictor = loaded(place, samples=2)
+    found = predict(place, tmp_path / "out", "--samples", 2, "--save_probabilities")
+    paths = sorted((place.raw / "imagesTs").iterdir())
+    names = [path.name.replace("_0000.nii.gz", "") for path in paths]
+    image, properties = SimpleITKIO().read_images([str(paths[0])])
+    segmentation, probabilities = predictor.predict_single_npy_array(
+        image, properties, None, None, save_or_return_probabilities=True
+    )
+    assert np.array_equal(segmentation, label_maps(found)[f"{names[0]}.nii.gz"])
+    assert np.allclose(probabilities, np.load(tmp_path / "out" / f"{names[0]}.npz")["probabilities"], atol=1e-6)
+    assert np.array_equal(predictor.predict_single_npy_array(image, properties), segmentation)
+
+    with pytest.raises(ValueError, match="NaN"):
+        predictor.predict_single_npy_array(np.where(image > image.mean(), np.nan, image), properties)
+
+    listed = predictor.predict_from_files_sequential([[str(path)] for path in paths], None)
+    assert [np.array_equal(each, label_maps(found)[f"{name}.nii.gz"]) for each, name in zip(listed, names, strict=True)]
+    arrays = predictor.predict_from_list_of_npy_arrays([image], None, [properties], None, 1, False, 1)
+    assert np.array_equal(arrays[0], segmentation)
+    with pytest.raises(FailedCases, match="nothing_0000.nii.gz is missing") as failed:
+        predictor.predict_from_files_sequential([[str(paths[0])], [str(tmp_path / "nothing_0000.nii.gz")]], None)
+    assert set(failed.value.failures) == {"nothing"}
+
+
+def test_state_that_does_not_fit_on_the_device_is_told_in_one_line(place, tmp_path, capsys):
+    whole = predict(place, tmp_path / "whole", "--samples", 2)
+    capsys.readouterr()
+    limited = predict(place, tmp_path / "limited", "--samples", 2, "--state_memory", 0.0001)
+    assert_same(whole, limited)
+    assert "GiB" not in capsys.readouterr().err  # on a CPU there is nowhere else: all of its memory is the limit
+
+
+def test_tile_wise_sampling_and_folds(place, tmp_path):
+    joint = predict(place, tmp_path / "joint", "--samples", 1)
+    tile_wise = predict(place, tmp_path / "tiles", "--samples", 1, "--tile_wise")
+    # one step: blending clean estimates is blending results
+    for name, found in label_maps(joint).items():
+        assert (found != label_maps(tile_wise)[name]).mean() < 1e-3
+    fold_1 = place.results / MODEL / "fold_1"
+    shutil.copytree(place.results / MODEL / "fold_0", fold_1)
+    try:
+        twice = predict(place, tmp_path / "twice", "-f", 0, 1)
+    finally:
+        shutil.rmtree(fold_1)
+    for name, found in label_maps(joint).items():
+        assert (found != label_maps(twice)[name]).mean() < 1e-3
+
+
+def test_killed_run_leaves_no_half_file_and_goes_on(place, tmp_path):
+    images, out = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
+    source = sorted((place.raw / "imagesTs").iterdir())[0]
+    for number in range(12):
+        shutil.copy(source, images / f"case{number:02d}_0000.nii.gz")
+    arguments = words(place, out, "--save_probabilities", "-npp", 1, "-nps", 1, images=images)
+    command = [sys.executable, "-m", "nnunet_diffusion.cli.main", *arguments]
+    for how, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
+        before = len(list(out.glob("*.nii.gz")))
+        job = subprocess.Popen([*command, "--continue_prediction"], env={**os.environ, **place.environment})
+        while len(list(out.glob("*.nii.gz"))) < before + 2:
+            time.sleep(0.02)
+            assert job.poll() is None
+        job.send_signal(how)
+        assert job.wait(60) == code
+        finished = sorted(out.glob("*.nii.gz"))
+        assert before + 2 <= len(finished) < 12
+        for path in finished:
+            sitk.ReadImage(str(path))
+            np.load(str(path).replace(".nii.gz", ".npz"))["probabilities"]
+    predict(place, out, "--continue_prediction", "--save_probabilities", images=images)
+    assert len(list(out.glob("*.nii.gz"))) == 12
+    assert len({path.read_bytes() for path in out.glob("*.nii.gz")}) == 1
+
+
+def test_full_disk_is_named_and_leaves_nothing(place, tmp_path, capsys, monkeypatch):
+    def no_space(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(SimpleITKIO, "write_seg", no_space)
+    predict(place, tmp_path / "out", code=1)
+    message = capsys.readouterr().err
+    assert "No space left on device" in message
+    assert "--continue_prediction" in message
+    assert not list((tmp_path / "out").glob("*.nii.gz"))
+    assert not list((tmp_path / "out").glob(".*"))
