@@ -13,9 +13,10 @@ from typing import Any
 
 from nnunet_diffusion.cli.errors import CommandError
 from nnunet_diffusion.cli.trainers_directory import with_trainers
-from nnunet_diffusion.diffusion.samplers import SAMPLERS
 
-FUSIONS = ("mean", "majority", "staple")  # inference.fusion imports nnU-Net, which reads its paths when imported
+# what diffusion.samplers and inference.fusion know, without their imports: help must not wait for torch
+SAMPLERS = ("ddpm", "ddim", "dpm_solver", "dpm_solver++", "unipc")
+FUSIONS = ("mean", "majority", "staple")
 RESULTS = "nnUNet_results"
 INTERRUPTED = 130  # as a shell reports Ctrl-C
 
@@ -68,7 +69,7 @@ def _number_in(variable: str, default: int) -> int:
 def _add_own_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("reverse process")
     add = group.add_argument
-    add("--sampler", choices=tuple(SAMPLERS))
+    add("--sampler", choices=SAMPLERS)
     add("--steps", type=int, help="evaluations of one reverse process")
     add("--start_step", type=int, help="T' of PD-DDPM: noising steps at the start")
     add("--samples", type=int, help="reverse processes; probabilities are their mean")

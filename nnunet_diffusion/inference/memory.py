@@ -126,9 +126,13 @@ def plan_memory(
     if not fitting:
         raise MemoryError(
             f"One reverse process of {' x '.join(map(str, volume))} voxels and {heads} channels needs "
-            f"{needed(1) / GIB:.2f} GiB, {available / GIB:.2f} GiB are free: take a machine with more memory, --steps 1, or a "
+            f"{_size(needed(1))}, {_size(available)} are free: take a machine with more memory, --steps 1, or a "
             "configuration with a coarser spacing (3d_lowres)."
         )
     if fitting[0] < samples:
-        notes.append(f"{needed(samples) / GIB:.2f} GiB for {samples} samples: {fitting[0]} at a time")
+        notes.append(f"{_size(needed(samples))} for {samples} samples: {fitting[0]} at a time")
     return MemoryPlan(cpu, fitting[0], needed(fitting[0]), "; ".join(notes))
+
+
+def _size(number: float) -> str:
+    return f"{number / GIB:.2f} GiB" if number >= GIB / 10 else f"{number / 2**20:.2f} MiB"

@@ -252,12 +252,16 @@ def test_class_returns_what_nnunets_returns(place, tmp_path):
     assert set(failed.value.failures) == {"nothing"}
 
 
-def test_state_that_does_not_fit_on_the_device_is_told_in_one_line(place, tmp_path, capsys):
+def test_memory_limit_is_kept_or_refused(place, tmp_path, capsys):
     whole = predict(place, tmp_path / "whole", "--samples", 2)
-    capsys.readouterr()
-    limited = predict(place, tmp_path / "limited", "--samples", 2, "--state_memory", 0.0001)
-    assert_same(whole, limited)
-    assert "GiB" not in capsys.readouterr().err  # on a CPU there is nowhere else: all of its memory is the limit
+    assert "at a time" not in capsys.readouterr().out
+    limited = predict(place, tmp_path / "limited", "--samples", 2, "--state_memory", 0.0047)  # room for one sample
+    lines = [line for line in capsys.readouterr().out.splitlines() if "2 samples: 1 at a time" in line]
+    assert [line.split(":")[0] for line in lines] == [name.removesuffix(".nii.gz") for name in whole]
+    for name, found in label_maps(whole).items():
+        assert (found != label_maps(limited)[name]).mean() < 1e-3
+    predict(place, tmp_path / "none", "--state_memory", 0.0001, code=1)
+    assert "MiB are free" in capsys.readouterr().err
 
 
 def test_tile_wise_sampling_and_folds(place, tmp_path):
