@@ -7,6 +7,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 
+from nnunet_diffusion.cli.main import main
 from nnunet_diffusion.training import DiffusionTrainer
 from nnunet_diffusion.training.checkpoints import read_checkpoint
 
@@ -88,6 +89,30 @@ def test_prediction_needs_and_uses_the_previous_stage(trained, tmp_path, plans):
         found = sitk.ReadImage(str(second / path.name))
         assert found.GetSize() == sitk.ReadImage(str(path)).GetSize()
         assert set(np.unique(sitk.GetArrayFromImage(found))) <= {0, 1, 2}
+
+
+@pytest.mark.parametrize("plans", ["Cascade", "CascadeStart"])
+def test_predictor_takes_the_previous_stage_as_input_and_as_start(trained, tmp_path, plans):
+    """The second stage's reverse process starts from the embedded network, from the input, or from a given folder."""
+    place, _ = trained
+    previous = tmp_path / "previous"
+    previous.mkdir()
+    for path in sorted((place.raw / "imagesTs").iterdir()):  # a label map of that geometry
+        image = sitk.ReadImage(str(path))
+        bright = sitk.Cast(image > float(np.percentile(sitk.GetArrayFromImage(image), 90)), sitk.sitkUInt8)
+        sitk.WriteImage(bright, str(previous / path.name.replace("_0000", "")))
+    model = str(place.results / f"{OURS}__{plans}__{CONFIGURATION}")
+    words = ["predict", "-i", str(place.raw / "imagesTs"), "-m", model, "-f", "0", "-device", "cpu", "--sequential"]
+    with place.in_process(place.root / "results"):
+        assert main([*words, "-o", str(tmp_path / "none")]) == 2
+        assert main([*words, "-o", str(tmp_path / "a"), "-prev_stage_predictions", str(previous)]) == 0
+        given = ["-prev_stage_predictions", str(previous), "--presegmentation", str(previous)]
+        assert main([*words, "-o", str(tmp_path / "b"), *given]) == 0
+    starts = [json.loads(next((tmp_path / name / "reports").iterdir()).read_text())["start"] for name in "ab"]
+    assert starts[0] == ("previous_stage" if plans == "CascadeStart" else "presegmentor")
+    assert starts[1].startswith(str(previous))
+    for name in "ab":
+        assert len(list((tmp_path / name).glob("*.nii.gz"))) == 2
 
 
 def test_start_from_the_previous_stage_is_its_label_map(trained):

@@ -7,6 +7,7 @@ import pytest
 import SimpleITK as sitk
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
+from nnunet_diffusion.cli.main import main
 from nnunet_diffusion.training.checkpoints import read_checkpoint
 
 pytestmark = [pytest.mark.nnunet, pytest.mark.slow]
@@ -85,3 +86,26 @@ def test_stock_predict_exports_labels_without_the_ignored_one(trained, tmp_path)
             assert np.allclose(probabilities.sum(0), 1, atol=1e-3)
         else:
             assert not np.allclose(probabilities.sum(0), 1, atol=1e-3)
+
+
+@pytest.mark.parametrize("fusion", ["mean", "majority", "staple"])
+def test_predictor_fuses_and_starts_from_label_maps(trained, tmp_path, fusion):
+    kind, place, _ = trained
+    model = str(place.results / "TinyDiffusionTrainer__Tiny__2d")
+    words = ["predict", "-i", str(place.raw / "imagesTs"), "-m", model, "-f", "0", "-device", "cpu", "--sequential"]
+    words += ["--disable_tta", "--samples", "3", "--fusion", fusion, "--save_probabilities"]
+    with place.in_process(place.root / "results"):
+        assert main([*words, "-o", str(tmp_path / "a")]) == 0
+        assert main([*words, "-o", str(tmp_path / "b"), "--presegmentation", str(tmp_path / "a")]) == 0
+        for path in (tmp_path / "a").glob("*.npz"):
+            path.unlink()
+        assert main([*words, "-o", str(tmp_path / "c"), "--presegmentation", str(tmp_path / "a")]) == 0
+    for folder in (tmp_path / name for name in "abc"):
+        files = sorted(folder.glob("*.nii.gz"))
+        assert len(files) == 2
+        for path in files:
+            assert set(np.unique(sitk.GetArrayFromImage(sitk.ReadImage(str(path))))) <= {0, 1, 2}
+    for path in (tmp_path / "b").glob("*.npz"):
+        probabilities = np.load(path)["probabilities"]
+        assert len(probabilities) == (3 if kind == "ignore" else 2)
+        assert np.isfinite(probabilities).all()

@@ -10,6 +10,8 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from torch._dynamo import OptimizedModule
 
+from nnunet_diffusion.cli.main import main
+
 pytestmark = [pytest.mark.nnunet, pytest.mark.slow]
 
 
@@ -121,8 +123,24 @@ def test_3d_trains_and_predicts(hippocampus, tmp_path):
     """Without mirroring, which takes eight times as long in 3D and is nnU-Net's own."""
     trainer = "TinyDiffusionTrainerNoMirroring"
     hippocampus.run("nnUNetv2_train", 4, "3d_fullres", 0, "-tr", trainer, "-p", "Tiny3d", "-device", "cpu", "--npz")
-    found = predict(hippocampus, tmp_path, configuration="3d_fullres", plans="Tiny3d", trainer=trainer)
+    found = predict(hippocampus, tmp_path / "stock", configuration="3d_fullres", plans="Tiny3d", trainer=trainer)
     assert_geometry_and_labels(hippocampus, found)
+    words = [
+        "predict",
+        "-i",
+        str(hippocampus.raw / "imagesTs"),
+        "-o",
+        str(tmp_path / "ours"),
+        "-d",
+        "4",
+        "-c",
+        "3d_fullres",
+    ]
+    words += ["-p", "Tiny3d", "-tr", trainer, "-f", "0", "-device", "cpu", "--sequential", "--samples", "2", "-m"]
+    with hippocampus.in_process(hippocampus.root / "results"):
+        assert main([*words, str(hippocampus.results / f"{trainer}__Tiny3d__3d_fullres")]) == 0
+    ours = {path.name: sitk.ReadImage(str(path)) for path in (tmp_path / "ours").glob("*.nii.gz")}
+    assert_geometry_and_labels(hippocampus, ours)
 
 
 def test_finished_training_continues_and_validates_again(trained_2d):

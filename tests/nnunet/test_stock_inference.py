@@ -17,6 +17,7 @@ from PIL import Image
 from torch import nn
 
 from nnunet_diffusion.evaluation.seams import Jumps, border_jumps
+from nnunet_diffusion.inference import DiffusionPredictor
 from nnunet_diffusion.training import DiffusionTrainer
 
 pytestmark = [pytest.mark.nnunet, pytest.mark.slow]
@@ -103,6 +104,20 @@ def test_no_more_of_a_jump_across_tile_borders_than_nnunet(trained):
             assert len({tile[2:] for tile in map(str, tiles)}) > 1
             total[name] += border_jumps(logits.softmax(0), tiles)
     assert total["ours"].ratio <= 1.1 * total["nnunet"].ratio
+
+
+def test_one_reverse_process_per_volume_has_no_larger_jumps_than_nnunet(trained):
+    """All of nnU-Net's weight off: what is measured is the denoiser's own result."""
+    predictor = DiffusionPredictor(device=torch.device("cpu"), allow_tqdm=False, presegmentation_weight=0.0)
+    managers = trained.plans_manager, trained.configuration_manager
+    network = trained.segmenter
+    predictor.manual_initialization(network, *managers, None, trained.dataset_json, "DiffusionTrainer", (0, 1))
+    total = {"ours": Jumps(), "nnunet": Jumps()}
+    for image in cases(trained, 4, 4):
+        nnunet, tiles = predict(trained, network.presegmentor, image)
+        total["nnunet"] += border_jumps(nnunet.softmax(0), tiles)
+        total["ours"] += border_jumps(predictor.predict_volume(image).logits.softmax(0), tiles)
+    assert total["ours"].ratio <= total["nnunet"].ratio
 
 
 def test_reduced_precision_changes_no_more_than_rounding_explains(trained):
