@@ -50,6 +50,8 @@ class Members:
         """Count one member (K, *volume); a named one is a sample."""
         if weight > 0:
             weighted = probabilities * weight
+            if self.total is not None and self.total.device != weighted.device:  # one of them had no room on the GPU
+                self.total, weighted = self.total.cpu(), weighted.cpu()
             self.total = weighted if self.total is None else self.total.add_(weighted)
             self.weight += weight
             if self.keep_votes:
