@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,23 +61,24 @@ def free_bytes(device: torch.device) -> float:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return free - NETWORK_SHARE * total
-    information = Path("/proc/meminfo")
-    if device.type == "cpu" and information.is_file():
-        for line in information.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return 1024 * float(line.split()[1])
-    return math.inf
+    available = _bytes_in(Path("/proc/meminfo"), "MemAvailable") if device.type == "cpu" else None
+    return math.inf if available is None else available
 
 
 def peak_bytes(device: torch.device) -> int | None:
     """Peak of a GPU's memory since it was last reset, on a CPU of the process since its start; None where unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if sys.platform != "linux":
-        return None
-    import resource  # not everywhere
+    # getrusage would count what the process that started this one had
+    return _bytes_in(Path("/proc/self/status"), "VmHWM")
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+def _bytes_in(path: Path, key: str) -> int | None:
+    """Value of a line `key: number kB` of Linux's process information; None where there is none."""
+    if not path.is_file():
+        return None
+    found = [line.split()[1] for line in path.read_text().splitlines() if line.startswith(f"{key}:")]
+    return 1024 * int(found[0]) if found else None
 
 
 def plan_memory(

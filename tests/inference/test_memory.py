@@ -41,20 +41,21 @@ def test_too_little_memory_for_one_sample_is_refused_with_numbers():
 
 
 MEASURED = """
-import resource, sys, torch
+import sys, torch
 sys.path.insert(0, sys.argv[1])
 from test_volume import Denoiser, process, tiling, SETTINGS
 import dataclasses
+from nnunet_diffusion.inference.memory import peak_bytes
 volume = (64, 192, 192)
 settings = dataclasses.replace(SETTINGS, steps=int(sys.argv[2]), samples=2, sampler=sys.argv[3])
 tiles = tiling(volume, (64, 192, 192), 1.0, batch=1)
 image = torch.zeros(1, *volume)
 small = process(Denoiser(4, lambda noisy, image: noisy), image[:, :, :8, :8].contiguous(), tiling((64, 8, 8), (64, 8, 8), 1.0))
 small.run([0])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_bytes(torch.device('cpu'))
 members = process(Denoiser(4, lambda noisy, image: noisy), image, tiles, settings).run([0, 1])
 mean = members.mean(0)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+print(peak_bytes(torch.device('cpu')) - before)
 """
 
 
