@@ -62,6 +62,12 @@ class DiffusionPredictor(VolumePredictor):
         previous = self.configuration_manager.previous_stage_name
         if previous is not None and folder_with_segs_from_prev_stage is None:
             raise ValueError(f"This configuration needs the segmentations of {previous}: give their folder.")
+        first = f"_0000{self.dataset_json['file_ending']}"
+        source = list_of_lists_or_source_folder
+        if isinstance(source, str) and not any(Path(source).glob(f"*{first}")):
+            raise ValueError(
+                f"{source} holds no image: no file in it ends with {first}, as the model's dataset has them."
+            )
         self._write_description(arguments)
         images, targets, from_previous = self._manage_input_and_output_lists(
             list_of_lists_or_source_folder,

@@ -165,6 +165,12 @@ def test_bad_cases_are_named_and_the_others_finished(place, tmp_path, with_bad_c
     assert [path.name for path in (tmp_path / "out").glob("*.nii.gz")] == ["good.nii.gz"]
 
 
+def test_folder_without_images_is_refused(place, tmp_path, capsys):
+    predict(place, tmp_path / "out", images=tmp_path, code=2)
+    assert "no file in it ends with _0000.nii.gz" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_presegmentations_from_outside(place, tmp_path):
     weak = tmp_path / "weak"
     predict(place, weak, "--presegmentation_weight", 1, "--save_probabilities")
