@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
+import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
@@ -83,6 +84,16 @@ class Workplace:
                 f"{command} {arguments} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
             )
         return done
+
+    def assert_geometry_and_labels(self, found):
+        """Check the segmentations of the two test cases, by file name: the images' geometry and the dataset's labels."""
+        images = sorted((self.raw / "imagesTs").iterdir())
+        assert len(found) == len(images) == 2
+        for path in images:
+            image, segmentation = sitk.ReadImage(str(path)), found[path.name.replace("_0000", "")]
+            for key in ("GetSize", "GetSpacing", "GetOrigin", "GetDirection"):
+                assert getattr(segmentation, key)() == pytest.approx(getattr(image, key)())
+            assert set(np.unique(sitk.GetArrayFromImage(segmentation))) <= {0, 1, 2}
 
     @contextlib.contextmanager
     def in_process(self, results):

@@ -10,8 +10,7 @@ import zipfile
 from pathlib import Path, PurePosixPath
 
 from nnunet_diffusion.cli.errors import CommandError
-
-RESULTS = "nnUNet_results"
+from nnunet_diffusion.cli.folders import RESULTS, folder_in
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -33,10 +32,7 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         CommandError: the file is no model, is unsafe, or its place is taken.
     """
-    results = os.environ.get(RESULTS)
-    if not results:
-        raise CommandError("nnUNet_results is not set; run: export nnUNet_results=/path/to/nnUNet_results")
-    for folder in install(options.zip, Path(results), trust=options.trust_checkpoint):
+    for folder in install(options.zip, Path(folder_in(os.environ, RESULTS)), trust=options.trust_checkpoint):
         print(f"Installed {folder}")
     return 0
 

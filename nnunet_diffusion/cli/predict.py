@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_diffusion.cli.errors import CommandError
+from nnunet_diffusion.cli.folders import RESULTS, folder_in
 from nnunet_diffusion.cli.trainers_directory import with_trainers
 
 # what diffusion.samplers and inference.fusion know, without their imports: help must not wait for torch
 SAMPLERS = ("ddpm", "ddim", "dpm_solver", "dpm_solver++", "unipc")
 FUSIONS = ("mean", "majority", "staple")
-RESULTS = "nnUNet_results"
 INTERRUPTED = 130  # as a shell reports Ctrl-C
 
 
@@ -106,10 +106,8 @@ def check_options(options: argparse.Namespace) -> None:
     """Raise CommandError on arguments that do not go together, and on folders that are not there."""
     if options.m is None and (options.d is None or options.c is None):
         raise CommandError("give the model as -d ID -c CONFIG (with -tr and -p where they differ), or its folder as -m")
-    if options.m is None and not os.environ.get(RESULTS):
-        raise CommandError(
-            "nnUNet_results is not set; run: export nnUNet_results=/path/to/nnUNet_results, or give -m MODEL_FOLDER"
-        )
+    if options.m is None:
+        folder_in(os.environ, RESULTS, ", or give -m MODEL_FOLDER")
     for name in ("i", "presegmentation", "prev_stage_predictions"):
         folder = getattr(options, name)
         if folder is not None and not Path(folder).is_dir():

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_diffusion.cli.errors import CommandError
+from nnunet_diffusion.cli.folders import RESULTS, folder_in
 from nnunet_diffusion.cli.trainers_directory import with_trainers
 
 DEFAULT_TRAINER = "DiffusionTrainer"
@@ -86,10 +87,8 @@ def check_input(options: argparse.Namespace, environment: Mapping[str, str]) -> 
 
 def check_folders(environment: Mapping[str, str]) -> dict[str, Path]:
     """Folders of nnU-Net that are set, after checking that the two which training needs are usable."""
-    for name in ("nnUNet_preprocessed", "nnUNet_results"):
-        if not environment.get(name):
-            raise CommandError(f"{name} is not set; run: export {name}=/path/to/{name}")
-    preprocessed = environment["nnUNet_preprocessed"]
+    preprocessed = folder_in(environment, "nnUNet_preprocessed")
+    folder_in(environment, RESULTS)
     if not Path(preprocessed).is_dir():
         raise CommandError(
             f"nnUNet_preprocessed is {preprocessed}, which is no folder; correct it, or create and fill it with: "

@@ -18,10 +18,9 @@ from typing import Any
 
 import numpy as np
 from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
-from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from numpy.typing import NDArray
 
-from nnunet_diffusion.inference.output import PredictedCase, write_case
+from nnunet_diffusion.inference.output import Managers, PredictedCase, write_case
 from nnunet_diffusion.inference.presegmentation import Presegmentation, find_presegmentation, read_presegmentation
 
 LARGE_BYTES = 2**30  # what is larger is written by this process: it would have to be copied twice to another
@@ -74,19 +73,15 @@ class FailedCases(RuntimeError):
         super().__init__(f"{len(failures)} of {number} cases failed, the others are finished:\n{listed}")
 
 
-def prepare_case(
-    case: CaseFiles,
-    plans_manager: PlansManager,
-    configuration_manager: ConfigurationManager,
-    dataset_json: dict[str, Any],
-) -> PreparedCase:
+def prepare_case(case: CaseFiles, managers: Managers) -> PreparedCase:
     """Read and preprocess a case as nnU-Net does, with what else the reverse process needs.
 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: channels are missing, a file cannot be read, or holds NaN; names the file.
     """
-    channels = len(dataset_json.get("channel_names", dataset_json.get("modality", ())))
+    plans_manager, configuration_manager, dataset_json = managers
+    channels = len(dataset_json.get("channel_names") or dataset_json["modality"])
     if len(case.images) != channels:
         raise ValueError(
             f"it has {len(case.images)} channels ({', '.join(Path(path).name for path in case.images)}), the model needs "
@@ -161,10 +156,21 @@ def workers(number: int) -> Iterator[Executor]:
     pool.shutdown()
 
 
+def _prepared_ahead(readers: Executor, ahead: int, cases: Sequence[CaseFiles], managers: Managers) -> Iterator[Future]:
+    """Yield the preparation of each case in order, so many of the next ones begun already."""
+    begun: deque[Future] = deque()
+    for case in cases:
+        begun.append(readers.submit(prepare_case, case, managers))
+        if len(begun) > ahead:
+            yield begun.popleft()
+    while begun:
+        yield begun.popleft()
+
+
 def run_cases(
     cases: Sequence[CaseFiles],
     predict: Callable[[CaseFiles, PreparedCase], PredictedCase],
-    managers: tuple[PlansManager, ConfigurationManager, dict[str, Any]],
+    managers: Managers,
     save_probabilities: bool,
     preparing: int,
     writing: int,
@@ -175,7 +181,7 @@ def run_cases(
     Args:
         cases: to predict.
         predict: what the network does.
-        managers: plans, configuration and dataset.json of the model.
+        managers: of the model.
         save_probabilities: as `write_case`.
         preparing: processes that read and preprocess; 0 for this one.
         writing: processes that resample and write; 0 for this one.
@@ -210,13 +216,9 @@ def run_cases(
 
     try:
         with workers(preparing) as readers, workers(writing) as writers:
-            waiting: deque[Future] = deque()
-            coming = iter(cases)
-            for index, case in enumerate(cases):
-                while len(waiting) <= preparing and (next_case := next(coming, None)) is not None:
-                    waiting.append(readers.submit(prepare_case, next_case, *managers))
+            for index, prepared in enumerate(_prepared_ahead(readers, preparing, cases, managers)):
                 try:
-                    predicted = predict(case, waiting.popleft().result())
+                    predicted = predict(cases[index], prepared.result())
                 except BrokenProcessPool:
                     raise
                 except Exception as error:
@@ -224,7 +226,7 @@ def run_cases(
                     continue
                 collect(writing)
                 executor = writers if predicted.logits.nbytes < LARGE_BYTES else _Inline()
-                written[executor.submit(write_case, predicted, *managers, save_probabilities)] = index
+                written[executor.submit(write_case, predicted, managers, save_probabilities)] = index
                 del predicted
             collect(0)
     except BrokenProcessPool as error:

@@ -24,6 +24,8 @@ from nnunet_diffusion.training.checkpoints import LEFT_BEHIND_SECONDS
 
 UNFINISHED = ".unfinished_"
 SAMPLES, REPORTS = "samples", "reports"
+Managers = tuple[PlansManager, ConfigurationManager, dict[str, Any]]
+"""Plans, configuration and dataset.json of a model."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,22 +51,14 @@ class PredictedCase:
     report: Mapping[str, Any] = field(default_factory=dict)
 
 
-def write_case(
-    case: PredictedCase,
-    plans_manager: PlansManager,
-    configuration_manager: ConfigurationManager,
-    dataset_json: dict[str, Any],
-    save_probabilities: bool,
-) -> Any:
+def write_case(case: PredictedCase, managers: Managers, save_probabilities: bool) -> Any:
     """Resample a case to its image and write its files, or return what nnU-Net's predictor returns.
 
     Files are made in a folder of their own and renamed, the segmentation last: where it is, all others are.
 
     Args:
         case: the prediction.
-        plans_manager: of the model.
-        configuration_manager: of the model.
-        dataset_json: of the model.
+        managers: of the model.
         save_probabilities: also write (or return) the mean probabilities.
 
     Returns:
@@ -74,16 +68,15 @@ def write_case(
     Raises:
         OSError: a file cannot be written; names it and the cure.
     """
-    managers = (plans_manager, configuration_manager, dataset_json)
     if case.target is None:
-        return _converted(case, *managers, save_probabilities)
+        return _converted(case, managers, save_probabilities)
     target = Path(case.target)
     try:
         stage = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=target.parent))
         try:
-            _write_all(case, stage, *managers, save_probabilities)
+            _write_all(case, stage, managers, save_probabilities)
             made = [path for path in stage.rglob("*") if path.is_file()]
-            segmentation = stage / f"{case.name}{dataset_json['file_ending']}"
+            segmentation = stage / f"{case.name}{managers[2]['file_ending']}"
             for path in sorted(made, key=lambda each: each == segmentation):
                 place = target.parent / path.relative_to(stage)
                 place.parent.mkdir(parents=True, exist_ok=True)
@@ -98,14 +91,9 @@ def write_case(
     return None
 
 
-def _write_all(
-    case: PredictedCase,
-    stage: Path,
-    plans_manager: PlansManager,
-    configuration_manager: ConfigurationManager,
-    dataset_json: dict[str, Any],
-    save_probabilities: bool,
-) -> None:
+def _write_all(case: PredictedCase, stage: Path, managers: Managers, save_probabilities: bool) -> None:
+    plans_manager, configuration_manager, dataset_json = managers
+
     def export(logits: NDArray, folder: Path, probabilities: bool = False) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         export_prediction_from_logits(
@@ -122,13 +110,8 @@ def _write_all(
     (stage / REPORTS / f"{case.name}.json").write_text(json.dumps(case.report, indent=2) + "\n")
 
 
-def _converted(
-    case: PredictedCase,
-    plans_manager: PlansManager,
-    configuration_manager: ConfigurationManager,
-    dataset_json: dict[str, Any],
-    save_probabilities: bool,
-) -> Any:
+def _converted(case: PredictedCase, managers: Managers, save_probabilities: bool) -> Any:
+    plans_manager, configuration_manager, dataset_json = managers
     label_manager = plans_manager.get_label_manager(dataset_json)
 
     def convert(logits: NDArray, probabilities: bool) -> Any:

@@ -15,12 +15,11 @@ from batchgenerators.utilities.file_and_folder_operations import save_json
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.inference.data_iterators import PreprocessAdapterFromNpy
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tqdm import tqdm
 
 from nnunet_diffusion.inference.cases import CaseFiles, PreparedCase, run_cases
 from nnunet_diffusion.inference.ensemble import VolumePrediction
-from nnunet_diffusion.inference.output import PredictedCase, remove_unfinished, write_case
+from nnunet_diffusion.inference.output import Managers, PredictedCase, remove_unfinished, write_case
 from nnunet_diffusion.inference.volume_predictor import OVERRIDES, VolumePredictor
 
 VERSIONS = ("nnunet-diffusion", "nnunetv2", "torch", "numpy", "SimpleITK")
@@ -130,7 +129,7 @@ class DiffusionPredictor(VolumePredictor):
             name = "image" if target is None else Path(target).name
             prepared = PreparedCase(np.asarray(data), item["data_properties"], None)
             predicted = self._predict_case(CaseFiles(name, (), target), prepared)
-            results.append(write_case(predicted, *self._managers, save_probabilities))
+            results.append(write_case(predicted, self._managers, save_probabilities))
         return results
 
     def predict_single_npy_array(
@@ -150,7 +149,7 @@ class DiffusionPredictor(VolumePredictor):
         return self.predict_from_data_iterator([next(source)], save_or_return_probabilities)[0]
 
     @property
-    def _managers(self) -> tuple[PlansManager, Any, dict[str, Any]]:
+    def _managers(self) -> Managers:
         return self.plans_manager, self.configuration_manager, self.dataset_json
 
     def _run_cases(self, cases: list[CaseFiles], save_probabilities: bool, preparing: int, writing: int) -> list[Any]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nnunet_diffusion import labels
 from nnunet_diffusion.diffusion.gaussian import GaussianDiffusion
-from nnunet_diffusion.diffusion.samplers import sample, start_state
+from nnunet_diffusion.diffusion.samplers import Predict, sample, start_state
 from nnunet_diffusion.segmenter import DiffusionSegmenter
 
 Tile = tuple[slice | int, ...]
@@ -92,8 +92,8 @@ class VolumeProcess:
         volume = self.image.shape[1:]
         self._heads = self.segmenter.denoiser.state_channels
         self._total = self.tiling.total_weight(volume, self.state_device)
-        # the volume's state only ever sees clean estimates, whatever the network predicts
-        self._volume_process = GaussianDiffusion(self.segmenter.process.schedule, "x0")
+        # states only ever see clean estimates, whatever the network predicts
+        self._clean_process = GaussianDiffusion(self.segmenter.process.schedule, "x0")
 
     def run(self, samples: Sequence[int]) -> Tensor:
         """Return the probabilities (len(samples), K, *volume) of these samples, float32; the same for the same seed.
@@ -101,26 +101,14 @@ class VolumeProcess:
         Args:
             samples: their numbers, from 0; they share the condition flow.
         """
-        settings = self.segmenter.settings
-        start = torch.empty((len(samples), self._heads, *self.image.shape[1:]), device=self.state_device)
+        shape = (len(samples), self._heads, *self.image.shape[1:])
+        start = torch.empty(shape, device=self.state_device)
         for state, number in zip(start, samples, strict=True):
             state.copy_(self._start(number))
-        with torch.no_grad():
-            clean = sample(
-                settings.sampler,
-                self._evaluate,
-                start,
-                settings.start_step,
-                settings.steps,
-                self._volume_process,
-                generator=[self._generator(number, NOISE_OF_STEPS) for number in samples],
-                eta=settings.eta,
-            )
-        return labels.state_to_probabilities(clean, settings.regions)
+        return self._sample(self._evaluate, start, [(number,) for number in samples])
 
     def run_tile_wise(self, samples: Sequence[int]) -> Tensor:
         """As `run`, but each tile has a reverse process of its own, and the results are blended at the end."""
-        settings, segmenter = self.segmenter.settings, self.segmenter
         starts = [self._start(number) for number in samples]
         total = torch.zeros((len(samples), self._heads, *self.image.shape[1:]), device=self.state_device)
         for number, tile in enumerate(self.tiling.tiles):
@@ -129,20 +117,25 @@ class VolumeProcess:
             def evaluate(noisy: Tensor, timestep: int, tile: Tile = tile) -> Tensor:
                 return self._clean_of_tiles([tile], noisy[None], timestep)[0]
 
-            with torch.no_grad():
-                clean = sample(
-                    settings.sampler,
-                    evaluate,
-                    start,
-                    settings.start_step,
-                    settings.steps,
-                    GaussianDiffusion(segmenter.process.schedule, "x0"),
-                    generator=[self._generator(each, NOISE_OF_STEPS, number + 1) for each in samples],
-                    eta=settings.eta,
-                )
-            probabilities = labels.state_to_probabilities(clean, settings.regions)
+            probabilities = self._sample(evaluate, start, [(each, number + 1) for each in samples])
             total[_all_samples(tile)] += (probabilities * self.tiling.weight).to(self.state_device)
         return total / self._total
+
+    def _sample(self, evaluate: Predict, start: Tensor, names: Sequence[tuple[int, ...]]) -> Tensor:
+        """Run reverse processes from `start`; `names` are the numbers that make the noise of each its own."""
+        settings = self.segmenter.settings
+        with torch.no_grad():
+            clean = sample(
+                settings.sampler,
+                evaluate,
+                start,
+                settings.start_step,
+                settings.steps,
+                self._clean_process,
+                generator=[self._generator(number, NOISE_OF_STEPS, *tile) for number, *tile in names],
+                eta=settings.eta,
+            )
+        return labels.state_to_probabilities(clean, settings.regions)
 
     def _generator(self, *numbers: int) -> torch.Generator:
         """A source of its own for each purpose, on the CPU: neither order nor device changes what it gives."""
@@ -156,7 +149,7 @@ class VolumeProcess:
         if settings.from_noise or self.presegmentation is None:
             return noise
         given = self.presegmentation.to(self.state_device)
-        return start_state(given[None], noise[None], settings.start_step, self._volume_process)[0]
+        return start_state(given[None], noise[None], settings.start_step, self._clean_process)[0]
 
     def _evaluate(self, noisy: Tensor, timestep: int) -> Tensor:
         """Return the blended clean estimate of the whole state, (S, K, *volume)."""

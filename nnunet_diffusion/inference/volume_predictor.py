@@ -209,8 +209,9 @@ class VolumePredictor(nnUNetPredictor):
         given = None if presegmentation is None else self._padded(presegmentation.probabilities)
         bar = None
         if on_tiles is None:
+            rounds = (settings.steps + 1) * len(self.list_of_parameters)  # the pre-segmentation counts as one step
             bar = tqdm(
-                total=self.work(data.shape[1:]), unit="tile", disable=None if self.allow_tqdm else True, leave=False
+                total=rounds * len(tiling.tiles), unit="tile", disable=None if self.allow_tqdm else True, leave=False
             )
             on_tiles = bar.update
         self.network.to(self.device).eval()
@@ -226,18 +227,6 @@ class VolumePredictor(nnUNetPredictor):
         if bar is not None:
             bar.close()
         return self._finished(members, unpad, evaluations, time.perf_counter() - begin, notes)
-
-    def work(self, volume: Sequence[int]) -> int:
-        """Number of tiles that the progress of one volume (*volume) counts."""
-        padded = self._padded_size(volume)
-        settings = self.network.settings
-        groups = settings.steps + 1
-        return len(self._internal_get_sliding_window_slicers(padded)) * groups * len(self.list_of_parameters)
-
-    def _padded_size(self, volume: Sequence[int]) -> tuple[int, ...]:
-        patch = self.configuration_manager.patch_size
-        least = [0] * (len(volume) - len(patch)) + list(patch)
-        return tuple(max(size, low) for size, low in zip(volume, least, strict=True))
 
     def _padded(self, probabilities: np.ndarray) -> Tensor:
         """Pad with background, as the image is padded with zeros."""
@@ -282,16 +271,12 @@ class VolumePredictor(nnUNetPredictor):
             counts = settings.presegmentation_weight > 0 and not presegmentation.certain
             return given, given if counts else None
         own = None
-        from_previous = settings.start_from == "previous_stage"
         needed = not settings.from_noise or settings.condition_on_presegmentation
-        if settings.presegmentation_weight > 0 or (needed and not from_previous):
+        if settings.presegmentation_weight > 0 or (needed and settings.start_from == "presegmentor"):
             own = self._presegment(data, tiling, evaluations)
         on_tiles(len(tiling.tiles))
-        member = own if settings.presegmentation_weight > 0 else None
-        if from_previous:
-            heads = self.network.denoiser.state_channels
-            return labels.foreground_to_probabilities(data[None, 1 - heads :])[0], member
-        return own, member
+        start = self.network.own_start(data[None], None if own is None else own[None])[0] if needed else None
+        return start, own if settings.presegmentation_weight > 0 else None
 
     def _presegment(self, data: Tensor, tiling: Tiling, evaluations: Evaluations) -> Tensor:
         """Segment the volume by nnU-Net's own sliding window; probabilities (K, *volume), float32."""

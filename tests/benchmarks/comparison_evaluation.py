@@ -270,16 +270,39 @@ def _measure(model: Model, setting: Setting, case: Case, baseline_folder: Path, 
     if model.name == NNUNET:
         np.savez_compressed(kept, labels=result)
     start = given if given is not None else result if model.name == NNUNET else np.load(kept)["labels"]
-    before = per_class_metrics(start, case.truth, model.classes, case.spacing_mm)
-    after = per_class_metrics(result, case.truth, model.classes, case.spacing_mm)
+    evaluations = model.network.presegmentor_evaluations, model.network.denoiser_evaluations
+    key = model.name, setting.name, setting.start
+    return measured_rows(key, case, model.classes, start, result, seconds, evaluations)
+
+
+def measured_rows(
+    key: tuple[str, str, str],
+    case: Case,
+    classes: dict[int, str],
+    start: NDArray,
+    result: NDArray,
+    seconds: float,
+    evaluations: tuple[int, int],
+) -> list[Row]:
+    """Measure a label map of a case, and the one it is compared with.
+
+    Args:
+        key: model, setting and start of the rows.
+        case: with the truth.
+        classes: foreground label -> name.
+        start: label map that voxels are corrected or broken against.
+        result: label map.
+        seconds: that the result took.
+        evaluations: of the pre-segmentor and of the denoiser.
+    """
+    before = per_class_metrics(start, case.truth, classes, case.spacing_mm)
+    after = per_class_metrics(result, case.truth, classes, case.spacing_mm)
     rows = []
-    for label, name in model.classes.items():
+    for label, name in classes.items():
         changes = voxels_corrected_and_broken(start == label, result == label, case.truth == label)
         rows.append(
             Row(
-                model=model.name,
-                setting=setting.name,
-                start=setting.start,
+                *key,
                 case=case.name,
                 label=name,
                 dice=after[name].dice,
@@ -291,8 +314,8 @@ def _measure(model: Model, setting: Setting, case: Case, baseline_folder: Path, 
                 corrected=changes.corrected,
                 broken=changes.broken,
                 seconds=round(seconds, 4),
-                presegmentor_evaluations=model.network.presegmentor_evaluations,
-                denoiser_evaluations=model.network.denoiser_evaluations,
+                presegmentor_evaluations=evaluations[0],
+                denoiser_evaluations=evaluations[1],
             )
         )
     return rows

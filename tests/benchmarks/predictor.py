@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from comparison_evaluation import NNUNET, Case, Model, Row, RowFile
+from comparison_evaluation import NNUNET, Case, Model, Row, RowFile, measured_rows
 from comparison_plans import set_up_folders
 from comparison_report import dice_table, hd95_table, mean_rows
 from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
@@ -30,7 +30,6 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from torch.utils.flop_counter import FlopCounterMode
 
 from nnunet_diffusion.evaluation.comparison import markdown_table
-from nnunet_diffusion.evaluation.metrics import per_class_metrics, voxels_corrected_and_broken
 from nnunet_diffusion.inference import DiffusionPredictor
 from nnunet_diffusion.inference.presegmentation import Presegmentation
 from nnunet_diffusion.inference.volume import Evaluations
@@ -119,11 +118,8 @@ class Bench:
         if not way.start:
             return None
         assert self.weak is not None
-        network = self.predictor.network.presegmentor
-        own = {key: value.clone() for key, value in network.state_dict().items()}
         with self._all_weight_on(self.weak["network_weights"]):
             logits = self.predictor.predict_volume(data).logits
-        network.load_state_dict(own)
         probabilities = logits.softmax(0).numpy()
         if way.start == "labels":
             hot = np.arange(len(probabilities)).reshape(-1, *[1] * (probabilities.ndim - 1)) == probabilities.argmax(0)
@@ -169,22 +165,10 @@ class Bench:
         )  # fmt: skip
         if way.name == NNUNET:
             self.known[case.name] = result
-        start = self.known[case.name]
-        before = per_class_metrics(start, case.truth, classes, case.spacing_mm)
-        after = per_class_metrics(result, case.truth, classes, case.spacing_mm)
         made = vars(evaluations)
         gflop = sum(made[name] * self.flops[name] for name in made) / 1e9
-        rows = []
-        for label, name in classes.items():
-            changes = voxels_corrected_and_broken(start == label, result == label, case.truth == label)
-            rows.append(
-                Row(
-                    NNUNET if way.name == NNUNET else way.name, "", "", case.name, name, after[name].dice,
-                    after[name].hd95, before[name].dice, before[name].hd95, after[name].reference_voxels,
-                    after[name].predicted_voxels, changes.corrected, changes.broken, round(seconds, 4),
-                    evaluations.presegmentor, evaluations.denoiser,
-                )
-            )  # fmt: skip
+        counts = evaluations.presegmentor, evaluations.denoiser
+        rows = measured_rows((way.name, "", ""), case, classes, self.known[case.name], result, seconds, counts)
         voxels = math.prod(case.data.shape[1:])
         return rows, {"way": way.name, "case": case.name, "seconds": seconds, "gflop": gflop, "voxels": voxels, **made}
 

@@ -23,16 +23,6 @@ def predict(place, out, *arguments, configuration="2d", plans="Tiny", trainer="T
     return {path.name: sitk.ReadImage(str(path)) for path in sorted(out.glob("*.nii.gz"))}
 
 
-def assert_geometry_and_labels(place, found):
-    images = sorted((place.raw / "imagesTs").iterdir())
-    assert len(found) == len(images) == 2
-    for path in images:
-        image, segmentation = sitk.ReadImage(str(path)), found[path.name.replace("_0000", "")]
-        for key in ("GetSize", "GetSpacing", "GetOrigin", "GetDirection"):
-            assert getattr(segmentation, key)() == pytest.approx(getattr(image, key)())
-        assert set(np.unique(sitk.GetArrayFromImage(segmentation))) <= {0, 1, 2}
-
-
 def test_one_command_trains_both_networks_completely(trained_2d):
     place, log = trained_2d
     assert "not trained yet, training it first" in log
@@ -70,7 +60,7 @@ def test_checkpoint_holds_the_presegmentor_unchanged_and_every_loss_term_as_a_cu
 def test_stock_predict_gives_the_images_geometry_and_the_same_twice(trained_2d, tmp_path):
     place, _ = trained_2d
     found = predict(place, tmp_path / "one", "--save_probabilities")
-    assert_geometry_and_labels(place, found)
+    place.assert_geometry_and_labels(found)
     again = predict(place, tmp_path / "two", "-npp", 0, "-nps", 0)
     for name, segmentation in found.items():
         assert np.array_equal(*map(sitk.GetArrayFromImage, (segmentation, again[name])))
@@ -116,7 +106,7 @@ def test_compiled_inference_gives_the_same(trained_2d, monkeypatch):
 def test_second_fold_and_prediction_by_both_folds(trained_2d, tmp_path):
     place, _ = trained_2d
     place.run("nnUNetv2_train", 4, "2d", 1, "-tr", "TinyDiffusionTrainer", "-p", "Tiny", "-device", "cpu")
-    assert_geometry_and_labels(place, predict(place, tmp_path, "-f", 0, 1))
+    place.assert_geometry_and_labels(predict(place, tmp_path, "-f", 0, 1))
 
 
 def test_3d_trains_and_predicts(hippocampus, tmp_path):
@@ -124,7 +114,7 @@ def test_3d_trains_and_predicts(hippocampus, tmp_path):
     trainer = "TinyDiffusionTrainerNoMirroring"
     hippocampus.run("nnUNetv2_train", 4, "3d_fullres", 0, "-tr", trainer, "-p", "Tiny3d", "-device", "cpu", "--npz")
     found = predict(hippocampus, tmp_path / "stock", configuration="3d_fullres", plans="Tiny3d", trainer=trainer)
-    assert_geometry_and_labels(hippocampus, found)
+    hippocampus.assert_geometry_and_labels(found)
     words = [
         "predict",
         "-i",
@@ -140,7 +130,7 @@ def test_3d_trains_and_predicts(hippocampus, tmp_path):
     with hippocampus.in_process(hippocampus.root / "results"):
         assert main([*words, str(hippocampus.results / f"{trainer}__Tiny3d__3d_fullres")]) == 0
     ours = {path.name: sitk.ReadImage(str(path)) for path in (tmp_path / "ours").glob("*.nii.gz")}
-    assert_geometry_and_labels(hippocampus, ours)
+    hippocampus.assert_geometry_and_labels(ours)
 
 
 def test_finished_training_continues_and_validates_again(trained_2d):
