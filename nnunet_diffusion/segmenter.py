@@ -54,7 +54,7 @@ class DiffusionSegmenter(nn.Module):
         )
         self.ignore_label: int | None = None
         self.evaluations = 0
-        self._evaluate = _evaluate
+        self._evaluate = evaluate_denoiser
         self._noise: _StartNoise | None = None
 
     def train(self, mode: bool = True) -> DiffusionSegmenter:
@@ -277,7 +277,7 @@ class DiffusionSegmenter(nn.Module):
 
     def compile_training(self) -> None:
         """Compile the denoiser's training evaluation (`torch.compile`); weights and their names are untouched."""
-        self._evaluate = torch.compile(_evaluate)
+        self._evaluate = torch.compile(evaluate_denoiser)
 
     @contextlib.contextmanager
     def overridden(self, **changes: Any) -> Iterator[DiffusionSegmenter]:
@@ -302,7 +302,9 @@ def has_bfloat16(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
 
 
-def _evaluate(denoiser: PGDiffSeg, noisy: Tensor, image: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def evaluate_denoiser(
+    denoiser: PGDiffSeg, noisy: Tensor, image: Tensor, timestep: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """One evaluation that touches every parameter: prediction, presence logits, location logits."""
     condition = denoiser.encode(image, timestep)
     return denoiser(noisy, timestep, condition), condition.presence_logits, condition.location_logits

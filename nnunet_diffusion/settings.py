@@ -15,8 +15,10 @@ from nnunet_diffusion.diffusion.schedules import SCHEDULES
 
 PLANS_KEY = "diffusion"
 NORMS = ("batch", "instance", "group")  # those of networks/blocks.py, which settings know nothing else of
+VERSION = 2
 SPECIAL = {
     "features_per_stage": ("half of nnU-Net's", "positive integers, one per stage"),
+    "attention_stages": ("all: `[]`", "ascending integers, 1 to the number of stages - 1"),
     "presegmentor_architecture": ("`{}`", "as `architecture` in the plans"),
 }
 """Settings of no plain type: default and legal values as text."""
@@ -45,7 +47,7 @@ class DiffusionSettings:
             "doc": "Denoiser width at each stage of nnU-Net's topology; the first is that of the slim dense blocks."
         }
     )
-    version: int = _setting(1, "Version of this section's layout.", low=1, high=1)
+    version: int = _setting(VERSION, "Version of this section's layout.", low=VERSION, high=VERSION)
     # the diffusion process
     prediction_type: str = _setting("x0", "What the denoiser predicts.", choices=PREDICTION_TYPES)
     schedule: str = _setting("linear", "Noise schedule; `linear` is the paper's.", choices=tuple(SCHEDULES))
@@ -54,6 +56,12 @@ class DiffusionSettings:
     sdb_depth: int = _setting(4, "Layers of each slim dense block (PGDiffSeg Fig. 3).", low=1, high=16)
     attention_tokens: int = _setting(
         1024, "Attention is exact up to this many tokens; above, keys and values are pooled to at most as many.", low=16
+    )
+    attention_stages: tuple[int, ...] = field(
+        default=(),
+        metadata={
+            "doc": "Stages after whose downsampling parameter-shared attention stands; none named: all (the paper)."
+        },
     )
     norm: str = _setting(
         "batch", "Normalisation in the slim dense blocks and the prior branch; `batch` is the paper's.", choices=NORMS
@@ -124,9 +132,10 @@ class DiffusionSettings:
     def __post_init__(self) -> None:
         """Check types, ranges and contradictions."""
         object.__setattr__(self, "features_per_stage", _positive_integers(self.features_per_stage))
+        object.__setattr__(self, "attention_stages", _stages(self.attention_stages, len(self.features_per_stage)))
         _check_architecture(self.presegmentor_architecture)
         for entry in dataclasses.fields(self):
-            if entry.name not in ("features_per_stage", "presegmentor_architecture"):
+            if entry.name not in SPECIAL:
                 object.__setattr__(self, entry.name, _checked(entry, getattr(self, entry.name)))
         _at_most(self, "max_train_step", "timesteps")
         _at_most(self, "start_step", "timesteps")
@@ -161,7 +170,8 @@ class DiffusionSettings:
     def to_plans(self) -> dict[str, Any]:
         """Return the JSON-ready section of the plans; `from_plans` reads it back unchanged."""
         section = dataclasses.asdict(self)
-        section["features_per_stage"] = list(self.features_per_stage)
+        for key in ("features_per_stage", "attention_stages"):
+            section[key] = list(section[key])
         return section
 
     @classmethod
@@ -180,11 +190,7 @@ class DiffusionSettings:
             raise ValueError(
                 f"The plans' {PLANS_KEY!r} section must be a dictionary, got {type(section).__name__}: {section!r}."
             )
-        if section.get("version", 1) != 1:
-            raise ValueError(
-                f"diffusion.version is {section['version']!r}, this nnunet-diffusion reads 1: upgrade it with "
-                "pip install -U nnunet-diffusion."
-            )
+        section = upgraded(section)
         known = [entry.name for entry in dataclasses.fields(cls)]
         for key in section:
             if key not in known:
@@ -194,6 +200,25 @@ class DiffusionSettings:
                 )
         settings = default_settings(configuration, prediction_type=section.get("prediction_type", "x0"))
         return dataclasses.replace(settings, **section)
+
+
+def upgraded(section: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a `diffusion` section of any earlier version in today's layout; what it meant does not change.
+
+    Version 1 (0.1 before planning) had no `attention_stages`: attention stood at all stages, as it does without that key.
+
+    Raises:
+        ValueError: the version is unknown, such as that of a later nnunet-diffusion.
+    """
+    version = section.get("version", VERSION)
+    if version not in (1, VERSION):
+        raise ValueError(
+            f"diffusion.version is {version!r}, this nnunet-diffusion reads 1 to {VERSION}: upgrade it with "
+            "pip install -U nnunet-diffusion."
+        )
+    if version == 1 and "attention_stages" in section:
+        raise ValueError("diffusion.attention_stages contradicts diffusion.version 1: such plans have version 2.")
+    return {**section, "version": VERSION}
 
 
 def default_settings(configuration: Mapping[str, Any], prediction_type: str = "x0") -> DiffusionSettings:
@@ -260,6 +285,16 @@ def _positive_integers(value: Any) -> tuple[int, ...]:
     if not isinstance(value, (list, tuple)) or not value or any(type(width) is not int or width < 1 for width in value):
         raise ValueError(
             f"diffusion.features_per_stage must be a list of positive integers, one per stage, got {value!r}."
+        )
+    return tuple(value)
+
+
+def _stages(value: Any, count: int) -> tuple[int, ...]:
+    legal = isinstance(value, (list, tuple)) and all(type(stage) is int and 1 <= stage < count for stage in value)
+    if not legal or list(value) != sorted(set(value)):
+        raise ValueError(
+            f"diffusion.attention_stages must be ascending integers from 1 to {count - 1} (features_per_stage has {count} "
+            f"stages), or empty for all, got {value!r}."
         )
     return tuple(value)
 

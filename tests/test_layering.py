@@ -22,6 +22,7 @@ LAYERS = {
     "starts": 2,
     "segmenter": 2,
     "training": 3,
+    "planning": 3,
     "inference": 3,
     "evaluation": 3,
     "explain": 3,

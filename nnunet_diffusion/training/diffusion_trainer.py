@@ -266,9 +266,12 @@ class DiffusionTrainer(nnUNetTrainer):
         path = Path(self.output_folder_base) / "plans.json"
         if not path.is_file():
             return
-        existing = read_shared_json(path)["configurations"].get(self.configuration_name, {}).get(PLANS_KEY)
-        ours = self.settings.to_plans()
-        if existing is not None and existing != ours:
+        plans = read_shared_json(path)
+        if plans["configurations"].get(self.configuration_name, {}).get(PLANS_KEY) is None:
+            return
+        configuration = PlansManager(plans).get_configuration(self.configuration_name).configuration
+        existing, ours = DiffusionSettings.from_plans(configuration).to_plans(), self.settings.to_plans()
+        if existing != ours:
             differing = [key for key in ours if existing.get(key) != ours[key]]
             raise ValueError(
                 f"{path} belongs to a training with other settings ({', '.join(differing)}: "

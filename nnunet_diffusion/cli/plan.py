@@ -1,0 +1,172 @@
+"""`nnunet_diffusion plan`: plans in which nnU-Net and the denoiser beside it fit the machine."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import io
+import os
+import pkgutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from nnunet_diffusion.cli.errors import CommandError
+from nnunet_diffusion.cli.folders import folder_in
+
+CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
+DEFAULT_PROCESSES = {"2d": 8, "3d_fullres": 4, "3d_lowres": 8}
+DEFAULT_STEP_SECONDS = 1.0
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add `plan` to the command line."""
+    parser = subparsers.add_parser(
+        "plan", help="plan nnU-Net and the denoiser for a memory target, or for a training step of a second on this CPU"
+    )
+    add = parser.add_argument
+    add("-d", nargs="+", required=True, metavar="ID", help="datasets, as nnUNetv2_plan_experiment's")
+    add("-pl", default="DiffusionPlanner", metavar="PLANNER", help=f"one of {', '.join(planner_names())}")
+    add("-gpu_memory_target", type=float, metavar="GB", help="default: 8, of ResEncL 24")
+    add("-preprocessor_name", default="DefaultPreprocessor", help="as nnU-Net's")
+    add("-overwrite_target_spacing", type=float, nargs=3, metavar="MM", help="of 3d_fullres, as nnU-Net's")
+    add("-overwrite_plans_name", metavar="NAME", help="default: the planner's own")
+    add("-device", choices=("cuda", "cpu"), default="cuda", help="cpu: keep to a time budget, measured here and now")
+    add("-step_seconds", type=float, help=f"with -device cpu: of a training step (default {DEFAULT_STEP_SECONDS:g})")
+    add("--explain", action="store_true", help="print what was chosen, by which rule, and what else would cost")
+    add("--preprocess", action="store_true", help="then preprocess what is not preprocessed yet")
+    add("-c", nargs="+", default=list(CONFIGURATIONS), metavar="CONFIG", help="with --preprocess: configurations")
+    add(
+        "-np",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="with --preprocess: processes, one number or one per configuration",
+    )
+    add("--verbose", action="store_true", help="show what nnU-Net's planner prints")
+    parser.set_defaults(run=run)
+
+
+def planner_names() -> list[str]:
+    """Names of the planners of nnunet_diffusion.planners, that is of its modules."""
+    import nnunet_diffusion.planners
+
+    return sorted(module.name for module in pkgutil.iter_modules(nnunet_diffusion.planners.__path__))
+
+
+def run(options: argparse.Namespace) -> int:
+    """Plan each dataset, and preprocess it on demand.
+
+    Raises:
+        CommandError: environment, dataset or options are not ready for planning.
+    """
+    check_options(options)
+    for name_or_id in options.d:
+        dataset = find_raw_dataset(name_or_id, os.environ)
+        with planning_threads():
+            plans = plan(dataset, options)
+        if options.preprocess:
+            preprocess(dataset, plans, options)
+    return 0
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Raise CommandError on options that contradict each other or are out of range."""
+    if options.pl not in planner_names():
+        raise CommandError(f"-pl is {options.pl}; choose one of: {', '.join(planner_names())}")
+    if options.step_seconds is not None and options.device != "cpu":
+        raise CommandError("-step_seconds is a time budget of the CPU: add -device cpu, or leave it out")
+    for name in ("gpu_memory_target", "step_seconds"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise CommandError(f"-{name} is {value:g}, but must be a positive number")
+    if options.np is not None and len(options.np) not in (1, len(options.c)):
+        raise CommandError(f"-np has {len(options.np)} numbers, but must have one, or one for each of -c {options.c}")
+
+
+def find_raw_dataset(name_or_id: str, environment: Mapping[str, str]) -> str:
+    """Name of the raw dataset, whose fingerprint must be there.
+
+    Raises:
+        CommandError: a folder, the dataset or its fingerprint is missing.
+    """
+    raw, preprocessed = (Path(folder_in(environment, f"nnUNet_{kind}")) for kind in ("raw", "preprocessed"))
+    prefix = f"Dataset{int(name_or_id):03d}_" if name_or_id.isdecimal() else name_or_id
+    found = [path.name for path in sorted(raw.glob("Dataset*")) if path.name == prefix or (prefix[-1:] == "_" and path.name.startswith(prefix))]  # fmt: skip
+    if len(found) != 1:
+        there = "is not" if not found else f"is ambiguous ({', '.join(found)})"
+        raise CommandError(f"dataset {name_or_id} {there} in {raw}; put it there in nnU-Net's format")
+    if not (preprocessed / found[0] / "dataset_fingerprint.json").is_file():
+        raise CommandError(
+            f"{preprocessed / found[0]} has no dataset_fingerprint.json; run: nnUNetv2_extract_fingerprint "
+            f"-d {int(found[0][7:10])} --verify_dataset_integrity"
+        )
+    return found[0]
+
+
+def plan(dataset: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Write the plans of one dataset and say what they are."""
+    # nnU-Net reads its paths when it is imported
+    import torch
+
+    from nnunet_diffusion.planning.explain import explanation
+    from nnunet_diffusion.planning.summary import summary
+    from nnunet_diffusion.planning.time_budget import TimeBudget
+
+    planner_class = getattr(importlib.import_module(f"nnunet_diffusion.planners.{options.pl}"), options.pl)
+    keywords = {"gpu_memory_target_in_gb": options.gpu_memory_target, "plans_name": options.overwrite_plans_name}
+    budget = TimeBudget(options.step_seconds or DEFAULT_STEP_SECONDS) if options.device == "cpu" else None
+    print(f"Planning {dataset} with {options.pl} ...", flush=True)
+    try:
+        with contextlib.nullcontext() if options.verbose else contextlib.redirect_stdout(io.StringIO()):
+            planner = planner_class(
+                dataset,
+                preprocessor_name=options.preprocessor_name,
+                overwrite_target_spacing=options.overwrite_target_spacing,
+                time_budget=budget,
+                **{key: value for key, value in keywords.items() if value is not None},
+            )
+            plans = planner.plan_experiment()
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    print(summary(planner, plans))
+    if options.explain:
+        usable = torch.device("cuda" if options.device == "cuda" and torch.cuda.is_available() else "cpu")
+        print(explanation(planner, plans, usable))
+    return plans
+
+
+def preprocess(dataset: str, plans: Mapping[str, Any], options: argparse.Namespace) -> None:
+    """Run nnU-Net's preprocessing for the configurations whose data are not complete yet."""
+    from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess_dataset
+    from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+
+    from nnunet_diffusion.planning.data_reuse import is_complete
+
+    cases = list(get_filenames_of_train_images_and_targets(os.path.join(os.environ["nnUNet_raw"], dataset)))
+    folder = Path(os.environ["nnUNet_preprocessed"]) / dataset
+    processes = options.np or [DEFAULT_PROCESSES.get(name, 4) for name in options.c]
+    processes = processes * len(options.c) if len(processes) == 1 else processes
+    for name, number in zip(options.c, processes, strict=True):
+        configuration = plans["configurations"].get(name)
+        if configuration is None:
+            print(f"{name}: these plans have no such configuration")
+        elif is_complete(folder / configuration["data_identifier"], cases):
+            print(f"{name}: {configuration['data_identifier']} is preprocessed already, it is used as it is")
+        else:
+            preprocess_dataset(int(dataset[7:10]), plans["plans_name"], [name], [number])
+
+
+@contextlib.contextmanager
+def planning_threads() -> Iterator[None]:
+    """Keep nnU-Net's planner from failing where data augmentation has no processes: it sets torch's threads by that."""
+    name = "nnUNet_n_proc_DA"
+    before = os.environ.get(name)
+    if before == "0":
+        os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[name] = before

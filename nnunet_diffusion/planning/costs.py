@@ -1,0 +1,328 @@
+"""Memory and FLOPs of a training step, found by running it on tensors that have a shape but no data.
+
+The step runs on the CPU under torch's FakeTensorMode: nothing is computed, every allocation is seen. So the figures follow
+the networks as they are, whatever changes in them, and a plan for 80 GB can be judged on a laptop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from nnunet_diffusion.losses import squared_error
+from nnunet_diffusion.networks.attention import ParameterSharedAttention, SelfAttention
+from nnunet_diffusion.planning.steps import build_nnunet, nnunet_step
+from nnunet_diffusion.segmenter import evaluate_denoiser
+from nnunet_diffusion.settings import DiffusionSettings
+from nnunet_diffusion.training.network import build_denoiser
+
+GIB = 2**30
+FLOAT_BYTES = 4
+ALLOCATION_BYTES = 512
+"""CUDA's caching allocator rounds up to this."""
+WORKSPACE_SHARE = 0.1
+"""Of all that grows with the batch: what convolutions need for themselves; see documentation/planning.md."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one training step needs; all but `flops` in bytes.
+
+    Attributes:
+        weights: of all networks in memory, float32.
+        gradients: of the trained network.
+        optimizer: its state: two values a weight for AdamW, one for SGD.
+        average: the moving average of the weights (EMA); 0 for nnU-Net.
+        data: image, target and diffusion states.
+        activations: kept by autograd for the backward pass, without attention's.
+        attention: kept for the backward pass inside attention.
+        transient: what else lives at the moment of the highest need.
+        workspace: of the GPU's convolutions, an allowance (`WORKSPACE_SHARE`); 0 on a CPU.
+        flops: of forward and backward pass, 2 per multiply-accumulate.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    average: int
+    data: int
+    activations: int
+    attention: int
+    transient: int
+    workspace: int
+    flops: int
+
+    @property
+    def fixed(self) -> int:
+        """Bytes that do not grow with the batch."""
+        return self.weights + self.gradients + self.optimizer + self.average
+
+    @property
+    def total(self) -> int:
+        """Bytes at the moment of the highest need."""
+        return self.fixed + self.data + self.activations + self.attention + self.transient + self.workspace
+
+    def at_batch(self, other: Cost, batches: tuple[int, int], batch: float) -> float:
+        """Total bytes at another batch size, by the line through this cost and `other`, those of `batches`."""
+        slope = (other.total - self.total) / (batches[1] - batches[0])
+        return self.total + slope * (batch - batches[0])
+
+
+def nnunet_cost(
+    configuration: Mapping[str, Any], channels: int, heads: int, batch: int, *, amp: bool = True, gpu: bool = True
+) -> Cost:
+    """Return the cost of stock nnU-Net's training step (SGD with momentum, deep supervision).
+
+    Args:
+        configuration: resolved configuration of the plans.
+        channels: of the image, in the cascade with those of the previous stage.
+        heads: K.
+        batch: patches.
+        amp: autocast in half precision, as nnU-Net does on a GPU; else float32.
+        gpu: with the allowance for a GPU's workspace.
+    """
+    with FakeTensorMode():
+        network = build_nnunet(configuration, channels, heads).train()
+        trace = _Trace(network, network)
+        with trace.recording():
+            image = torch.zeros(batch, channels, *configuration["patch_size"])
+            target = torch.zeros(batch, 1, *configuration["patch_size"], dtype=torch.int16)
+            step = nnunet_step(network, image, target, _autocast(amp))
+            trace.data_is_there()
+            trace.run(step)
+    return trace.cost(optimizer_values=1, average=False, gpu=gpu)
+
+
+def denoiser_cost(
+    configuration: Mapping[str, Any],
+    settings: DiffusionSettings,
+    channels: int,
+    heads: int,
+    batch: int,
+    *,
+    amp: bool = True,
+    gpu: bool = True,
+) -> Cost:
+    """Return the cost of DiffusionTrainer's training step: the frozen nnU-Net in memory, AdamW, moving average.
+
+    Args:
+        configuration: resolved configuration of the plans.
+        settings: of the denoiser.
+        channels: of the image, in the cascade with those of the previous stage.
+        heads: K.
+        batch: patches.
+        amp: autocast in half precision, as nnU-Net does on a GPU; else float32.
+        gpu: with the allowance for a GPU's workspace.
+    """
+    with FakeTensorMode():
+        frozen = build_nnunet(configuration, channels, heads).requires_grad_(False)
+        denoiser = build_denoiser(settings, configuration, channels, heads).train()
+        trace = _Trace(nn.ModuleList([frozen, denoiser]), denoiser)
+        with trace.recording():
+            step = _denoiser_step(denoiser, settings, channels, heads, batch, configuration["patch_size"], amp)
+            trace.data_is_there()
+            trace.run(step)
+    return trace.cost(optimizer_values=2, average=True, gpu=gpu)
+
+
+def _denoiser_step(
+    denoiser: nn.Module,
+    settings: DiffusionSettings,
+    channels: int,
+    heads: int,
+    batch: int,
+    patch: tuple[int, ...],
+    amp: bool,
+) -> Callable[[], None]:
+    """The step of `DiffusionSegmenter.training_losses` without what looks at values, which these tensors have none of."""
+    image = torch.zeros(batch, channels, *patch)
+    target = torch.zeros(batch, 1, *patch, dtype=torch.int16)
+    clean, start, noise = (torch.zeros(batch, heads, *patch) for _ in range(3))
+    timestep = torch.zeros(batch, dtype=torch.long)
+
+    def step() -> None:
+        noisy = start + noise
+        seen = torch.cat((image, start), 1) if settings.condition_on_presegmentation else image
+        with _autocast(amp):
+            prediction, presence, location = evaluate_denoiser(denoiser, noisy, seen, timestep)
+        if settings.prediction_type == "logits":
+            denoising = nn.functional.cross_entropy(prediction.float(), target[:, 0].long())
+            denoising = denoising + prediction.float().softmax(1).square().mean()
+        else:
+            denoising = squared_error(prediction, clean)
+        del prediction
+        (denoising + presence.float().square().mean() + location.float().square().mean()).backward()
+
+    return step
+
+
+def _autocast(amp: bool) -> contextlib.AbstractContextManager:
+    # the CPU's autocast halves what the GPU's does: convolutions, linear layers, attention
+    return torch.autocast("cpu", dtype=torch.bfloat16) if amp else contextlib.nullcontext()
+
+
+class _Meter(TorchDispatchMode):
+    """Counts FLOPs, and the bytes of all storages that live, as CUDA's allocator would round them.
+
+    torch's FlopCounterMode is not used beside it: it keeps tensors alive.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = self.flops = 0
+        self._formulas = {**flop_registry, **_attention_flops()}
+        self._known: dict[int, int] = {}
+
+    def add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return
+        self._known[key] = -(-storage.nbytes() // ALLOCATION_BYTES) * ALLOCATION_BYTES
+        self.live += self._known[key]
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._drop, key)
+
+    def _drop(self, key: int) -> None:
+        self.live -= self._known.pop(key)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.add(leaf)
+        formula = self._formulas.get(getattr(function, "_overloadpacket", None))
+        if formula is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+class SavedBytes:
+    """Bytes that autograd keeps for the backward pass, parameters left out, those of attention apart; a context manager."""
+
+    def __init__(self, network: nn.Module) -> None:
+        """Watch the attention modules of `network`."""
+        self._parameters = {p.untyped_storage()._cdata for p in network.parameters()}
+        self._network, self._depth = network, 0
+        self._seen: dict[int, tuple[int, bool]] = {}
+        self._stack = contextlib.ExitStack()
+
+    @property
+    def attention(self) -> int:
+        """Bytes kept inside attention."""
+        return sum(size for size, inside in self._seen.values() if inside)
+
+    @property
+    def activations(self) -> int:
+        """Bytes kept elsewhere."""
+        return sum(size for size, inside in self._seen.values() if not inside)
+
+    def __enter__(self) -> SavedBytes:
+        """Start counting."""
+        for module in self._network.modules():
+            if isinstance(module, (ParameterSharedAttention, SelfAttention)):
+                for handle in (
+                    module.register_forward_pre_hook(lambda *_: self._move(1)),
+                    module.register_forward_hook(lambda *_: self._move(-1)),
+                ):
+                    self._stack.callback(handle.remove)
+        self._stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Stop counting."""
+        self._stack.close()
+
+    def _move(self, by: int) -> None:
+        self._depth += by
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._parameters and key not in self._seen:
+            self._seen[key] = (storage.nbytes(), self._depth > 0)
+        return tensor
+
+
+class _Trace:
+    """One training step, its allocations and its FLOPs."""
+
+    def __init__(self, resident: nn.Module, trained: nn.Module) -> None:
+        self.resident, self.trained = resident, trained
+        self.meter, self.saved = _Meter(), SavedBytes(trained)
+        self.before = self.data = 0
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        with self.meter:
+            for tensor in (*self.resident.parameters(), *self.resident.buffers()):
+                self.meter.add(tensor.data)
+            self.before = self.meter.live
+            yield
+
+    def data_is_there(self) -> None:
+        self.data = self.meter.live - self.before
+        self.meter.peak, self.meter.flops = self.meter.live, 0
+
+    def run(self, step: Callable[[], None]) -> None:
+        with self.saved:
+            step()
+
+    def cost(self, optimizer_values: int, average: bool, gpu: bool) -> Cost:
+        weights = _bytes_of(self.resident)
+        trained = sum(p.numel() for p in self.trained.parameters()) * FLOAT_BYTES
+        kept = self.data + self.saved.activations + self.saved.attention
+        transient = max(0, self.meter.peak - self.before - kept)
+        return Cost(
+            weights=weights,
+            gradients=trained,
+            optimizer=optimizer_values * trained,
+            average=_bytes_of(self.trained) if average else 0,
+            data=self.data,
+            activations=self.saved.activations,
+            attention=self.saved.attention,
+            transient=transient,
+            workspace=int(WORKSPACE_SHARE * (kept + transient)) if gpu else 0,
+            flops=self.meter.flops,
+        )
+
+
+def _bytes_of(network: nn.Module) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*network.parameters(), *network.buffers()))
+
+
+def _attention_flops() -> dict[Any, Any]:
+    """The CPU's attention kernel, which torch's counter does not know."""
+    aten = torch.ops.aten
+
+    def forward(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+        return sdpa_flop_count(query.shape, key.shape, value.shape)
+
+    def backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+        return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
+
+    return {
+        aten._scaled_dot_product_flash_attention_for_cpu: forward,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }
+
+
+def as_line(cost: Cost) -> str:
+    """Return the parts of a cost in GiB, the largest first."""
+    parts = {key: value for key, value in dataclasses.asdict(cost).items() if key != "flops" and value}
+    return ", ".join(
+        f"{key} {value / GIB:.2f}"
+        for key, value in sorted(parts.items(), key=lambda item: -item[1])
+        if value > GIB / 200
+    )

@@ -1,0 +1,261 @@
+"""What the diffusion planners add to nnU-Net's: room for the denoiser's training step, and its settings in the plans."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_encoder_unet_planners import (
+    ResEncUNetPlanner,
+)
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+
+from nnunet_diffusion.planning.costs import Cost, denoiser_cost, nnunet_cost
+from nnunet_diffusion.planning.data_reuse import shared_identifier
+from nnunet_diffusion.planning.record import GB, RECORD_KEY, PlanRecord
+from nnunet_diffusion.planning.rules import WIDTHS, Sized, base_settings, sized
+from nnunet_diffusion.planning.time_budget import TimeBudget
+from nnunet_diffusion.settings import PLANS_KEY, DiffusionSettings
+
+BATCHES = (2, 4)
+"""Traced to find what a patch needs at any batch."""
+STOCK_FEATURES = 32
+CPU_FEATURES = (32, 16, 8)
+"""nnU-Net's width at the first stage: what a time budget may bring it down to."""
+CORRECTIONS = 3
+TOLERANCE = 1.25
+"""Of the time budget, what a measured step may take."""
+
+
+class TargetTooSmall(ValueError):
+    """No patch fits; the text says the smallest target that works."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A patch nnU-Net's loop tried, and what the target must be for it."""
+
+    patch_size: tuple[int, ...]
+    needed_gb: float
+
+
+class DiffusionPlanning(ExperimentPlanner):
+    """Stands before one of nnU-Net's planners among the bases; all decisions that are not named here stay that planner's.
+
+    Patch and batch are nnU-Net's own at the same target, unless its network, or the narrowest denoiser, needs more
+    memory than the target by our account (`costs`); then the same loop shrinks them further. The denoiser is then made as
+    wide as fits (`rules`).
+
+    Attributes:
+        time_budget: of a training step; None: only memory counts.
+        sized: configuration -> the denoiser that was chosen, after `plan_experiment`.
+        candidates: patch sizes that were judged, smallest last, by number of axes.
+    """
+
+    def __init__(self, *arguments: Any, time_budget: TimeBudget | None = None, **keywords: Any) -> None:
+        """Take nnU-Net's arguments, and a time budget."""
+        super().__init__(*arguments, **keywords)
+        self.time_budget = time_budget
+        self.sized: dict[str, Sized] = {}
+        self.candidates: dict[int, list[Candidate]] = {2: [], 3: []}
+        self._stock_alone, self._voxels = False, dict[str, float]()
+        labels = LabelManager(self.dataset_json["labels"], self.dataset_json.get("regions_class_order"))
+        self.heads, self.regions = labels.num_segmentation_heads, labels.has_regions
+        self.previous_stage_channels = len(labels.foreground_labels)
+
+    # the patch and batch -----------------------------------------------------------------------------------------------
+
+    def static_estimate_VRAM_usage(  # type: ignore[override]  # nnU-Net calls its static method through self
+        self,
+        patch_size: Sequence[int],
+        input_channels: int,
+        output_channels: int,
+        arch_class_name: str,
+        arch_kwargs: Mapping[str, Any],
+        arch_kwargs_req_import: Sequence[str],
+    ) -> float:
+        """Return, in nnU-Net's unit, the larger of its own estimate and ours.
+
+        nnU-Net's loop compares it with a reference value and turns the quotient into a batch size; ours is the value which
+        makes that batch the largest that fits.
+
+        Raises:
+            TargetTooSmall: the patch has become so small that no network remains.
+        """
+        axes, patch = len(patch_size), tuple(int(edge) for edge in patch_size)
+        if int(arch_kwargs["n_stages"]) < 2 or min(patch) < 1:
+            raise self._target_too_small(axes)
+        stock = super().static_estimate_VRAM_usage(
+            patch_size, input_channels, output_channels, arch_class_name, arch_kwargs, arch_kwargs_req_import
+        )
+        reference, batch = self._reference(axes), self._reference_batch(axes)
+        if self._stock_alone or stock > reference * self._leeway(axes):
+            self.candidates[axes].append(Candidate(patch, self._stock_need(stock, axes)))
+            return stock
+        configuration = {
+            "architecture": {
+                "network_class_name": arch_class_name,
+                "arch_kwargs": dict(arch_kwargs),
+                "_kw_requires_import": tuple(arch_kwargs_req_import),
+            },
+            "patch_size": patch,
+            "batch_size": self.UNet_min_batch_size,
+        }
+        fitting, needed = self._largest_batch(configuration, input_channels)
+        self.candidates[axes].append(Candidate(patch, max(needed, self._stock_need(stock, axes))))
+        whole = math.floor(fitting) if fitting >= 1 else fitting
+        return max(stock, reference * batch / whole) if whole > 0 else math.inf
+
+    def _largest_batch(self, configuration: Mapping[str, Any], channels: int) -> tuple[float, float]:
+        """The batch that fits memory and time, and the memory target in GB at which the smallest batch would."""
+        gpu, narrow = self.time_budget is None, base_settings(configuration, WIDTHS[0], self.regions)
+        limit, smallest = self.UNet_vram_target_GB * GB, self.UNet_min_batch_size
+        lines = [
+            [nnunet_cost(configuration, channels, self.heads, batch, amp=gpu, gpu=gpu) for batch in BATCHES],
+            [denoiser_cost(configuration, narrow, channels, self.heads, batch, amp=gpu, gpu=gpu) for batch in BATCHES],
+        ]
+        fitting, needed = math.inf, 0.0
+        for first, second in lines:
+            slope = (second.total - first.total) / (BATCHES[1] - BATCHES[0])
+            fitting = min(fitting, BATCHES[0] + (limit - first.total) / slope)
+            needed = max(needed, first.at_batch(second, BATCHES, smallest) / GB)
+        if self.time_budget is not None:
+            rate = self.time_budget.nnunet_rate(configuration, channels, self.heads)
+            fitting = min(fitting, self.time_budget.seconds * rate / (lines[0][0].flops / BATCHES[0]))
+        return fitting, needed
+
+    def _reference(self, axes: int) -> float:
+        value = self.UNet_reference_val_2d if axes == 2 else self.UNet_reference_val_3d
+        return value * self.UNet_vram_target_GB / self.UNet_reference_val_corresp_GB
+
+    def _reference_batch(self, axes: int) -> int:
+        return self.UNet_reference_val_corresp_bs_2d if axes == 2 else self.UNet_reference_val_corresp_bs_3d
+
+    def _leeway(self, axes: int) -> float:
+        """How far above its reference nnU-Net's loop lets a patch be: the plain planner wants a batch of two to fit."""
+        return 1.0 if isinstance(self, ResEncUNetPlanner) else self._reference_batch(axes) / 2
+
+    def _stock_need(self, stock: float, axes: int) -> float:
+        return stock / self._leeway(axes) / self._reference(axes) * self.UNet_vram_target_GB
+
+    def _target_too_small(self, axes: int) -> TargetTooSmall:
+        tried = self.candidates[axes]
+        if self.time_budget is not None:
+            return TargetTooSmall(
+                f"No {axes}D patch has a training step of {self.time_budget.seconds:g} s on this machine: give a longer one "
+                "(-step_seconds)."
+            )
+        least = min(tried, key=lambda candidate: candidate.needed_gb)
+        return TargetTooSmall(
+            f"-gpu_memory_target {self.UNet_vram_target_GB:g} is too small for any {axes}D patch: the smallest, "
+            f"{list(least.patch_size)}, needs {math.ceil(least.needed_gb * 100) / 100:g} GB."
+        )
+
+    def get_plans_for_configuration(
+        self,
+        spacing: Any,
+        median_shape: Any,
+        data_identifier: str,
+        approximate_n_voxels_dataset: float,
+        _cache: dict,
+    ) -> dict[str, Any]:
+        """Return nnU-Net's plan of a configuration; within a time budget, of the widest network whose step keeps to it.
+
+        Where time is short the batch gives way first, then nnU-Net's width, then the patch.
+        """
+        arguments = (spacing, median_shape, data_identifier, approximate_n_voxels_dataset)
+        self._voxels[data_identifier] = approximate_n_voxels_dataset
+        if self.time_budget is None:
+            return super().get_plans_for_configuration(*arguments, _cache)
+        wanted = self._stock_plan(*arguments)["patch_size"]
+        plan: dict[str, Any] = {}
+        for features in CPU_FEATURES:
+            self.UNet_base_num_features = features
+            for _ in range(CORRECTIONS):
+                plan = super().get_plans_for_configuration(*arguments, {})
+                seconds = self.time_budget.correct_nnunet(plan, self.channels, self.heads)
+                if seconds < TOLERANCE * self.time_budget.seconds:
+                    break
+            if list(plan["patch_size"]) == list(wanted):
+                break
+        return plan
+
+    def _stock_plan(self, *arguments: Any) -> dict[str, Any]:
+        """What nnU-Net's own rules choose at the same target."""
+        features, self.UNet_base_num_features, self._stock_alone = self.UNet_base_num_features, STOCK_FEATURES, True
+        try:
+            return super().get_plans_for_configuration(*arguments, {})
+        finally:
+            self.UNet_base_num_features, self._stock_alone = features, False
+
+    @property
+    def channels(self) -> int:
+        """Of the image."""
+        return len(self.dataset_json.get("channel_names", self.dataset_json.get("modality")))
+
+    # the plans ---------------------------------------------------------------------------------------------------------
+
+    def save_plans(self, plans: dict[str, Any]) -> None:
+        """Add the denoiser's settings to each configuration and name the data that can be shared; then save as nnU-Net.
+
+        Raises:
+            ValueError: the folder of the preprocessed data holds data of another spacing.
+        """
+        for name, configuration in plans["configurations"].items():
+            if "inherits_from" not in configuration:
+                self._add_denoiser(name, configuration, cascaded=self._next_stage_of(plans, name))
+                configuration["data_identifier"] = shared_identifier(self.dataset_name, plans, name)
+        super().save_plans(plans)
+
+    @staticmethod
+    def _next_stage_of(plans: Mapping[str, Any], name: str) -> bool:
+        return any(other.get("inherits_from") == name for other in plans["configurations"].values())
+
+    def _add_denoiser(self, name: str, configuration: dict[str, Any], cascaded: bool) -> None:
+        channels = self.channels + self.previous_stage_channels * cascaded  # the cascade shares the widths
+        gpu, budget, limit = self.time_budget is None, self.time_budget, self.UNet_vram_target_GB * GB
+
+        def fits(cost: Cost, settings: DiffusionSettings) -> bool:
+            if cost.total > limit or budget is None:
+                return cost.total <= limit
+            rate = budget.denoiser_rate(configuration, settings, channels, self.heads)
+            return cost.flops / rate <= budget.seconds or settings.features_per_stage == narrowest
+
+        narrowest = base_settings(configuration, WIDTHS[0], self.regions).features_per_stage
+        for _ in range(CORRECTIONS):
+            found = sized(configuration, channels, self.heads, self.regions, fits, gpu=gpu)
+            if budget is None or found.sixteenths == WIDTHS[0]:
+                break
+            seconds = budget.correct_denoiser(configuration, found.settings, found.cost, channels, self.heads)
+            if seconds < TOLERANCE * budget.seconds:
+                break
+        self.sized[name] = found
+        batch = int(configuration["batch_size"])
+        stock = self._stock_plan(
+            configuration["spacing"],
+            configuration["median_image_size_in_voxels"],
+            "",
+            self._voxels[configuration["data_identifier"]],
+        )
+        configuration[PLANS_KEY] = found.settings.to_plans()
+
+        def gigabytes(cost: Cost) -> float:
+            return round(cost.total / GB, 3)
+
+        configuration[RECORD_KEY] = PlanRecord(
+            planner=type(self).__name__,
+            memory_target_gb=float(self.UNet_vram_target_GB),
+            step_seconds=0.0 if self.time_budget is None else self.time_budget.seconds,
+            machine="" if self.time_budget is None else self.time_budget.machine,
+            nnunet_gb=gigabytes(nnunet_cost(configuration, channels, self.heads, batch, amp=gpu, gpu=gpu)),
+            denoiser_gb=gigabytes(found.cost),
+            nnunet_fp32_gb=gigabytes(nnunet_cost(configuration, channels, self.heads, batch, amp=False, gpu=gpu)),
+            denoiser_fp32_gb=gigabytes(
+                denoiser_cost(configuration, found.settings, channels, self.heads, batch, amp=False, gpu=gpu)
+            ),
+            stock_patch_size=tuple(int(edge) for edge in stock["patch_size"]),
+            stock_batch_size=int(stock["batch_size"]),
+        ).to_plans()

@@ -1,0 +1,91 @@
+"""What the plans say of how they were made: one dictionary per configuration, beside nnU-Net's own entries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+RECORD_KEY = "diffusion_plan"
+VERSION = 1
+GB = 10**9
+STOCK_TARGETS_GB = {
+    "ExperimentPlanner": 8.0,
+    "ResEncUNetPlanner": 8.0,
+    "nnUNetPlannerResEncM": 8.0,
+    "nnUNetPlannerResEncL": 24.0,
+    "nnUNetPlannerResEncXL": 40.0,
+}
+"""Memory targets of nnU-Net's planners where no other was given; the plans do not say."""
+
+
+@dataclass(frozen=True)
+class PlanRecord:
+    """Target and estimates of one configuration; `configurations.<name>.diffusion_plan` in the plans.
+
+    Attributes:
+        planner: class that made it.
+        memory_target_gb: what both networks' training steps were to fit into, 10^9 bytes.
+        step_seconds: time budget of a training step; 0: planned for memory alone.
+        machine: where the time was measured; empty without a time budget.
+        nnunet_gb: estimated memory of nnU-Net's training step in half precision (float32 with a time budget).
+        denoiser_gb: the same of DiffusionTrainer's.
+        nnunet_fp32_gb: in float32.
+        denoiser_fp32_gb: in float32.
+        stock_patch_size: what nnU-Net's own rules chose at this target.
+        stock_batch_size: the same.
+        version: of this record's layout.
+    """
+
+    planner: str
+    memory_target_gb: float
+    step_seconds: float
+    machine: str
+    nnunet_gb: float
+    denoiser_gb: float
+    nnunet_fp32_gb: float
+    denoiser_fp32_gb: float
+    stock_patch_size: tuple[int, ...]
+    stock_batch_size: int
+    version: int = VERSION
+
+    def to_plans(self) -> dict[str, Any]:
+        """Return the JSON-ready record."""
+        return {**asdict(self), "stock_patch_size": list(self.stock_patch_size)}
+
+    @classmethod
+    def from_plans(cls, configuration: Mapping[str, Any]) -> PlanRecord | None:
+        """Return the record of a resolved configuration; None for plans of other planners.
+
+        Raises:
+            ValueError: it is of a later version, or entries are missing, unknown, or of the wrong type; names them.
+        """
+        record = configuration.get(RECORD_KEY)
+        if record is None:
+            return None
+        if not isinstance(record, Mapping):
+            raise ValueError(f"{RECORD_KEY} in the plans must be a dictionary, got {record!r}.")
+        if record.get("version") != VERSION:
+            raise ValueError(
+                f"{RECORD_KEY}.version is {record.get('version')!r}, this nnunet-diffusion reads {VERSION}: upgrade it with "
+                "pip install -U nnunet-diffusion, or plan again with nnunet_diffusion plan."
+            )
+        known = {entry.name for entry in fields(cls)}
+        wrong = sorted(known ^ set(record))
+        if wrong:
+            raise ValueError(f"{RECORD_KEY}.{wrong[0]} is {'missing' if wrong[0] in known else 'unknown'}: plan again.")
+        for key in ("memory_target_gb", "step_seconds", "nnunet_gb", "denoiser_gb"):
+            if not isinstance(record[key], (int, float)) or record[key] < 0:
+                raise ValueError(f"{RECORD_KEY}.{key} is {record[key]!r}, but must be a number of at least 0.")
+        return cls(**{**record, "stock_patch_size": tuple(record["stock_patch_size"])})
+
+
+def memory_target_gb(plans: Mapping[str, Any], configuration: Mapping[str, Any]) -> float | None:
+    """Return the target the plans were made for; None if neither a record nor the planner's name tells.
+
+    Args:
+        plans: all of them.
+        configuration: resolved.
+    """
+    record = PlanRecord.from_plans(configuration)
+    return record.memory_target_gb if record else STOCK_TARGETS_GB.get(plans.get("experiment_planner_used", ""))

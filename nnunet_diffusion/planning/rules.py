@@ -1,0 +1,142 @@
+"""The rules that size the denoiser and choose its settings; documentation/planning.md has the measurements behind them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from nnunet_diffusion.networks.attention import pooled_size
+from nnunet_diffusion.planning.costs import Cost, denoiser_cost
+from nnunet_diffusion.settings import DiffusionSettings, default_settings, topology_of
+
+WIDTHS = range(2, 17)
+"""Widths of the denoiser that are tried, in sixteenths of nnU-Net's: from an eighth of it to all of it."""
+ATTENTION_TOKENS = (4096, 2048, 1024, 512, 256)
+ATTENTION_SHARE = 0.05
+"""Of the denoiser's FLOPs, what attention may take at one stage, and all stages together twice that."""
+EMA_DECAY = 0.9999
+"""Of long trainings; the warm-up (1 + n) / (10 + n) keeps the average within the last ninth of a shorter one."""
+
+
+@dataclass(frozen=True)
+class Sized:
+    """A denoiser that was chosen, with the rules that chose it.
+
+    Attributes:
+        settings: as they go into the plans.
+        sixteenths: its width, in sixteenths of nnU-Net's.
+        cost: of its training step at the plan's batch, in half precision.
+        reasons: setting -> (value the rule looked at, rule), as text.
+    """
+
+    settings: DiffusionSettings
+    sixteenths: int
+    cost: Cost
+    reasons: Mapping[str, tuple[str, str]]
+
+
+def width_at(sixteenths: int, features: tuple[int, ...]) -> tuple[int, ...]:
+    """Return `sixteenths` sixteenths of nnU-Net's width at each stage, at least 2 channels."""
+    return tuple(max(2, round(width * sixteenths / 16)) for width in features)
+
+
+def base_settings(configuration: Mapping[str, Any], sixteenths: int, regions: bool) -> DiffusionSettings:
+    """Return the settings at a width, all that is not sized left at what measured best (`default_settings`)."""
+    features = tuple(topology_of(configuration)["features_per_stage"])
+    return replace(
+        default_settings(configuration),
+        features_per_stage=width_at(sixteenths, features),
+        ema_decay=EMA_DECAY,
+        regions=regions,
+    )
+
+
+def sized(
+    configuration: Mapping[str, Any],
+    channels: int,
+    heads: int,
+    regions: bool,
+    fits: Callable[[Cost, DiffusionSettings], bool],
+    *,
+    gpu: bool = True,
+) -> Sized:
+    """Return the widest denoiser whose training step fits beside nnU-Net at the configuration's patch and batch.
+
+    Args:
+        configuration: resolved configuration of the plans, with patch, batch and architecture.
+        channels: of the image, in the cascade with those of the previous stage.
+        heads: K.
+        regions: whether the heads are regions.
+        fits: tells whether the cost of a denoiser is within the target.
+        gpu: whether it will train on one: half precision, and a workspace.
+
+    Raises:
+        ValueError: if not even an eighth of nnU-Net's width fits.
+    """
+    batch = int(configuration["batch_size"])
+    narrow = base_settings(configuration, 8, regions)
+    narrow, reasons = with_attention(configuration, narrow, channels, heads)
+    features = tuple(topology_of(configuration)["features_per_stage"])
+    found = None
+    low, high = WIDTHS[0], WIDTHS[-1]
+    while low <= high:
+        sixteenths = (low + high + 1) // 2
+        settings = replace(narrow, features_per_stage=width_at(sixteenths, features))
+        cost = denoiser_cost(configuration, settings, channels, heads, batch, amp=gpu, gpu=gpu)
+        if fits(cost, settings):
+            found, low = Sized(settings, sixteenths, cost, reasons), sixteenths + 1
+        else:
+            high = sixteenths - 1
+    if found is None:
+        raise ValueError("not even a denoiser of an eighth of nnU-Net's width fits")
+    return found
+
+
+def with_attention(
+    configuration: Mapping[str, Any], settings: DiffusionSettings, channels: int, heads: int
+) -> tuple[DiffusionSettings, dict[str, tuple[str, str]]]:
+    """Return the settings with stages and tokens of parameter-shared attention, and why.
+
+    Keys and values are pooled to the largest number of tokens whose attention is a small share of the denoiser's FLOPs; a
+    stage whose queries alone are too many for that has none.
+    """
+    tokens_of = stage_tokens(configuration)
+    whole = denoiser_cost(configuration, settings, channels, heads, 2, amp=False).flops / 2
+    limit = ATTENTION_SHARE * whole
+    widths = settings.features_per_stage
+
+    def flops(stage: int, most: int) -> float:
+        keys = math.prod(pooled_size(tokens_of[stage], most))
+        # two products, two flows, forward and twice that backward
+        return 2 * 2 * 2 * 3 * math.prod(tokens_of[stage]) * keys * widths[stage]
+
+    stages = [stage for stage in range(1, len(widths)) if flops(stage, ATTENTION_TOKENS[-1]) <= limit]
+    tokens = next(
+        (
+            most
+            for most in ATTENTION_TOKENS
+            if all(flops(stage, most) <= limit for stage in stages)
+            and sum(flops(stage, most) for stage in stages) <= 2 * limit
+        ),
+        ATTENTION_TOKENS[-1],
+    )
+    stages = stages or [len(widths) - 1]
+    seen = ", ".join(f"{stage}: {math.prod(tokens_of[stage])}" for stage in range(1, len(widths)))
+    rule = (
+        f"attention at most {ATTENTION_SHARE:.0%} of the denoiser's FLOPs at a stage, {2 * ATTENTION_SHARE:.0%} in all"
+    )
+    reasons = {"attention_tokens": (f"tokens at stages {seen}", rule), "attention_stages": ("the same", rule)}
+    return replace(settings, attention_tokens=tokens, attention_stages=tuple(stages)), reasons
+
+
+def stage_tokens(configuration: Mapping[str, Any]) -> list[tuple[int, ...]]:
+    """Return the size in voxels of each stage's feature maps at the configuration's patch."""
+    size = tuple(int(edge) for edge in configuration["patch_size"])
+    sizes = []
+    for stride in topology_of(configuration)["strides"]:
+        steps = (stride,) * len(size) if isinstance(stride, int) else stride
+        size = tuple(-(-edge // step) for edge, step in zip(size, steps, strict=True))
+        sizes.append(size)
+    return sizes

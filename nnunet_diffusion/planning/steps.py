@@ -1,0 +1,98 @@
+"""The two training steps whose cost is planned, as plain functions: nnU-Net's and DiffusionTrainer's."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
+from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from torch import Tensor, nn
+
+from nnunet_diffusion.segmenter import DiffusionSegmenter, has_bfloat16
+
+Step = Callable[[], None]
+
+
+def build_nnunet(configuration: Mapping[str, Any], channels: int, heads: int) -> nn.Module:
+    """Build nnU-Net's own network of a resolved configuration with random weights, deep supervision on.
+
+    Args:
+        configuration: of the plans.
+        channels: of the image, in the cascade with those of the previous stage.
+        heads: K.
+    """
+    architecture = configuration["architecture"]
+    return get_network_from_plans(
+        architecture["network_class_name"],
+        architecture["arch_kwargs"],
+        architecture["_kw_requires_import"],
+        channels,
+        heads,
+        allow_init=False,
+        deep_supervision=True,
+    )
+
+
+def nnunet_step(
+    network: nn.Module, image: Tensor, target: Tensor, precision: contextlib.AbstractContextManager | None = None
+) -> Step:
+    """Return nnU-Net's training step: forward, Dice + cross-entropy with deep supervision, backward, SGD.
+
+    Args:
+        network: with deep supervision, in training mode.
+        image: (B, C, *spatial).
+        target: (B, 1, *spatial) label map.
+        precision: autocast of the forward pass, entered anew in each step; default `precision_of` the image's device.
+    """
+    optimizer = torch.optim.SGD(network.parameters(), 1e-2, momentum=0.99, nesterov=True, foreach=True)
+    plain = nnunet_loss()
+    with torch.no_grad():
+        sizes = [output.shape[2:] for output in network(image[:1])]
+    weights = [0.5**i for i in range(len(sizes) - 1)] + [0.0] if len(sizes) > 1 else [1.0]
+    loss = DeepSupervisionWrapper(plain, weights)
+    targets = [nn.functional.interpolate(target.float(), size=size, mode="nearest") for size in sizes]
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with precision or precision_of(image.device):
+            loss(network(image), targets).backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 12)
+        optimizer.step()
+
+    return step
+
+
+def diffusion_step(network: DiffusionSegmenter, image: Tensor, target: Tensor) -> Step:
+    """Return DiffusionTrainer's training step without the moving average's update (no FLOPs)."""
+    parameters = list(network.denoiser.parameters())
+    optimizer = torch.optim.AdamW(parameters, network.settings.learning_rate)
+    loss, generator = nnunet_loss(), torch.Generator(image.device)
+
+    def step() -> None:
+        network.train()
+        optimizer.zero_grad(set_to_none=True)
+        with precision_of(image.device):
+            terms = network(image, target, loss, generator)
+        sum(terms.values()).backward()
+        nn.utils.clip_grad_norm_(parameters, 12)
+        optimizer.step()
+
+    return step
+
+
+def nnunet_loss() -> nn.Module:
+    """nnU-Net's Dice + cross-entropy of label maps, as its trainer makes it for 2D."""
+    dice = {"batch_dice": True, "smooth": 1e-5, "do_bg": False, "ddp": False}
+    return DC_and_CE_loss(dice, {}, dice_class=MemoryEfficientSoftDiceLoss)
+
+
+def precision_of(device: torch.device) -> contextlib.AbstractContextManager:
+    """Return nnU-Net's autocast, bfloat16 where the device has it; none on a CPU."""
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    return torch.autocast("cuda", dtype=torch.bfloat16 if has_bfloat16(device) else torch.float16)

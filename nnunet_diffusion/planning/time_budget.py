@@ -1,0 +1,168 @@
+"""Seconds of a training step, measured on this machine with random patches, and plans that keep within a budget."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from nnunet_diffusion.planning.costs import Cost, denoiser_cost, nnunet_cost
+from nnunet_diffusion.planning.steps import Step, build_nnunet, diffusion_step, nnunet_step
+from nnunet_diffusion.segmenter import DiffusionSegmenter
+from nnunet_diffusion.settings import DiffusionSettings, topology_of
+from nnunet_diffusion.training.network import build_denoiser
+
+REPEATS = 3
+PROBE_BATCH = 2
+PROBE_EDGE = {2: 96, 3: 32}
+"""Longest edge, in voxels, of the patch on which a width's speed is first measured."""
+
+
+def nnunet_seconds(
+    configuration: Mapping[str, Any], channels: int, heads: int, batch: int, patch: Sequence[int], device: torch.device
+) -> float:
+    """Return the median seconds of nnU-Net's training step; `patch` may be smaller than the configuration's."""
+    network = build_nnunet(configuration, channels, heads).train().to(device)
+    return _seconds(nnunet_step(network, *_random_batch(batch, channels, heads, patch, device)), device)
+
+
+def denoiser_seconds(
+    configuration: Mapping[str, Any],
+    settings: DiffusionSettings,
+    channels: int,
+    heads: int,
+    batch: int,
+    patch: Sequence[int],
+    device: torch.device,
+) -> float:
+    """Return the median seconds of DiffusionTrainer's training step; `patch` may be smaller than the configuration's."""
+    denoiser = build_denoiser(settings, configuration, channels, heads)
+    segmenter = DiffusionSegmenter(build_nnunet(configuration, channels, heads), denoiser, settings).to(device)
+    return _seconds(diffusion_step(segmenter, *_random_batch(batch, channels, heads, patch, device)), device)
+
+
+def probe_patch(patch: Sequence[int], strides: Sequence[Sequence[int] | int]) -> tuple[int, ...]:
+    """Return a patch no larger than `patch` that a step can be timed on quickly: edges of at most `PROBE_EDGE`.
+
+    An edge stays a multiple of all of the axis's strides, so that every stage remains.
+    """
+    edges = []
+    for axis, edge in enumerate(patch):
+        divisor = 1
+        for stride in strides:
+            divisor *= stride if isinstance(stride, int) else stride[axis]
+        longest = max(PROBE_EDGE[len(patch)] // divisor, 4) * divisor
+        edges.append(min(int(edge), longest))
+    return tuple(edges)
+
+
+def machine_name() -> str:
+    """Processor and number of cores, for a plan that depends on them."""
+    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def _random_batch(
+    batch: int, channels: int, heads: int, patch: Sequence[int], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(batch, channels, *patch, generator=generator)
+    target = torch.randint(0, heads, (batch, 1, *patch), generator=generator)
+    return image.to(device), target.to(device)
+
+
+def _seconds(step: Step, device: torch.device) -> float:
+    def synchronize() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    step()
+    times = []
+    for _ in range(REPEATS):
+        synchronize()
+        begin = time.perf_counter()
+        step()
+        synchronize()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
+
+
+@dataclass
+class TimeBudget:
+    """Seconds that one training step may take on this machine, nnU-Net's and DiffusionTrainer's each.
+
+    A width's FLOP/s are measured on a small patch, then corrected by the step of the plan itself.
+
+    Attributes:
+        seconds: of one training step.
+        device: on which it is measured.
+        machine: its name, for the plans.
+        rates: measured FLOP/s, by network, axes and width at the first stage.
+    """
+
+    seconds: float
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    machine: str = field(default_factory=machine_name)
+    rates: dict[tuple[str, int, int], float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check the budget."""
+        if not 0 < self.seconds < float("inf"):
+            raise ValueError(f"-step_seconds is {self.seconds}, but must be a positive number.")
+
+    def nnunet_rate(self, configuration: Mapping[str, Any], channels: int, heads: int) -> float:
+        """FLOP/s of nnU-Net's step at the configuration's widths."""
+        key = _key("nnunet", configuration, topology_of(configuration)["features_per_stage"])
+        if key not in self.rates:
+            small = _small(configuration)
+            flops = nnunet_cost(small, channels, heads, PROBE_BATCH, amp=False, gpu=False).flops
+            seconds = nnunet_seconds(small, channels, heads, PROBE_BATCH, small["patch_size"], self.device)
+            self.rates[key] = flops / seconds
+        return self.rates[key]
+
+    def denoiser_rate(
+        self, configuration: Mapping[str, Any], settings: DiffusionSettings, channels: int, heads: int
+    ) -> float:
+        """FLOP/s of DiffusionTrainer's step at the settings' widths."""
+        key = _key("denoiser", configuration, settings.features_per_stage)
+        if key not in self.rates:
+            small = _small(configuration)
+            flops = denoiser_cost(small, settings, channels, heads, PROBE_BATCH, amp=False, gpu=False).flops
+            seconds = denoiser_seconds(small, settings, channels, heads, PROBE_BATCH, small["patch_size"], self.device)
+            self.rates[key] = flops / seconds
+        return self.rates[key]
+
+    def correct_nnunet(self, configuration: Mapping[str, Any], channels: int, heads: int) -> float:
+        """Measure the step of nnU-Net at the configuration's own patch and batch, keep its FLOP/s, return its seconds."""
+        batch = int(configuration["batch_size"])
+        seconds = nnunet_seconds(configuration, channels, heads, batch, configuration["patch_size"], self.device)
+        flops = nnunet_cost(configuration, channels, heads, batch, amp=False, gpu=False).flops
+        self.rates[_key("nnunet", configuration, topology_of(configuration)["features_per_stage"])] = flops / seconds
+        return seconds
+
+    def correct_denoiser(
+        self, configuration: Mapping[str, Any], settings: DiffusionSettings, cost: Cost, channels: int, heads: int
+    ) -> float:
+        """Measure DiffusionTrainer's step at the configuration's own patch and batch, keep its FLOP/s, return its seconds."""
+        batch = int(configuration["batch_size"])
+        seconds = denoiser_seconds(
+            configuration, settings, channels, heads, batch, configuration["patch_size"], self.device
+        )
+        self.rates[_key("denoiser", configuration, settings.features_per_stage)] = cost.flops / seconds
+        return seconds
+
+
+def _key(network: str, configuration: Mapping[str, Any], features: Sequence[int]) -> tuple[str, int, int]:
+    return network, len(configuration["patch_size"]), int(features[0])
+
+
+def _small(configuration: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        **configuration,
+        "patch_size": probe_patch(configuration["patch_size"], topology_of(configuration)["strides"]),
+    }
