@@ -20,6 +20,7 @@ LAYERS = {
     "labels": 2,
     "losses": 2,
     "starts": 2,
+    "denoiser": 2,
     "segmenter": 2,
     "training": 3,
     "planning": 3,
@@ -110,7 +111,7 @@ TRAINER_FILES = [path for path in SOURCES if part_of(path) in ("trainers", "plan
 def test_trainer_file_imports_what_is_always_there(path):
     """nnU-Net imports every file of the folder when it looks for one trainer, so none may fail or import another."""
     names = imports(tree_of(path))
-    assert own_parts(names) <= {"training"}
+    assert own_parts(names) <= {"training", "planning"}
     assert foreign(names) <= {"nnunetv2", "torch"}
 
 

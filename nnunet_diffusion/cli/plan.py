@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_diffusion.cli.errors import CommandError
-from nnunet_diffusion.cli.folders import folder_in
+from nnunet_diffusion.cli.folders import PREPROCESSED, RAW, dataset_prefix, datasets_in, folder_in
 
 CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
 DEFAULT_PROCESSES = {"2d": 8, "3d_fullres": 4, "3d_lowres": 8}
@@ -91,9 +91,8 @@ def find_raw_dataset(name_or_id: str, environment: Mapping[str, str]) -> str:
     Raises:
         CommandError: a folder, the dataset or its fingerprint is missing.
     """
-    raw, preprocessed = (Path(folder_in(environment, f"nnUNet_{kind}")) for kind in ("raw", "preprocessed"))
-    prefix = f"Dataset{int(name_or_id):03d}_" if name_or_id.isdecimal() else name_or_id
-    found = [path.name for path in sorted(raw.glob("Dataset*")) if path.name == prefix or (prefix[-1:] == "_" and path.name.startswith(prefix))]  # fmt: skip
+    raw, preprocessed = (Path(folder_in(environment, name)) for name in (RAW, PREPROCESSED))
+    found = datasets_in(raw, dataset_prefix(name_or_id))
     if len(found) != 1:
         there = "is not" if not found else f"is ambiguous ({', '.join(found)})"
         raise CommandError(f"dataset {name_or_id} {there} in {raw}; put it there in nnU-Net's format")
@@ -144,8 +143,8 @@ def preprocess(dataset: str, plans: Mapping[str, Any], options: argparse.Namespa
 
     from nnunet_diffusion.planning.data_reuse import is_complete
 
-    cases = list(get_filenames_of_train_images_and_targets(os.path.join(os.environ["nnUNet_raw"], dataset)))
-    folder = Path(os.environ["nnUNet_preprocessed"]) / dataset
+    cases = list(get_filenames_of_train_images_and_targets(os.path.join(os.environ[RAW], dataset)))
+    folder = Path(os.environ[PREPROCESSED]) / dataset
     processes = options.np or [DEFAULT_PROCESSES.get(name, 4) for name in options.c]
     processes = processes * len(options.c) if len(processes) == 1 else processes
     for name, number in zip(options.c, processes, strict=True):

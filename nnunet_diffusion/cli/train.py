@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nnunet_diffusion.cli.errors import CommandError
-from nnunet_diffusion.cli.folders import RESULTS, folder_in
+from nnunet_diffusion.cli.folders import PREPROCESSED, RAW, RESULTS, dataset_prefix, datasets_in, folder_in
 from nnunet_diffusion.cli.trainers_directory import with_trainers
 
 DEFAULT_TRAINER = "DiffusionTrainer"
@@ -100,19 +99,8 @@ def check_folders(environment: Mapping[str, str]) -> dict[str, Path]:
 
 def find_dataset(name_or_id: str, folders: Mapping[str, Path], configuration: str) -> str:
     """Name of the preprocessed dataset that `name_or_id` means, such as Dataset004_Hippocampus."""
-    if re.fullmatch(r"Dataset\d{3}_.+", name_or_id):
-        prefix = name_or_id
-    elif name_or_id.isdecimal():
-        prefix = f"Dataset{int(name_or_id):03d}_"
-    else:
-        raise CommandError(f"dataset is '{name_or_id}', but must be a number such as 4 or a name as Dataset004_Name")
-
-    def matches(key: str) -> list[str]:
-        folder = folders.get(key)
-        found = sorted(path.name for path in folder.glob("Dataset*") if path.is_dir()) if folder else []
-        return [name for name in found if name == prefix or (prefix.endswith("_") and name.startswith(prefix))]
-
-    preprocessed, raw = matches("nnUNet_preprocessed"), matches("nnUNet_raw")
+    prefix = dataset_prefix(name_or_id)
+    preprocessed, raw = (datasets_in(folders.get(key), prefix) for key in (PREPROCESSED, RAW))
     if len(set(preprocessed + raw)) > 1:
         raise CommandError(
             f"dataset {name_or_id} is ambiguous: {', '.join(sorted({*preprocessed, *raw}))}; "

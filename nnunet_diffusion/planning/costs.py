@@ -7,7 +7,6 @@ the networks as they are, whatever changes in them, and a plan for 80 GB can be 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,14 +19,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from nnunet_diffusion.denoiser import build_denoiser
 from nnunet_diffusion.losses import squared_error
 from nnunet_diffusion.networks.attention import ParameterSharedAttention, SelfAttention
+from nnunet_diffusion.networks.pgdiffseg import PGDiffSeg
 from nnunet_diffusion.planning.steps import build_nnunet, nnunet_step
 from nnunet_diffusion.segmenter import evaluate_denoiser
 from nnunet_diffusion.settings import DiffusionSettings
-from nnunet_diffusion.training.network import build_denoiser
 
-GIB = 2**30
 FLOAT_BYTES = 4
 ALLOCATION_BYTES = 512
 """CUDA's caching allocator rounds up to this."""
@@ -72,11 +71,6 @@ class Cost:
     def total(self) -> int:
         """Bytes at the moment of the highest need."""
         return self.fixed + self.data + self.activations + self.attention + self.transient + self.workspace
-
-    def at_batch(self, other: Cost, batches: tuple[int, int], batch: float) -> float:
-        """Total bytes at another batch size, by the line through this cost and `other`, those of `batches`."""
-        slope = (other.total - self.total) / (batches[1] - batches[0])
-        return self.total + slope * (batch - batches[0])
 
 
 def nnunet_cost(
@@ -127,7 +121,8 @@ def denoiser_cost(
     """
     with FakeTensorMode():
         frozen = build_nnunet(configuration, channels, heads).requires_grad_(False)
-        denoiser = build_denoiser(settings, configuration, channels, heads).train()
+        denoiser = build_denoiser(settings, configuration, channels, heads)
+        denoiser.train()
         trace = _Trace(nn.ModuleList([frozen, denoiser]), denoiser)
         with trace.recording():
             step = _denoiser_step(denoiser, settings, channels, heads, batch, configuration["patch_size"], amp)
@@ -137,7 +132,7 @@ def denoiser_cost(
 
 
 def _denoiser_step(
-    denoiser: nn.Module,
+    denoiser: PGDiffSeg,
     settings: DiffusionSettings,
     channels: int,
     heads: int,
@@ -316,13 +311,3 @@ def _attention_flops() -> dict[Any, Any]:
         aten._scaled_dot_product_flash_attention_for_cpu: forward,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
     }
-
-
-def as_line(cost: Cost) -> str:
-    """Return the parts of a cost in GiB, the largest first."""
-    parts = {key: value for key, value in dataclasses.asdict(cost).items() if key != "flops" and value}
-    return ", ".join(
-        f"{key} {value / GIB:.2f}"
-        for key, value in sorted(parts.items(), key=lambda item: -item[1])
-        if value > GIB / 200
-    )

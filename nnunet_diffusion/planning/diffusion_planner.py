@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +21,13 @@ from nnunet_diffusion.planning.rules import WIDTHS, Sized, base_settings, sized
 from nnunet_diffusion.planning.time_budget import TimeBudget
 from nnunet_diffusion.settings import PLANS_KEY, DiffusionSettings
 
-BATCHES = (2, 4)
-"""Traced to find what a patch needs at any batch."""
 STOCK_FEATURES = 32
 CPU_FEATURES = (32, 16, 8)
 """nnU-Net's width at the first stage: what a time budget may bring it down to."""
+CPU_BATCH = {2: 8, 3: 2}
+"""By number of axes, the batch below which width or patch give way to a time budget: fewer slices are too noisy a sample."""
+NNUNET_SHARE = 0.4
+"""Of the time budget, for nnU-Net's step: that of a denoiser of half its width then takes about all of it (results.md)."""
 CORRECTIONS = 3
 TOLERANCE = 1.25
 """Of the time budget, what a measured step may take."""
@@ -32,6 +35,10 @@ TOLERANCE = 1.25
 
 class TargetTooSmall(ValueError):
     """No patch fits; the text says the smallest target that works."""
+
+
+class _TooSlow(Exception):
+    """The patch of nnU-Net's own choice does not fit at this width."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +68,14 @@ class DiffusionPlanning(ExperimentPlanner):
         self.time_budget = time_budget
         self.sized: dict[str, Sized] = {}
         self.candidates: dict[int, list[Candidate]] = {2: [], 3: []}
-        self._stock_alone, self._voxels = False, dict[str, float]()
+        self._stock_alone, self._keep_patch, self._voxels = False, False, dict[str, float]()
         labels = LabelManager(self.dataset_json["labels"], self.dataset_json.get("regions_class_order"))
         self.heads, self.regions = labels.num_segmentation_heads, labels.has_regions
         self.previous_stage_channels = len(labels.foreground_labels)
 
     # the patch and batch -----------------------------------------------------------------------------------------------
 
-    def static_estimate_VRAM_usage(  # type: ignore[override]  # nnU-Net calls its static method through self
+    def static_estimate_VRAM_usage(  # nnU-Net's is static, but called through self
         self,
         patch_size: Sequence[int],
         input_channels: int,
@@ -91,6 +98,7 @@ class DiffusionPlanning(ExperimentPlanner):
         stock = super().static_estimate_VRAM_usage(
             patch_size, input_channels, output_channels, arch_class_name, arch_kwargs, arch_kwargs_req_import
         )
+        stock *= STOCK_FEATURES / self.UNet_base_num_features  # a narrower network gets no larger patch
         reference, batch = self._reference(axes), self._reference_batch(axes)
         if self._stock_alone or stock > reference * self._leeway(axes):
             self.candidates[axes].append(Candidate(patch, self._stock_need(stock, axes)))
@@ -104,28 +112,44 @@ class DiffusionPlanning(ExperimentPlanner):
             "patch_size": patch,
             "batch_size": self.UNet_min_batch_size,
         }
-        fitting, needed = self._largest_batch(configuration, input_channels)
+        most = max(self.UNet_min_batch_size, round(reference / stock * batch))
+        fitting, needed = self._largest_batch(configuration, input_channels, most)
         self.candidates[axes].append(Candidate(patch, max(needed, self._stock_need(stock, axes))))
+        if self.time_budget is not None and fitting < min(CPU_BATCH[axes], most):
+            if self._keep_patch:
+                raise _TooSlow
+            fitting = min(fitting, 1.0)  # nnU-Net's loop goes on below two
         whole = math.floor(fitting) if fitting >= 1 else fitting
         return max(stock, reference * batch / whole) if whole > 0 else math.inf
 
-    def _largest_batch(self, configuration: Mapping[str, Any], channels: int) -> tuple[float, float]:
-        """The batch that fits memory and time, and the memory target in GB at which the smallest batch would."""
+    def _largest_batch(self, configuration: Mapping[str, Any], channels: int, most: int) -> tuple[float, float]:
+        """The batch up to `most` that fits memory and time, and the memory in GB that the smallest batch needs at least."""
         gpu, narrow = self.time_budget is None, base_settings(configuration, WIDTHS[0], self.regions)
-        limit, smallest = self.UNet_vram_target_GB * GB, self.UNet_min_batch_size
-        lines = [
-            [nnunet_cost(configuration, channels, self.heads, batch, amp=gpu, gpu=gpu) for batch in BATCHES],
-            [denoiser_cost(configuration, narrow, channels, self.heads, batch, amp=gpu, gpu=gpu) for batch in BATCHES],
-        ]
-        fitting, needed = math.inf, 0.0
-        for first, second in lines:
-            slope = (second.total - first.total) / (BATCHES[1] - BATCHES[0])
-            fitting = min(fitting, BATCHES[0] + (limit - first.total) / slope)
-            needed = max(needed, first.at_batch(second, BATCHES, smallest) / GB)
+        networks = (
+            lambda batch: nnunet_cost(configuration, channels, self.heads, batch, amp=gpu, gpu=gpu),
+            lambda batch: denoiser_cost(configuration, narrow, channels, self.heads, batch, amp=gpu, gpu=gpu),
+        )
+        fitting, needed = float(most), 0.0
+        for cost_at in networks:
+            batch, need = self._fitting_batch(cost_at, math.floor(fitting))
+            fitting, needed = min(fitting, batch), max(needed, need)
         if self.time_budget is not None:
+            flops = networks[0](self.UNet_min_batch_size).flops / self.UNet_min_batch_size
             rate = self.time_budget.nnunet_rate(configuration, channels, self.heads)
-            fitting = min(fitting, self.time_budget.seconds * rate / (lines[0][0].flops / BATCHES[0]))
+            fitting = min(fitting, NNUNET_SHARE * self.time_budget.seconds * rate / flops)
         return fitting, needed
+
+    def _fitting_batch(self, cost_at: Callable[[int], Cost], most: int) -> tuple[float, float]:
+        """As `_largest_batch`, for one network and by memory alone; a batch below the smallest is a fraction of it."""
+        limit, smallest = self.UNet_vram_target_GB * GB, self.UNet_min_batch_size
+        least = cost_at(smallest).total
+        if least > limit:
+            return smallest * limit / least * (1 - 1e-9), least / GB
+        # need is a convex function of the batch: a chord lies above it, so the batch at which the chord meets the limit fits
+        batch = most
+        while batch > smallest and (need := cost_at(batch).total) > limit:
+            batch = min(batch - 1, smallest + math.floor((limit - least) * (batch - smallest) / (need - least)))
+        return float(max(batch, smallest)), least / GB
 
     def _reference(self, axes: int) -> float:
         value = self.UNet_reference_val_2d if axes == 2 else self.UNet_reference_val_3d
@@ -170,16 +194,19 @@ class DiffusionPlanning(ExperimentPlanner):
         self._voxels[data_identifier] = approximate_n_voxels_dataset
         if self.time_budget is None:
             return super().get_plans_for_configuration(*arguments, _cache)
-        wanted = self._stock_plan(*arguments)["patch_size"]
-        plan: dict[str, Any] = {}
         for features in CPU_FEATURES:
-            self.UNet_base_num_features = features
-            for _ in range(CORRECTIONS):
-                plan = super().get_plans_for_configuration(*arguments, {})
-                seconds = self.time_budget.correct_nnunet(plan, self.channels, self.heads)
-                if seconds < TOLERANCE * self.time_budget.seconds:
-                    break
-            if list(plan["patch_size"]) == list(wanted):
+            self.UNet_base_num_features, self._keep_patch = features, features != CPU_FEATURES[-1]
+            with contextlib.suppress(_TooSlow):
+                return self._plan_within_time(*arguments)
+        raise AssertionError("the narrowest network gives up no patch")
+
+    def _plan_within_time(self, *arguments: Any) -> dict[str, Any]:
+        assert self.time_budget is not None
+        plan: dict[str, Any] = {}
+        for _ in range(CORRECTIONS):
+            plan = super().get_plans_for_configuration(*arguments, {})
+            seconds = self.time_budget.correct_nnunet(plan, self.channels, self.heads)
+            if seconds < TOLERANCE * NNUNET_SHARE * self.time_budget.seconds:
                 break
         return plan
 
@@ -227,7 +254,7 @@ class DiffusionPlanning(ExperimentPlanner):
         narrowest = base_settings(configuration, WIDTHS[0], self.regions).features_per_stage
         for _ in range(CORRECTIONS):
             found = sized(configuration, channels, self.heads, self.regions, fits, gpu=gpu)
-            if budget is None or found.sixteenths == WIDTHS[0]:
+            if budget is None or found.parts == WIDTHS[0]:
                 break
             seconds = budget.correct_denoiser(configuration, found.settings, found.cost, channels, self.heads)
             if seconds < TOLERANCE * budget.seconds:

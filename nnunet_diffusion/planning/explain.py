@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from nnunet_diffusion.planning.costs import denoiser_cost, nnunet_cost
+from nnunet_diffusion.planning.costs import Cost, denoiser_cost, nnunet_cost
 from nnunet_diffusion.planning.diffusion_planner import DiffusionPlanning
 from nnunet_diffusion.planning.record import GB, PlanRecord
 from nnunet_diffusion.planning.rules import stage_tokens, width_at
@@ -16,10 +16,11 @@ from nnunet_diffusion.planning.time_budget import TimeBudget
 from nnunet_diffusion.settings import topology_of
 
 EPOCHS = 1000
-ALTERNATIVES = (2, 4, 8, 12, 16)
+ALTERNATIVES = (4, 8, 16, 24, 32)
 STEPS_PER_EPOCH = 250 + 50 / 3
 """nnU-Net's training steps, and its validation steps without their backward pass."""
 TERA = 10**12
+COUNTED = "counted, documentation/planning.md"
 
 
 def explanation(planner: DiffusionPlanning, plans: dict[str, Any], device: torch.device) -> str:
@@ -35,7 +36,8 @@ def explanation(planner: DiffusionPlanning, plans: dict[str, Any], device: torch
 
 
 def _configuration(planner: DiffusionPlanning, configuration: dict[str, Any], name: str, device: torch.device) -> str:
-    return f"\n## {name}\n\n{_choices(planner, configuration, name)}\n\n{_alternatives(planner, configuration, name, device)}"
+    tables = _choices(planner, configuration, name), _alternatives(planner, configuration, name, device)
+    return "\n\n".join((f"\n## {name}", *tables))
 
 
 def _choices(planner: DiffusionPlanning, configuration: dict[str, Any], name: str) -> str:
@@ -43,63 +45,78 @@ def _choices(planner: DiffusionPlanning, configuration: dict[str, Any], name: st
     assert record is not None
     settings, topology = found.settings, topology_of(configuration)
     budget = f"{record.step_seconds:g} s a step" if record.step_seconds else f"{record.memory_target_gb:g} GB"
-    stock = f"nnU-Net's own rules at {record.memory_target_gb:g} GB: {list(record.stock_patch_size)}, batch {record.stock_batch_size}"
+    stock = (
+        f"{list(record.stock_patch_size)}, {record.stock_batch_size} by nnU-Net's own at {record.memory_target_gb:g} GB"
+    )
     sizes = " > ".join("x".join(map(str, size)) for size in stage_tokens(configuration))
-    median = [round(float(edge)) for edge in configuration["median_image_size_in_voxels"]]
-    measured = "documentation/results.md"
+    batch, median = (
+        configuration["batch_size"],
+        [round(float(edge)) for edge in configuration["median_image_size_in_voxels"]],
+    )
+    share, count, width = found.reasons["attention_tokens"][1], planner.dataset_json["numTraining"], _numbers
+    best = "best measured, documentation/results.md"
     rows = [
         ("what", "chosen", "from", "rule"),
-        ("spacing", _numbers(configuration["spacing"]), "spacings of the fingerprint", "nnU-Net's"),
-        ("patch_size", _numbers(configuration["patch_size"]), f"median shape {median}", f"nnU-Net's, both steps within {budget}"),
-        ("batch_size", str(configuration["batch_size"]), f"{planner.dataset_json['numTraining']} cases", f"the same; {stock}"),
-        ("nnU-Net's width", _numbers(topology["features_per_stage"]), budget, "nnU-Net's; a time budget halves it"),
-        ("data_identifier", str(configuration["data_identifier"]), "spacing, normalisation", "nnU-Net's folder where the data are the same"),
-        ("features_per_stage", _numbers(settings.features_per_stage), f"{found.sixteenths}/16 of nnU-Net's", f"widest of 2/16 to 16/16 within {budget}"),
+        ("spacing", width(configuration["spacing"]), "spacings of all cases", "nnU-Net's"),
+        (
+            "patch_size",
+            width(configuration["patch_size"]),
+            f"median shape {median}",
+            f"nnU-Net's, both steps in {budget}",
+        ),
+        ("batch_size", str(batch), f"{count} cases", f"the same ({stock})"),
+        ("nnU-Net's width", width(topology["features_per_stage"]), budget, "nnU-Net's; for a time budget halved"),
+        (
+            "data_identifier",
+            str(configuration["data_identifier"]),
+            "spacing, intensities",
+            "nnU-Net's data if the same",
+        ),
+        ("features_per_stage", width(settings.features_per_stage), budget, "widest of 4/32 to 32/32 of nnU-Net's"),
         ("sdb_depth", str(settings.sdb_depth), "-", "the paper's"),
-        ("attention_tokens", str(settings.attention_tokens), f"stages {sizes}", found.reasons["attention_tokens"][1]),
-        ("attention_stages", _numbers(settings.attention_stages), "the same", "where it keeps to that share"),
-        ("norm", settings.norm, f"batch {configuration['batch_size']}", "batch statistics from 8 patches on, else instance"),
+        ("attention_tokens", str(settings.attention_tokens), f"stages {sizes}", share),
+        ("attention_stages", width(settings.attention_stages), "the same", "all that keep to that share"),
+        ("norm", settings.norm, f"batch {batch}", "batch from 8 patches on, else instance"),
         ("timesteps, schedule", f"{settings.timesteps}, {settings.schedule}", "-", "the paper's"),
-        ("prediction_type", settings.prediction_type, "-", f"best measured, {measured}"),
-        ("start_step, steps", f"{settings.start_step}, {settings.steps}", "-", f"best measured, {measured}"),
-        ("presegmentation_weight", f"{settings.presegmentation_weight:g}", "-", f"best measured, {measured}"),
-        ("ema_decay", f"{settings.ema_decay:g}", f"{EPOCHS} epochs of 250 steps", "last ninth of the steps, at most 10 000"),
-        ("learning_rate", f"{settings.learning_rate:g}", "-", f"measured, {measured}"),
-        ("memory, nnU-Net", f"{record.nnunet_gb:.2f} GB", f"float32 {record.nnunet_fp32_gb:.2f} GB", "counted, documentation/planning.md"),
-        ("memory, denoiser", f"{record.denoiser_gb:.2f} GB", f"float32 {record.denoiser_fp32_gb:.2f} GB", "the same, nnU-Net's weights included"),
-    ]  # fmt: skip
+        ("prediction_type", settings.prediction_type, "-", best),
+        ("start_step, steps", f"{settings.start_step}, {settings.steps}", "-", best),
+        ("presegmentation_weight", f"{settings.presegmentation_weight:g}", "-", best),
+        ("learning_rate", f"{settings.learning_rate:g}", "-", best),
+        ("ema_decay", f"{settings.ema_decay:g}", f"{EPOCHS} epochs", "last ninth of the steps, at most 10 000"),
+        ("memory of nnU-Net", f"{record.nnunet_gb:.2f} GB", f"float32: {record.nnunet_fp32_gb:.2f} GB", COUNTED),
+        (
+            "memory of the denoiser",
+            f"{record.denoiser_gb:.2f} GB",
+            f"float32: {record.denoiser_fp32_gb:.2f} GB",
+            COUNTED,
+        ),
+    ]
     return _table(rows)
 
 
 def _alternatives(planner: DiffusionPlanning, configuration: dict[str, Any], name: str, device: torch.device) -> str:
-    found, heads = planner.sized[name], planner.heads
-    channels, batch = planner.channels, int(configuration["batch_size"])
+    found, features = planner.sized[name], tuple(topology_of(configuration)["features_per_stage"])
+    size = (planner.channels, planner.heads, int(configuration["batch_size"]))
     budget = TimeBudget(1.0, device)
-    stock = nnunet_cost(configuration, channels, heads, batch)
-    stock_fp32 = nnunet_cost(configuration, channels, heads, batch, amp=False)
-    rate = budget.nnunet_rate(configuration, channels, heads)
-    rows = [
-        (
-            "network",
-            "width",
-            "GB, half precision",
-            "GB, float32",
-            "TFLOP a step",
-            "of nnU-Net's",
-            f"hours, {EPOCHS} epochs",
-        )
-    ]
-    rows.append(("nnU-Net", _numbers(topology_of(configuration)["features_per_stage"]), f"{stock.total / GB:.2f}", f"{stock_fp32.total / GB:.2f}", f"{stock.flops / TERA:.3f}", "1.00", _hours(stock.flops / rate)))  # fmt: skip
-    rate = budget.denoiser_rate(configuration, found.settings, channels, heads)
-    features = tuple(topology_of(configuration)["features_per_stage"])
-    for sixteenths in sorted({*ALTERNATIVES, found.sixteenths}):
-        settings = dataclasses.replace(found.settings, features_per_stage=width_at(sixteenths, features))
-        half, full = (denoiser_cost(configuration, settings, channels, heads, batch, amp=amp) for amp in (True, False))
-        mark = " (chosen)" if sixteenths == found.sixteenths else ""
-        rows.append((f"denoiser {sixteenths}/16{mark}", _numbers(settings.features_per_stage), f"{half.total / GB:.2f}", f"{full.total / GB:.2f}", f"{half.flops / TERA:.3f}", f"{half.flops / stock.flops:.2f}", _hours(half.flops / rate)))  # fmt: skip
+    stock, stock_fp32 = (nnunet_cost(configuration, *size, amp=amp) for amp in (True, False))
+
+    def row(network: str, widths: Sequence[int], half: Cost, full: Cost, rate: float) -> tuple[str, ...]:
+        figures = (f"{half.total / GB:.2f}", f"{full.total / GB:.2f}", f"{half.flops / TERA:.3f}")
+        return (network, _numbers(widths), *figures, f"{half.flops / stock.flops:.2f}", _hours(half.flops / rate))
+
+    head = ("network", "width", "GB, half precision", "GB, float32", "TFLOP a step", "ratio", f"hours, {EPOCHS} epochs")
+    rows = [head, row("nnU-Net", features, stock, stock_fp32, budget.nnunet_rate(configuration, *size[:2]))]
+    rate = budget.denoiser_rate(configuration, found.settings, *size[:2])
+    for parts in sorted({*ALTERNATIVES, found.parts}):
+        settings = dataclasses.replace(found.settings, features_per_stage=width_at(parts, features))
+        half, full = (denoiser_cost(configuration, settings, *size, amp=amp) for amp in (True, False))
+        mark = " (chosen)" if parts == found.parts else ""
+        rows.append(row(f"denoiser {parts}/32{mark}", settings.features_per_stage, half, full, rate))
     where = "GPU" if device.type == "cuda" else "CPU"
-    note = f"Hours on this machine's {where}, from a few steps on small patches without loading and augmentation; those of other widths by FLOPs."
-    return f"{_table(rows)}\n\n{note}"
+    return (
+        f"{_table(rows)}\n\nHours on this machine's {where}, from a few steps on small patches, without loading and "
+        "augmentation; those of other widths by their FLOPs."
+    )
 
 
 def _hours(step_seconds: float) -> str:

@@ -11,8 +11,11 @@ from nnunet_diffusion.networks.attention import pooled_size
 from nnunet_diffusion.planning.costs import Cost, denoiser_cost
 from nnunet_diffusion.settings import DiffusionSettings, default_settings, topology_of
 
-WIDTHS = range(2, 17)
-"""Widths of the denoiser that are tried, in sixteenths of nnU-Net's: from an eighth of it to all of it."""
+WIDTHS = range(4, 33)
+"""Widths of the denoiser that are tried, in 32nds of nnU-Net's: from an eighth of it to all of it."""
+HALF = 16
+FEWEST_CHANNELS = 4
+"""A group of the group norms has no fewer; where nnU-Net itself is that narrow the denoiser is as wide."""
 ATTENTION_TOKENS = (4096, 2048, 1024, 512, 256)
 ATTENTION_SHARE = 0.05
 """Of the denoiser's FLOPs, what attention may take at one stage, and all stages together twice that."""
@@ -26,28 +29,28 @@ class Sized:
 
     Attributes:
         settings: as they go into the plans.
-        sixteenths: its width, in sixteenths of nnU-Net's.
+        parts: its width, in 32nds of nnU-Net's.
         cost: of its training step at the plan's batch, in half precision.
         reasons: setting -> (value the rule looked at, rule), as text.
     """
 
     settings: DiffusionSettings
-    sixteenths: int
+    parts: int
     cost: Cost
     reasons: Mapping[str, tuple[str, str]]
 
 
-def width_at(sixteenths: int, features: tuple[int, ...]) -> tuple[int, ...]:
-    """Return `sixteenths` sixteenths of nnU-Net's width at each stage, at least 2 channels."""
-    return tuple(max(2, round(width * sixteenths / 16)) for width in features)
+def width_at(parts: int, features: tuple[int, ...]) -> tuple[int, ...]:
+    """Return `parts` 32nds of nnU-Net's width at each stage, but at least `FEWEST_CHANNELS`."""
+    return tuple(max(min(FEWEST_CHANNELS, width), round(width * parts / 32)) for width in features)
 
 
-def base_settings(configuration: Mapping[str, Any], sixteenths: int, regions: bool) -> DiffusionSettings:
+def base_settings(configuration: Mapping[str, Any], parts: int, regions: bool) -> DiffusionSettings:
     """Return the settings at a width, all that is not sized left at what measured best (`default_settings`)."""
     features = tuple(topology_of(configuration)["features_per_stage"])
     return replace(
         default_settings(configuration),
-        features_per_stage=width_at(sixteenths, features),
+        features_per_stage=width_at(parts, features),
         ema_decay=EMA_DECAY,
         regions=regions,
     )
@@ -76,19 +79,19 @@ def sized(
         ValueError: if not even an eighth of nnU-Net's width fits.
     """
     batch = int(configuration["batch_size"])
-    narrow = base_settings(configuration, 8, regions)
+    narrow = base_settings(configuration, HALF, regions)
     narrow, reasons = with_attention(configuration, narrow, channels, heads)
     features = tuple(topology_of(configuration)["features_per_stage"])
     found = None
     low, high = WIDTHS[0], WIDTHS[-1]
     while low <= high:
-        sixteenths = (low + high + 1) // 2
-        settings = replace(narrow, features_per_stage=width_at(sixteenths, features))
+        parts = (low + high + 1) // 2
+        settings = replace(narrow, features_per_stage=width_at(parts, features))
         cost = denoiser_cost(configuration, settings, channels, heads, batch, amp=gpu, gpu=gpu)
         if fits(cost, settings):
-            found, low = Sized(settings, sixteenths, cost, reasons), sixteenths + 1
+            found, low = Sized(settings, parts, cost, reasons), parts + 1
         else:
-            high = sixteenths - 1
+            high = parts - 1
     if found is None:
         raise ValueError("not even a denoiser of an eighth of nnU-Net's width fits")
     return found
@@ -109,8 +112,8 @@ def with_attention(
 
     def flops(stage: int, most: int) -> float:
         keys = math.prod(pooled_size(tokens_of[stage], most))
-        # two products, two flows, forward and twice that backward
-        return 2 * 2 * 2 * 3 * math.prod(tokens_of[stage]) * keys * widths[stage]
+        # two flows, each two products forward and five backward
+        return 2 * 2 * (2 + 5) * math.prod(tokens_of[stage]) * keys * widths[stage]
 
     stages = [stage for stage in range(1, len(widths)) if flops(stage, ATTENTION_TOKENS[-1]) <= limit]
     tokens = next(

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from nnunet_diffusion.evaluation.comparison import markdown_table
 from nnunet_diffusion.planning.diffusion_planner import DiffusionPlanning
 from nnunet_diffusion.planning.record import PlanRecord
 from nnunet_diffusion.settings import topology_of
+
+FOLDS = 5
+HEAD = (
+    "configuration",
+    "patch",
+    "batch",
+    "nnU-Net's width",
+    "denoiser's width",
+    "nnU-Net GB",
+    "denoiser GB",
+    "TFLOP a step",
+)
 
 
 def summary(planner: DiffusionPlanning, plans: Mapping[str, Any]) -> str:
@@ -18,32 +30,26 @@ def summary(planner: DiffusionPlanning, plans: Mapping[str, Any]) -> str:
         record = PlanRecord.from_plans(configuration)
         if name not in planner.sized or record is None:
             continue
-        found = planner.sized[name]
-        rows.append([name, _sizes(configuration["patch_size"]), str(configuration["batch_size"]), _sizes(topology_of(configuration)["features_per_stage"]), _sizes(found.settings.features_per_stage), f"{record.nnunet_gb:.2f}", f"{record.denoiser_gb:.2f}", f"{found.cost.flops / 1e12:.3f}"])  # fmt: skip
-        patch = tuple(configuration["patch_size"])
-        if (patch, configuration["batch_size"]) != (record.stock_patch_size, record.stock_batch_size):
+        found, patch, batch = planner.sized[name], tuple(configuration["patch_size"]), int(configuration["batch_size"])
+        widths = (topology_of(configuration)["features_per_stage"], found.settings.features_per_stage)
+        memory = (f"{record.nnunet_gb:.2f}", f"{record.denoiser_gb:.2f}", f"{found.cost.flops / 1e12:.3f}")
+        rows.append([name, _numbers(patch), str(batch), *map(_numbers, widths), *memory])
+        if (patch, batch) != (record.stock_patch_size, record.stock_batch_size):
             notes.append(
-                f"{name}: nnU-Net alone would get patch {_sizes(record.stock_patch_size)}, batch {record.stock_batch_size} at "
-                f"{record.memory_target_gb:g} GB."
+                f"{name}: nnU-Net alone would get patch {_numbers(record.stock_patch_size)}, batch "
+                f"{record.stock_batch_size} at {record.memory_target_gb:g} GB."
             )
-    if planner.dataset_json["numTraining"] < 5:
-        notes.append(
-            f"{planner.dataset_json['numTraining']} training cases are too few for five folds: train with fold all."
-        )
-    head = [
-        "configuration",
-        "patch",
-        "batch",
-        "nnU-Net's width",
-        "denoiser's width",
-        "nnU-Net GB",
-        "denoiser GB",
-        "TFLOP a step",
-    ]
-    number, name = int(plans["dataset_name"][7:10]), plans["plans_name"]
-    commands = f"Next: nnUNetv2_preprocess -d {number} -plans_name {name} -c CONFIG, then nnUNetv2_train {number} CONFIG FOLD -tr DiffusionTrainer -p {name}"
-    return "\n".join([markdown_table(head, rows), *notes, commands])
+    cases, number, plans_name = (
+        planner.dataset_json["numTraining"],
+        int(plans["dataset_name"][7:10]),
+        plans["plans_name"],
+    )
+    if cases < FOLDS:
+        notes.append(f"{cases} training cases are too few for {FOLDS} folds: train with fold all.")
+    notes.append(f"Next: nnUNetv2_preprocess -d {number} -plans_name {plans_name} -c CONFIG")
+    notes.append(f"      nnUNetv2_train {number} CONFIG FOLD -tr DiffusionTrainer -p {plans_name}")
+    return "\n".join([markdown_table(HEAD, rows), *notes])
 
 
-def _sizes(values: Any) -> str:
+def _numbers(values: Iterable[float]) -> str:
     return " ".join(str(int(value)) for value in values)

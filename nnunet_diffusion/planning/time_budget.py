@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
+from nnunet_diffusion.denoiser import build_denoiser
 from nnunet_diffusion.planning.costs import Cost, denoiser_cost, nnunet_cost
 from nnunet_diffusion.planning.steps import Step, build_nnunet, diffusion_step, nnunet_step
 from nnunet_diffusion.segmenter import DiffusionSegmenter
 from nnunet_diffusion.settings import DiffusionSettings, topology_of
-from nnunet_diffusion.training.network import build_denoiser
 
 REPEATS = 3
 PROBE_BATCH = 2

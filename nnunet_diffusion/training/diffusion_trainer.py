@@ -22,8 +22,10 @@ from torch.optim.swa_utils import AveragedModel
 
 from nnunet_diffusion.explain.figures import curves_figure
 from nnunet_diffusion.networks.pgdiffseg import PGDiffSeg
+from nnunet_diffusion.planning.excess import memory_warning
+from nnunet_diffusion.planning.record import PlanRecord
 from nnunet_diffusion.segmenter import DiffusionSegmenter, has_bfloat16
-from nnunet_diffusion.settings import PLANS_KEY, DiffusionSettings
+from nnunet_diffusion.settings import PLANS_KEY, VERSION, DiffusionSettings
 from nnunet_diffusion.training.cascade import (
     previous_stage_folder,
     refuse_impossible_start,
@@ -86,7 +88,14 @@ class DiffusionTrainer(nnUNetTrainer):
         # else Weights & Biases puts the pre-segmentor's curves into this network's run
         os.environ.setdefault("WANDB_REINIT", "create_new")
         super().__init__(plans, configuration, fold, dataset_json, device)
-        self.settings = DiffusionSettings.from_plans(self.configuration_manager.configuration)
+        resolved = self.configuration_manager.configuration
+        self.settings = DiffusionSettings.from_plans(resolved)
+        PlanRecord.from_plans(resolved)
+        if resolved.get(PLANS_KEY, {}).get("version", VERSION) < VERSION:
+            self.print_to_log_file(
+                f"The plans' {PLANS_KEY} section has version {resolved[PLANS_KEY]['version']}; it is read as version {VERSION}, "
+                "in which it means the same, and written so into the model's plans.json."
+            )
         self._given = given_presegmentor(fold, self.configuration_manager.patch_size)
         if self._given is not None:
             self.settings = dataclasses.replace(
@@ -230,6 +239,7 @@ class DiffusionTrainer(nnUNetTrainer):
         if not self._resumed:
             self._embed_presegmentor()
         self._warn_about_presegmentation_starts()
+        self._warn_about_memory()
         remove_what_killed_jobs_left(Path(self.output_folder))
         super().on_train_start()
 
@@ -285,6 +295,13 @@ class DiffusionTrainer(nnUNetTrainer):
                 "WARNING: diffusion.presegmentation_start_probability shows the denoiser the pre-segmentor's output on cases "
                 "that network was trained on. It makes fewer mistakes there than on new cases."
             )
+
+    def _warn_about_memory(self) -> None:
+        resolved, segmenter = self.configuration_manager.configuration, self.segmenter
+        heads, plans = segmenter.denoiser.state_channels, self.plans_manager.plans
+        warning = memory_warning(plans, resolved, self.settings, self.num_input_channels, heads)
+        if warning is not None:
+            self.print_to_log_file(warning)
 
     def on_train_epoch_start(self) -> None:
         """Seed the epoch's noise, so that a resumed training draws what an uninterrupted one does."""

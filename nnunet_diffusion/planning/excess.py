@@ -1,0 +1,45 @@
+"""How far a training goes beyond the memory its plans were made for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from nnunet_diffusion.planning.costs import denoiser_cost
+from nnunet_diffusion.planning.record import GB, memory_target_gb
+from nnunet_diffusion.settings import DiffusionSettings
+
+BYTES_PER_CHANNEL, BYTES_PER_HEAD, BYTES_OF_WEIGHTS = 400, 60, GB
+"""More than a voxel of the widest stage, of the diffusion state, and all weights ever need: small plans need no tracing."""
+
+
+def memory_warning(
+    plans: Mapping[str, Any], configuration: Mapping[str, Any], settings: DiffusionSettings, channels: int, heads: int
+) -> str | None:
+    """Return a warning, with the command that plans better, if DiffusionTrainer needs more memory than the plans' target.
+
+    Args:
+        plans: all of them.
+        configuration: resolved.
+        settings: of the denoiser.
+        channels: of the image, in the cascade with those of the previous stage.
+        heads: K.
+
+    Returns:
+        None if it fits, or if the plans' planner is not known.
+    """
+    target = memory_target_gb(plans, configuration)
+    batch = int(configuration["batch_size"])
+    voxels = batch * math.prod(int(edge) for edge in configuration["patch_size"])
+    bound = voxels * (BYTES_PER_CHANNEL * settings.features_per_stage[0] + BYTES_PER_HEAD * heads) + BYTES_OF_WEIGHTS
+    if target is None or bound <= target * GB:
+        return None
+    needed = denoiser_cost(configuration, settings, channels, heads, batch).total / GB
+    if needed <= target:
+        return None
+    return (
+        f"WARNING: on a GPU this training needs about {needed:.1f} GB, {needed - target:.1f} GB more than the {target:g} GB "
+        f"these plans were made for. Plans in which both networks fit: nnunet_diffusion plan -d {int(plans['dataset_name'][7:10])} "
+        f"-gpu_memory_target {target:g}"
+    )

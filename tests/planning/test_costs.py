@@ -1,0 +1,118 @@
+"""Costs found without data agree with what real steps keep, need and compute."""
+
+import contextlib
+import dataclasses
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from nnunet_diffusion.denoiser import build_denoiser
+from nnunet_diffusion.planning import costs
+from nnunet_diffusion.planning.costs import SavedBytes, denoiser_cost, nnunet_cost
+from nnunet_diffusion.planning.steps import build_nnunet, nnunet_step
+from nnunet_diffusion.segmenter import evaluate_denoiser
+from nnunet_diffusion.settings import default_settings
+
+CHANNELS, HEADS = 2, 3
+# patch, batch, nnU-Net's width at the first stage, stages
+PLANS = [
+    ((32, 32), 2, 8, 3),
+    ((56, 40), 16, 16, 4),
+    ((64, 64), 8, 16, 4),
+    ((96, 96), 4, 32, 5),
+    ((127, 65), 2, 16, 4),
+    ((128, 128), 2, 32, 5),
+    ((192, 160), 3, 16, 6),
+    ((16, 16, 16), 2, 8, 3),
+    ((24, 40, 24), 2, 16, 3),
+    ((32, 48, 32), 2, 8, 3),
+    ((33, 31, 17), 3, 16, 3),
+    ((48, 48, 48), 2, 16, 4),
+    ((64, 64, 64), 1, 16, 4),
+]
+
+
+def precision(amp):
+    return torch.autocast("cpu", dtype=torch.bfloat16) if amp else contextlib.nullcontext()
+
+
+def batch_of(patch, batch):
+    return torch.randn(batch, CHANNELS, *patch), torch.randint(0, HEADS, (batch, 1, *patch))
+
+
+@pytest.mark.parametrize("amp", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("patch", "batch", "width", "stages"), PLANS)
+def test_saved_bytes_are_those_of_a_real_forward_pass(configuration, patch, batch, width, stages, amp):
+    plan = configuration(patch, batch, width, stages)
+    settings = default_settings(plan)
+    denoiser = build_denoiser(settings, plan, CHANNELS, HEADS)
+    denoiser.train()
+    image, _ = batch_of(patch, batch)
+    noisy, clean = torch.randn(batch, HEADS, *patch), torch.randn(batch, HEADS, *patch)
+    with SavedBytes(denoiser) as saved:
+        with precision(amp):
+            outputs = evaluate_denoiser(denoiser, noisy, image, torch.zeros(batch, dtype=torch.long))
+        loss = (outputs[0].float() - clean).square().mean() + sum(part.float().square().mean() for part in outputs[1:])
+    assert loss.requires_grad
+    cost = denoiser_cost(plan, settings, CHANNELS, HEADS, batch, amp=amp)
+    assert cost.attention == pytest.approx(saved.attention, rel=0.1)
+    assert cost.activations == pytest.approx(saved.activations, rel=0.1)
+
+
+@pytest.mark.parametrize(("patch", "residual"), [((64, 64), False), ((32, 32, 16), False), ((32, 32, 16), True)])
+def test_peak_and_flops_of_nnunet_are_those_of_a_real_step(configuration, patch, residual):
+    plan = configuration(patch, 2, 16, 3, residual=residual)
+    network = build_nnunet(plan, CHANNELS, HEADS).train()
+    trace = costs._Trace(network, network)
+    with trace.recording():
+        step = nnunet_step(network, *batch_of(patch, 2))
+        trace.data_is_there()
+        trace.run(step)
+    real = trace.cost(optimizer_values=1, average=False, gpu=False)
+    cost = nnunet_cost(plan, CHANNELS, HEADS, 2, amp=False, gpu=False)
+    assert cost.flops == real.flops
+    assert cost.total == pytest.approx(real.total, rel=0.1)
+    counter = FlopCounterMode(display=False)
+    with counter:
+        step()
+    assert cost.flops == counter.get_total_flops()
+
+
+def test_parts_of_a_denoisers_cost(configuration):
+    plan = configuration((32, 32), 4, 16, 3)
+    settings = default_settings(plan)
+    cost = denoiser_cost(plan, settings, CHANNELS, HEADS, 4)
+    weights = 4 * sum(p.numel() for p in build_denoiser(settings, plan, CHANNELS, HEADS).parameters())
+    assert (cost.gradients, cost.optimizer) == (weights, 2 * weights)
+    frozen = 4 * sum(p.numel() for p in build_nnunet(plan, CHANNELS, HEADS).parameters())
+    assert cost.weights == pytest.approx(weights + frozen, rel=0.01)  # buffers of the norms
+    assert cost.average == pytest.approx(weights, rel=0.01)
+    assert cost.data >= 4 * 32 * 32 * (CHANNELS + 3 * HEADS) * 4
+    assert cost.workspace > 0 == denoiser_cost(plan, settings, CHANNELS, HEADS, 4, gpu=False).workspace
+    assert cost.total == sum(value for key, value in dataclasses.asdict(cost).items() if key != "flops")
+
+
+def test_need_grows_with_batch_width_and_precision(configuration):
+    plan = configuration((48, 48), 4, 16, 3)
+    settings = default_settings(plan)
+    wide = dataclasses.replace(settings, features_per_stage=(16, 32, 64))
+
+    def need(settings=settings, batch=4, **options):
+        return denoiser_cost(plan, settings, CHANNELS, HEADS, batch, **options).total
+
+    assert need() < need(batch=8) and need() < need(wide) and need() < need(amp=False)
+
+
+def test_attention_counts_with_its_tokens(configuration):
+    plan = configuration((64, 64), 2, 16, 3)
+    few, many = (dataclasses.replace(default_settings(plan), attention_tokens=tokens) for tokens in (64, 1024))
+    few, many = (denoiser_cost(plan, settings, CHANNELS, HEADS, 2) for settings in (few, many))
+    assert few.flops < many.flops and few.attention < many.attention
+    one = dataclasses.replace(default_settings(plan), attention_stages=(2,))
+    assert denoiser_cost(plan, one, CHANNELS, HEADS, 2).attention < many.attention
+
+
+def test_nothing_is_allocated_for_a_plan_beyond_this_machine(configuration):
+    plan = configuration((512, 512, 512), 8, 32, 5)
+    assert nnunet_cost(plan, 1, 5, 8).total > 10**12

@@ -1,0 +1,189 @@
+"""Planners on fingerprints: 2D, thin, anisotropic, cascade; targets that fit, that are too small, and time budgets."""
+
+import json
+import re
+
+import pytest
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunet_diffusion.planners.DiffusionPlanner import DiffusionPlanner
+from nnunet_diffusion.planners.DiffusionPlannerResEncL import DiffusionPlannerResEncL
+from nnunet_diffusion.planners.DiffusionPlannerResEncM import DiffusionPlannerResEncM
+from nnunet_diffusion.planning import time_budget
+from nnunet_diffusion.planning.data_reuse import shared_identifier
+from nnunet_diffusion.planning.diffusion_planner import TargetTooSmall
+from nnunet_diffusion.planning.explain import explanation
+from nnunet_diffusion.planning.record import GB, PlanRecord
+from nnunet_diffusion.planning.summary import summary
+from nnunet_diffusion.planning.time_budget import TimeBudget
+from nnunet_diffusion.settings import DiffusionSettings, topology_of
+
+NAME = "Dataset900_Sizes"
+
+
+def read(preprocessed, name="nnUNetDiffusionPlans"):
+    """Resolved configurations of plans on the disk, by name, with their settings and records."""
+    manager = PlansManager(str(preprocessed / f"{name}.json"))
+    resolved = {key: manager.get_configuration(key).configuration for key in manager.available_configurations}
+    return {key: (one, DiffusionSettings.from_plans(one), PlanRecord.from_plans(one)) for key, one in resolved.items()}
+
+
+@pytest.mark.slow
+def test_a_large_volume_fills_the_target_and_keeps_nnunets_patch(fingerprint):
+    """Neither the dataset's size nor its shape binds: both networks fit, and 85 % of the target are used."""
+    preprocessed = fingerprint((300, 300, 300), (1.0, 1.0, 1.0), cases=100)
+    DiffusionPlanner(NAME, gpu_memory_target_in_gb=2).plan_experiment()
+    for name, (configuration, settings, record) in read(preprocessed).items():
+        if name == "3d_cascade_fullres":
+            continue
+        used = max(record.nnunet_gb, record.denoiser_gb)
+        assert 0.85 * 2 <= used <= 2, (name, record)
+        assert tuple(configuration["patch_size"]) == record.stock_patch_size
+        assert configuration["batch_size"] == record.stock_batch_size
+        nnunet = topology_of(configuration)["features_per_stage"]
+        assert nnunet[0] / 8 <= settings.features_per_stage[0] <= nnunet[0] == 32
+
+
+def test_volumes_that_need_a_cascade(fingerprint):
+    preprocessed = fingerprint((160, 160, 160), (1.0, 1.0, 1.0), labels=("background", "organ", "lesion"))
+    planner = DiffusionPlanner(NAME, gpu_memory_target_in_gb=0.1)
+    plans = planner.plan_experiment()
+    found = read(preprocessed)
+    assert set(found) == {"2d", "3d_lowres", "3d_fullres", "3d_cascade_fullres"}
+    assert found["3d_cascade_fullres"][1] == found["3d_fullres"][1]
+    for name in planner.sized:
+        record = found[name][2]
+        assert max(record.nnunet_gb, record.denoiser_gb) <= 0.1 and record.planner == "DiffusionPlanner"
+        assert record.nnunet_fp32_gb > record.nnunet_gb and record.denoiser_fp32_gb > record.denoiser_gb
+    assert found["3d_lowres"][0]["data_identifier"] == "nnUNetDiffusionPlans_3d_lowres"
+    text = summary(planner, plans)
+    assert all(word in text for word in ("3d_lowres", "nnUNetv2_preprocess -d 900 -plans_name nnUNetDiffusionPlans"))
+
+
+def test_natural_images(fingerprint):
+    preprocessed = fingerprint((1, 120, 160), (999.0, 1.0, 1.0), channels=("R", "G", "B"))
+    DiffusionPlanner(NAME, gpu_memory_target_in_gb=1).plan_experiment()
+    ((name, (configuration, settings, _)),) = read(preprocessed).items()
+    assert name == "2d" and configuration["patch_size"] == [128, 160]
+    assert settings.norm == ("batch" if configuration["batch_size"] >= 8 else "instance")
+
+
+@pytest.mark.parametrize(
+    ("shape", "spacing"),
+    [((12, 96, 96), (5.0, 0.7, 0.7)), ((40, 1, 40), (1.0, 1.0, 1.0)), ((1, 1, 40), (1.0, 1.0, 1.0))],
+)
+def test_anisotropic_and_thin_volumes_are_planned_or_refused(fingerprint, shape, spacing):
+    preprocessed = fingerprint(shape, spacing)
+    if shape == (1, 1, 40):
+        with pytest.raises(ValueError, match="1"):
+            DiffusionPlanner(NAME, gpu_memory_target_in_gb=1).plan_experiment()
+        return
+    DiffusionPlanner(NAME, gpu_memory_target_in_gb=1).plan_experiment()
+    for configuration, settings, record in read(preprocessed).values():
+        assert len(settings.features_per_stage) == len(topology_of(configuration)["strides"]) >= 2
+        assert record.denoiser_gb <= 1
+
+
+def test_resenc_presets_have_their_own_names_networks_and_targets(fingerprint):
+    preprocessed = fingerprint((1, 64, 64), (999.0, 1.0, 1.0))
+    for planner, name, target in (
+        (DiffusionPlannerResEncM, "nnUNetDiffusionResEncUNetMPlans", 8),
+        (DiffusionPlannerResEncL, "nnUNetDiffusionResEncUNetLPlans", 24),
+    ):
+        planner(NAME).plan_experiment()
+        configuration, settings, record = read(preprocessed, name)["2d"]
+        assert configuration["architecture"]["network_class_name"].endswith("ResidualEncoderUNet")
+        assert record.memory_target_gb == target
+        assert settings.features_per_stage == tuple(topology_of(configuration)["features_per_stage"])
+
+
+def test_the_smallest_target_that_the_refusal_names_works(fingerprint):
+    preprocessed = fingerprint((64, 64, 64), (1.0, 1.0, 1.0))
+    with pytest.raises(TargetTooSmall, match=r"-gpu_memory_target 0.001 is too small") as refused:
+        DiffusionPlanner(NAME, gpu_memory_target_in_gb=0.001).plan_experiment()
+    assert not list(preprocessed.glob("*Plans.json"))
+    (named,) = re.findall(r"needs ([\d.]+) GB", str(refused.value))
+    DiffusionPlanner(NAME, gpu_memory_target_in_gb=float(named)).plan_experiment()
+    assert read(preprocessed)
+
+
+def test_one_case(fingerprint):
+    fingerprint((1, 64, 64), (999.0, 1.0, 1.0), cases=1)
+    planner = DiffusionPlanner(NAME, gpu_memory_target_in_gb=1)
+    plans = planner.plan_experiment()
+    assert plans["configurations"]["2d"]["batch_size"] == 2
+    assert "1 training cases are too few" in summary(planner, plans)
+
+
+def test_nnunets_data_are_shared_where_they_are_the_same(fingerprint):
+    preprocessed = fingerprint((1, 64, 64), (999.0, 1.0, 1.0))
+    own = DiffusionPlanner(NAME, gpu_memory_target_in_gb=1).plan_experiment()
+    assert own["configurations"]["2d"]["data_identifier"] == "nnUNetDiffusionPlans_2d"
+    stock = json.loads((preprocessed / "nnUNetDiffusionPlans.json").read_text())
+    stock["configurations"]["2d"]["data_identifier"] = "nnUNetPlans_2d"
+    (preprocessed / "nnUNetPlans.json").write_text(json.dumps(stock))
+    assert shared_identifier(NAME, own, "2d") == "nnUNetPlans_2d"
+    stock["configurations"]["2d"]["spacing"] = [2.0, 1.0]
+    (preprocessed / "nnUNetPlans.json").write_text(json.dumps(stock))
+    assert shared_identifier(NAME, own, "2d") == "nnUNetDiffusionPlans_2d"
+
+
+@pytest.fixture
+def steady_machine(monkeypatch):
+    """Steps whose seconds are their FLOPs at `rate`: a machine whose speed is known."""
+
+    def set_rate(rate):
+        def nnunet(configuration, channels, heads, batch, patch, device):
+            cost = time_budget.nnunet_cost({**configuration, "patch_size": patch}, channels, heads, batch, amp=False)
+            return cost.flops / rate
+
+        def denoiser(configuration, settings, channels, heads, batch, patch, device):
+            configuration = {**configuration, "patch_size": patch}
+            return time_budget.denoiser_cost(configuration, settings, channels, heads, batch, amp=False).flops / rate
+
+        monkeypatch.setattr(time_budget, "nnunet_seconds", nnunet)
+        monkeypatch.setattr(time_budget, "denoiser_seconds", denoiser)
+
+    return set_rate
+
+
+@pytest.mark.parametrize(("rate", "width"), [(1e12, 32), (1e11, 32), (1e10, 8)])
+def test_time_budget_takes_the_batch_then_the_width_then_the_patch(fingerprint, steady_machine, rate, width):
+    preprocessed = fingerprint((1, 128, 128), (999.0, 1.0, 1.0), cases=2000)
+    steady_machine(rate)
+    planner = DiffusionPlanner(NAME, time_budget=TimeBudget(1.0))
+    planner.plan_experiment()
+    configuration, _, record = read(preprocessed)["2d"]
+    assert record.step_seconds == 1 and record.machine
+    assert topology_of(configuration)["features_per_stage"][0] == width
+    assert configuration["patch_size"] == [128, 128] or width == 8
+    seconds = planner.sized["2d"].cost.flops / rate
+    assert 0.5 < seconds <= 1, "a training step takes about a second"
+
+
+def test_time_budget_must_be_positive_and_long_enough(fingerprint, steady_machine):
+    fingerprint((1, 64, 64), (999.0, 1.0, 1.0))
+    with pytest.raises(ValueError, match="positive"):
+        TimeBudget(0)
+    steady_machine(1e5)
+    with pytest.raises(TargetTooSmall, match="-step_seconds"):
+        DiffusionPlanner(NAME, time_budget=TimeBudget(0.01)).plan_experiment()
+
+
+def test_explanation_names_rules_values_and_alternatives(fingerprint, steady_machine):
+    import torch
+
+    fingerprint((1, 64, 48), (999.0, 1.0, 1.0))
+    steady_machine(1e10)
+    planner = DiffusionPlanner(NAME, gpu_memory_target_in_gb=1)
+    plans = planner.plan_experiment()
+    text = explanation(planner, plans, torch.device("cpu"))
+    settings = planner.sized["2d"].settings
+    for field in ("patch_size", "features_per_stage", "attention_tokens", "ema_decay", "learning_rate", "start_step"):
+        assert field in text
+    assert f"| {settings.attention_tokens} " in text and "median shape [64, 48]" in text
+    assert "denoiser 4/32" in text and "(chosen)" in text and "hours, 1000 epochs" in text
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert len({len(row) for row in rows[: rows.index(next(row for row in rows if "network" in row))]}) == 1, (
+        "columns in line"
+    )
