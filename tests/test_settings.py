@@ -42,6 +42,12 @@ def test_partial_section_keeps_the_other_defaults():
     )
 
 
+def test_a_section_of_version_1_means_the_same_today():
+    section = DiffusionSettings.from_plans(configuration()).to_plans()
+    del section["attention_stages"]
+    assert DiffusionSettings.from_plans(configuration(**{**section, "version": 1})) == default_settings(configuration())
+
+
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v"])
 def test_prediction_types_without_bounded_targets_train_on_the_truth_by_default(prediction_type):
     assert DiffusionSettings.from_plans(configuration(prediction_type=prediction_type)).corruption_probability == 0
@@ -69,8 +75,11 @@ def test_prediction_types_without_bounded_targets_train_on_the_truth_by_default(
         ({"from_noise": True}, ["from_noise", "start_step", "1000"]),
         ({"corruption_probability": 0.7, "presegmentation_start_probability": 0.5}, ["0.7", "0.5", "at most 1"]),
         ({"condition_on_presegmentation": True}, ["condition_on_presegmentation", "truth", "0.5"]),
-        ({"version": 2}, ["version", "2", "upgrade"]),
-        ({"version": 2, "of_the_future": 1}, ["version", "2", "upgrade"]),
+        ({"version": 3}, ["version", "3", "upgrade"]),
+        ({"version": 3, "of_the_future": 1}, ["version", "3", "upgrade"]),
+        ({"version": 1, "attention_stages": [1]}, ["attention_stages", "version 1", "version 2"]),
+        ({"attention_stages": [3]}, ["attention_stages", "[3]", "1 to 2"]),
+        ({"attention_stages": [2, 1]}, ["attention_stages", "[2, 1]", "ascending"]),
         ({"seed": -1}, ["seed", "-1", ">= 0"]),
     ],
 )

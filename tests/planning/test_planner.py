@@ -4,16 +4,16 @@ import json
 import re
 
 import pytest
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-
 from nnunet_diffusion.planners.DiffusionPlanner import DiffusionPlanner
 from nnunet_diffusion.planners.DiffusionPlannerResEncL import DiffusionPlannerResEncL
 from nnunet_diffusion.planners.DiffusionPlannerResEncM import DiffusionPlannerResEncM
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
 from nnunet_diffusion.planning import time_budget
 from nnunet_diffusion.planning.data_reuse import shared_identifier
 from nnunet_diffusion.planning.diffusion_planner import TargetTooSmall
 from nnunet_diffusion.planning.explain import explanation
-from nnunet_diffusion.planning.record import GB, PlanRecord
+from nnunet_diffusion.planning.record import PlanRecord
 from nnunet_diffusion.planning.summary import summary
 from nnunet_diffusion.planning.time_budget import TimeBudget
 from nnunet_diffusion.settings import DiffusionSettings, topology_of

@@ -1,0 +1,78 @@
+"""`nnunet_diffusion plan`: what is wrong gets one line with the cure."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from nnunet_diffusion.cli import plan
+from nnunet_diffusion.cli.main import main
+
+DATASET = "Dataset007_Toy"
+PLANNERS = ["DiffusionPlanner", "DiffusionPlannerResEncL", "DiffusionPlannerResEncM"]
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """nnU-Net's folders with one raw dataset and its fingerprint."""
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setenv(name, str(tmp_path / name))
+    (tmp_path / "nnUNet_raw" / DATASET).mkdir()
+    (tmp_path / "nnUNet_preprocessed" / DATASET).mkdir()
+    (tmp_path / "nnUNet_preprocessed" / DATASET / "dataset_fingerprint.json").write_text(json.dumps({}))
+    return tmp_path
+
+
+def error_of(capsys, *words: str) -> str:
+    """The one line that the command prints before it exits with 2."""
+    assert main(["plan", *words]) == 2
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert line.startswith("nnunet_diffusion plan: error: ")
+    return line
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("-d", "7", "-pl", "MyPlanner"), ["-pl is MyPlanner", *PLANNERS]),
+        (("-d", "7", "-step_seconds", "2"), ["-step_seconds", "-device cpu"]),
+        (("-d", "7", "-gpu_memory_target", "0"), ["-gpu_memory_target is 0", "positive"]),
+        (("-d", "7", "-device", "cpu", "-step_seconds", "-1"), ["-step_seconds is -1", "positive"]),
+        (("-d", "7", "-c", "2d", "3d_fullres", "-np", "1", "2", "3"), ["-np has 3 numbers", "2d"]),
+        (("-d", "8"), ["dataset 8 is not in", "nnUNet_raw"]),
+        (("-d", "seven"), ["'seven'", "Dataset004_Name"]),
+    ],
+)
+def test_wrong_options(folders, capsys, words, told):
+    line = error_of(capsys, *words)
+    assert all(word in line for word in told), line
+
+
+def test_missing_fingerprint_names_the_command(folders, capsys):
+    (folders / "nnUNet_preprocessed" / DATASET / "dataset_fingerprint.json").unlink()
+    assert "nnUNetv2_extract_fingerprint -d 7 --verify_dataset_integrity" in error_of(capsys, "-d", "7")
+
+
+def test_unset_folder_and_ambiguous_number(folders, capsys, monkeypatch):
+    (folders / "nnUNet_raw" / "Dataset007_Other").mkdir()
+    line = error_of(capsys, "-d", "7")
+    assert "ambiguous" in line and "Dataset007_Other" in line
+    monkeypatch.delenv("nnUNet_raw")
+    assert "nnUNet_raw is not set" in error_of(capsys, "-d", "7")
+
+
+def test_planners_are_the_modules_of_their_folder():
+    assert plan.planner_names() == PLANNERS
+
+
+def test_planning_without_augmentation_processes(monkeypatch):
+    """nnU-Net's planner would set torch to 0 threads."""
+    name = "nnUNet_n_proc_DA"
+    monkeypatch.setenv(name, "0")
+    with plan.planning_threads():
+        assert os.environ[name] == "1"
+    assert os.environ[name] == "0"
