@@ -7,9 +7,11 @@ the networks as they are, whatever changes in them, and a plan for 80 GB can be 
 from __future__ import annotations
 
 import contextlib
+import json
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -86,6 +88,12 @@ def nnunet_cost(
         amp: autocast in half precision, as nnU-Net does on a GPU; else float32.
         gpu: with the allowance for a GPU's workspace.
     """
+    return _nnunet_cost(_frozen(configuration), channels, heads, batch, amp, gpu)
+
+
+@lru_cache(maxsize=512)
+def _nnunet_cost(plan: str, channels: int, heads: int, batch: int, amp: bool, gpu: bool) -> Cost:
+    configuration = json.loads(plan)
     with FakeTensorMode():
         network = build_nnunet(configuration, channels, heads).train()
         trace = _Trace(network, network)
@@ -119,6 +127,12 @@ def denoiser_cost(
         amp: autocast in half precision, as nnU-Net does on a GPU; else float32.
         gpu: with the allowance for a GPU's workspace.
     """
+    return _denoiser_cost(_frozen(configuration), json.dumps(settings.to_plans()), channels, heads, batch, amp, gpu)
+
+
+@lru_cache(maxsize=512)
+def _denoiser_cost(plan: str, section: str, channels: int, heads: int, batch: int, amp: bool, gpu: bool) -> Cost:
+    configuration, settings = json.loads(plan), DiffusionSettings(**json.loads(section))
     with FakeTensorMode():
         frozen = build_nnunet(configuration, channels, heads).requires_grad_(False)
         denoiser = build_denoiser(settings, configuration, channels, heads)
@@ -129,6 +143,11 @@ def denoiser_cost(
             trace.data_is_there()
             trace.run(step)
     return trace.cost(optimizer_values=2, average=True, gpu=gpu)
+
+
+def _frozen(configuration: Mapping[str, Any]) -> str:
+    """What decides the cost of a configuration, as a key: the same plan is judged many times."""
+    return json.dumps({key: configuration[key] for key in ("architecture", "patch_size")}, default=int)
 
 
 def _denoiser_step(

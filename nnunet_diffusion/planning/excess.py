@@ -38,8 +38,9 @@ def memory_warning(
     needed = denoiser_cost(configuration, settings, channels, heads, batch).total / GB
     if needed <= target:
         return None
+    number = int(plans["dataset_name"][7:10])
     return (
         f"WARNING: on a GPU this training needs about {needed:.1f} GB, {needed - target:.1f} GB more than the {target:g} GB "
-        f"these plans were made for. Plans in which both networks fit: nnunet_diffusion plan -d {int(plans['dataset_name'][7:10])} "
+        f"these plans were made for. Plans in which both networks fit: nnunet_diffusion plan -d {number} "
         f"-gpu_memory_target {target:g}"
     )

@@ -73,7 +73,12 @@ def _choices(planner: DiffusionPlanning, configuration: dict[str, Any], name: st
             "nnU-Net's data if the same",
         ),
         ("features_per_stage", width(settings.features_per_stage), budget, "widest of 4/32 to 32/32 of nnU-Net's"),
-        ("sdb_depth", str(settings.sdb_depth), "-", "the paper's"),
+        (
+            "sdb_depth",
+            str(settings.sdb_depth),
+            budget,
+            "the paper's 4; 2 if 4 would keep it below half of nnU-Net's width",
+        ),
         ("attention_tokens", str(settings.attention_tokens), f"stages {sizes}", share),
         ("attention_stages", width(settings.attention_stages), "the same", "all that keep to that share"),
         ("norm", settings.norm, f"batch {batch}", "batch from 8 patches on, else instance"),

@@ -14,6 +14,8 @@ from nnunet_diffusion.settings import DiffusionSettings, default_settings, topol
 WIDTHS = range(4, 33)
 """Widths of the denoiser that are tried, in 32nds of nnU-Net's: from an eighth of it to all of it."""
 HALF = 16
+SDB_DEPTHS = (4, 2)
+"""The paper's, and one that measured as good at less memory: taken where it allows a width nearer to half of nnU-Net's."""
 FEWEST_CHANNELS = 4
 """A group of the group norms has no fewer; where nnU-Net itself is that narrow the denoiser is as wide."""
 ATTENTION_TOKENS = (4096, 2048, 1024, 512, 256)
@@ -43,6 +45,11 @@ class Sized:
 def width_at(parts: int, features: tuple[int, ...]) -> tuple[int, ...]:
     """Return `parts` 32nds of nnU-Net's width at each stage, but at least `FEWEST_CHANNELS`."""
     return tuple(max(min(FEWEST_CHANNELS, width), round(width * parts / 32)) for width in features)
+
+
+def narrowest(configuration: Mapping[str, Any], regions: bool) -> DiffusionSettings:
+    """Return the settings of the denoiser that needs least: the patch must leave room for it."""
+    return replace(base_settings(configuration, WIDTHS[0], regions), sdb_depth=SDB_DEPTHS[-1])
 
 
 def base_settings(configuration: Mapping[str, Any], parts: int, regions: bool) -> DiffusionSettings:
@@ -78,22 +85,37 @@ def sized(
     Raises:
         ValueError: if not even an eighth of nnU-Net's width fits.
     """
-    batch = int(configuration["batch_size"])
-    narrow = base_settings(configuration, HALF, regions)
-    narrow, reasons = with_attention(configuration, narrow, channels, heads)
-    features = tuple(topology_of(configuration)["features_per_stage"])
-    found = None
-    low, high = WIDTHS[0], WIDTHS[-1]
+    settings, reasons = with_attention(configuration, base_settings(configuration, HALF, regions), channels, heads)
+    deep, shallow = (replace(settings, sdb_depth=depth) for depth in SDB_DEPTHS)
+    chosen = _widest(configuration, deep, channels, heads, fits, gpu)
+    if chosen is None or chosen.parts < HALF:
+        other = _widest(configuration, shallow, channels, heads, fits, gpu)
+        if other is not None and (chosen is None or other.parts > chosen.parts):
+            chosen = other
+    if chosen is None:
+        raise ValueError("not even a denoiser of an eighth of nnU-Net's width fits")
+    return replace(chosen, reasons=reasons)
+
+
+def _widest(
+    configuration: Mapping[str, Any],
+    settings: DiffusionSettings,
+    channels: int,
+    heads: int,
+    fits: Callable[[Cost, DiffusionSettings], bool],
+    gpu: bool,
+) -> Sized | None:
+    batch, features = int(configuration["batch_size"]), tuple(topology_of(configuration)["features_per_stage"])
+    found, low, high = None, WIDTHS[0], WIDTHS[-1]
     while low <= high:
-        parts = (low + high + 1) // 2
-        settings = replace(narrow, features_per_stage=width_at(parts, features))
-        cost = denoiser_cost(configuration, settings, channels, heads, batch, amp=gpu, gpu=gpu)
-        if fits(cost, settings):
-            found, low = Sized(settings, parts, cost, reasons), parts + 1
+        # small datasets leave room for all of nnU-Net's width: ask that first
+        parts = high if high == WIDTHS[-1] else (low + high + 1) // 2
+        candidate = replace(settings, features_per_stage=width_at(parts, features))
+        cost = denoiser_cost(configuration, candidate, channels, heads, batch, amp=gpu, gpu=gpu)
+        if fits(cost, candidate):
+            found, low = Sized(candidate, parts, cost, {}), parts + 1
         else:
             high = parts - 1
-    if found is None:
-        raise ValueError("not even a denoiser of an eighth of nnU-Net's width fits")
     return found
 
 

@@ -19,9 +19,10 @@ from nnunet_diffusion.segmenter import DiffusionSegmenter
 from nnunet_diffusion.settings import DiffusionSettings, topology_of
 
 REPEATS = 3
-PROBE_BATCH = 2
 PROBE_EDGE = {2: 96, 3: 32}
-"""Longest edge, in voxels, of the patch on which a width's speed is first measured."""
+"""By number of axes, the longest edge, in voxels, of the patch on which a width's speed is first measured."""
+PROBE_BATCH = {2: 8, 3: 2}
+"""The batch of that; fewer small slices would measure overhead."""
 
 
 def nnunet_seconds(
@@ -119,9 +120,9 @@ class TimeBudget:
         """FLOP/s of nnU-Net's step at the configuration's widths."""
         key = _key("nnunet", configuration, topology_of(configuration)["features_per_stage"])
         if key not in self.rates:
-            small = _small(configuration)
-            flops = nnunet_cost(small, channels, heads, PROBE_BATCH, amp=False, gpu=False).flops
-            seconds = nnunet_seconds(small, channels, heads, PROBE_BATCH, small["patch_size"], self.device)
+            small, batch = _small(configuration)
+            flops = nnunet_cost(small, channels, heads, batch, amp=False, gpu=False).flops
+            seconds = nnunet_seconds(small, channels, heads, batch, small["patch_size"], self.device)
             self.rates[key] = flops / seconds
         return self.rates[key]
 
@@ -129,11 +130,11 @@ class TimeBudget:
         self, configuration: Mapping[str, Any], settings: DiffusionSettings, channels: int, heads: int
     ) -> float:
         """FLOP/s of DiffusionTrainer's step at the settings' widths."""
-        key = _key("denoiser", configuration, settings.features_per_stage)
+        key = _key(f"denoiser {settings.sdb_depth}", configuration, settings.features_per_stage)
         if key not in self.rates:
-            small = _small(configuration)
-            flops = denoiser_cost(small, settings, channels, heads, PROBE_BATCH, amp=False, gpu=False).flops
-            seconds = denoiser_seconds(small, settings, channels, heads, PROBE_BATCH, small["patch_size"], self.device)
+            small, batch = _small(configuration)
+            flops = denoiser_cost(small, settings, channels, heads, batch, amp=False, gpu=False).flops
+            seconds = denoiser_seconds(small, settings, channels, heads, batch, small["patch_size"], self.device)
             self.rates[key] = flops / seconds
         return self.rates[key]
 
@@ -153,7 +154,9 @@ class TimeBudget:
         seconds = denoiser_seconds(
             configuration, settings, channels, heads, batch, configuration["patch_size"], self.device
         )
-        self.rates[_key("denoiser", configuration, settings.features_per_stage)] = cost.flops / seconds
+        self.rates[_key(f"denoiser {settings.sdb_depth}", configuration, settings.features_per_stage)] = (
+            cost.flops / seconds
+        )
         return seconds
 
 
@@ -161,8 +164,6 @@ def _key(network: str, configuration: Mapping[str, Any], features: Sequence[int]
     return network, len(configuration["patch_size"]), int(features[0])
 
 
-def _small(configuration: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        **configuration,
-        "patch_size": probe_patch(configuration["patch_size"], topology_of(configuration)["strides"]),
-    }
+def _small(configuration: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
+    patch = probe_patch(configuration["patch_size"], topology_of(configuration)["strides"])
+    return {**configuration, "patch_size": patch}, PROBE_BATCH[len(patch)]

@@ -93,8 +93,8 @@ class DiffusionTrainer(nnUNetTrainer):
         PlanRecord.from_plans(resolved)
         if resolved.get(PLANS_KEY, {}).get("version", VERSION) < VERSION:
             self.print_to_log_file(
-                f"The plans' {PLANS_KEY} section has version {resolved[PLANS_KEY]['version']}; it is read as version {VERSION}, "
-                "in which it means the same, and written so into the model's plans.json."
+                f"The plans' {PLANS_KEY} section has version {resolved[PLANS_KEY]['version']}; it is read as version "
+                f"{VERSION}, in which it means the same, and written so into the model's plans.json."
             )
         self._given = given_presegmentor(fold, self.configuration_manager.patch_size)
         if self._given is not None:

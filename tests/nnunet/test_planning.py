@@ -65,7 +65,7 @@ def read(path):
 
 def test_another_spacing_gets_data_of_its_own_and_is_refused_over_them(planned):
     place, _ = planned
-    words = ("-d", 4, "-gpu_memory_target", 0.02, "-overwrite_plans_name", "Coarse", "-overwrite_target_spacing", 1)
+    words = ("-d", 4, "-gpu_memory_target", 0.02, "-overwrite_plans_name", "Coarse", "-overwrite_target_spacing", 2)
     place.run("nnunet_diffusion", "plan", *words, 2, 2, "--preprocess", "-c", CONFIGURATION, "-np", 1)
     section = json.loads((place.preprocessed / "Coarse.json").read_text())["configurations"][CONFIGURATION]
     assert section["data_identifier"] == "Coarse_2d" and section["spacing"] == [2, 2]

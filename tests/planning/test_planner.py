@@ -72,12 +72,8 @@ def test_natural_images(fingerprint):
     ("shape", "spacing"),
     [((12, 96, 96), (5.0, 0.7, 0.7)), ((40, 1, 40), (1.0, 1.0, 1.0)), ((1, 1, 40), (1.0, 1.0, 1.0))],
 )
-def test_anisotropic_and_thin_volumes_are_planned_or_refused(fingerprint, shape, spacing):
+def test_anisotropic_and_thin_volumes(fingerprint, shape, spacing):
     preprocessed = fingerprint(shape, spacing)
-    if shape == (1, 1, 40):
-        with pytest.raises(ValueError, match="1"):
-            DiffusionPlanner(NAME, gpu_memory_target_in_gb=1).plan_experiment()
-        return
     DiffusionPlanner(NAME, gpu_memory_target_in_gb=1).plan_experiment()
     for configuration, settings, record in read(preprocessed).values():
         assert len(settings.features_per_stage) == len(topology_of(configuration)["strides"]) >= 2
@@ -147,7 +143,7 @@ def steady_machine(monkeypatch):
     return set_rate
 
 
-@pytest.mark.parametrize(("rate", "width"), [(1e12, 32), (1e11, 32), (1e10, 8)])
+@pytest.mark.parametrize(("rate", "width"), [(1e12, 32), (2e11, 16), (2e10, 8)])
 def test_time_budget_takes_the_batch_then_the_width_then_the_patch(fingerprint, steady_machine, rate, width):
     preprocessed = fingerprint((1, 128, 128), (999.0, 1.0, 1.0), cases=2000)
     steady_machine(rate)

@@ -42,6 +42,23 @@ def test_the_widest_that_fits_is_taken(configuration):
         sized(plan, 1, 2, False, lambda *_: False)
 
 
+def test_shallow_dense_blocks_where_deep_ones_leave_less_than_half_of_the_width(configuration):
+    plan = configuration((32, 32), 4, 32, 3)
+    at_half = denoiser_cost(plan, base_settings(plan, HALF, False), 1, 2, 4).total
+
+    def within(share):
+        return sized(plan, 1, 2, False, lambda cost, settings: cost.total <= share * at_half)
+
+    assert within(1.2).settings.sdb_depth == 4
+    tight = within(0.8)
+    assert tight.settings.sdb_depth == 2
+    assert tight.parts > max(
+        parts
+        for parts in range(4, 33)
+        if denoiser_cost(plan, base_settings(plan, parts, False), 1, 2, 4).total <= 0.8 * at_half
+    )
+
+
 def test_regions_and_training_length_reach_the_settings(configuration):
     settings = base_settings(configuration((32, 32)), HALF, True)
     assert settings.regions and settings.ema_decay == 0.9999
