@@ -13,14 +13,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from nnunet_diffusion.cli.errors import CommandError
 from nnunet_diffusion.cli.trainers_directory import with_trainers
 
 DATASET_ID = 901
 DATASET_NAME = "Dataset901_DemoUltrasound"
-PLANS_NAME = "nnUNetPlansDemo"
+PLANS_NAME = "nnUNetDiffusionPlans"
 SILENCE_SECONDS = 10.0
 
 
@@ -33,10 +32,8 @@ class Recipe:
         test_images: Images to report on.
         trainer: Trained and compared; it trains `presegmentor` first.
         presegmentor: nnU-Net's trainer of the same length.
-        patch_size: Pixels along each axis.
-        batch_size: Patches.
-        features_per_stage: Width of nnU-Net's network at each stage.
-        diffusion: Settings of the denoiser that differ from the defaults, as in the plans.
+        step_seconds: What a training step may take on a CPU; the plans are made for that.
+        memory_target_gb: What both networks may take on a GPU, there.
         ddpm_steps: Network evaluations of the DDPM from pure noise.
     """
 
@@ -44,10 +41,8 @@ class Recipe:
     test_images: int = 20
     trainer: str = "DiffusionTrainer_5epochs"
     presegmentor: str = "nnUNetTrainer_5epochs"
-    patch_size: int = 128
-    batch_size: int = 2
-    features_per_stage: tuple[int, ...] = (8, 16, 32, 64, 64)
-    diffusion: tuple[tuple[str, Any], ...] = (("attention_tokens", 64), ("sdb_depth", 2))
+    step_seconds: float = 0.2
+    memory_target_gb: float = 4
     ddpm_steps: int = 10
 
 
@@ -186,7 +181,6 @@ def demo_steps(place: Workplace) -> dict[str, Callable[[], object]]:
     return {
         "generate images": lambda: write_dataset(place.raw, training=recipe.training_images, test=recipe.test_images),
         "plan and preprocess": lambda: plan_and_preprocess(place),
-        "write small plans": lambda: write_small_plans(place.preprocessed, recipe),
         "train": train,
         "predict with nnU-Net": lambda: predict(recipe.presegmentor),
         "predict with PD-DDPM": lambda: predict(recipe.trainer),
@@ -202,47 +196,23 @@ def make_report(place: Workplace) -> None:
         raise CommandError(f"the report failed; its output is in {log}; once mended, run again")
 
 
-def write_small_plans(preprocessed: Path, recipe: Recipe) -> Path:
-    """Write a copy of nnU-Net's plans whose patch and networks a CPU can train.
-
-    Args:
-        preprocessed: Folder of the preprocessed dataset; its data stay in use.
-        recipe: Sizes.
-
-    Returns:
-        The new plans.
-    """
-    plans = json.loads((preprocessed / "nnUNetPlans.json").read_text(encoding="utf-8"))
-    plans["plans_name"] = PLANS_NAME
-    configuration = plans["configurations"]["2d"]
-    configuration.update(
-        patch_size=[recipe.patch_size] * 2, batch_size=recipe.batch_size, diffusion=dict(recipe.diffusion)
-    )
-    network = configuration["architecture"]["arch_kwargs"]
-    stages = len(recipe.features_per_stage)
-    network.update(n_stages=stages, features_per_stage=list(recipe.features_per_stage))
-    for name, length in {"strides": stages, "kernel_sizes": stages, "n_conv_per_stage": stages}.items():
-        network[name] = network[name][:length]
-    network["n_conv_per_stage_decoder"] = network["n_conv_per_stage_decoder"][: stages - 1]
-    path = preprocessed / f"{PLANS_NAME}.json"
-    path.write_text(json.dumps(plans, indent=2), encoding="utf-8")
-    return path
-
-
 def plan_and_preprocess(place: Workplace) -> None:
-    """Plan and preprocess by the stock command."""
-    words = ["nnUNetv2_plan_and_preprocess", "-d", str(DATASET_ID), "-c", "2d", "--verify_dataset_integrity"]
-    # nnU-Net's planner fails if a user has switched the workers of data augmentation off with 0
-    run_command([*words, "-npfp", "2", "-np", "2"], place, nnUNet_n_proc_DA="1")
+    """Plan for this machine, and preprocess."""
+    number, recipe = str(DATASET_ID), place.recipe
+    run_command(["nnUNetv2_extract_fingerprint", "-d", number, "-np", "2", "--verify_dataset_integrity"], place)
+    if place.device == "cpu":
+        target = ["-device", "cpu", "-step_seconds", f"{recipe.step_seconds:g}"]
+    else:
+        target = ["-gpu_memory_target", f"{recipe.memory_target_gb:g}"]
+    run_command(["nnunet_diffusion", "plan", "-d", number, *target, "--preprocess", "-c", "2d", "-np", "2"], place)
 
 
-def run_command(words: Sequence[str], place: Workplace, **variables: str) -> None:
-    """Run one of nnU-Net's commands, showing its output as it comes and keeping it in `logs/`.
+def run_command(words: Sequence[str], place: Workplace) -> None:
+    """Run a command, showing its output as it comes and keeping it in `logs/`.
 
     Args:
         words: The command and its arguments.
         place: Where the demo is.
-        variables: Further environment variables.
 
     Raises:
         CommandError: The command failed.
@@ -250,7 +220,7 @@ def run_command(words: Sequence[str], place: Workplace, **variables: str) -> Non
     log = place.folder / "logs" / f"{words[0]}.log"
     log.parent.mkdir(exist_ok=True)
     print(f"$ {' '.join(words)}", flush=True)
-    code = stream([find_command(words[0]), *words[1:]], {**place.environment(), **variables}, log)
+    code = stream([find_command(words[0]), *words[1:]], place.environment(), log)
     if code:
         raise CommandError(f"{words[0]} failed with exit code {code}; its output is in {log}; once mended, run again")
 

@@ -31,9 +31,8 @@ SPACING_PIXELS = (1.0, 1.0)
 TEMPLATE = """# Demo of nnunet-diffusion
 
 {recipe.training_images} generated training images; {with_lesion} test images with a lesion, {without_lesion} without.
-Trainers `{recipe.presegmentor}` and `{recipe.trainer}`, plans `{plans}` (patch {recipe.patch_size} x
-{recipe.patch_size}), device {device}. The training is brief and the networks are small: this shows that everything
-works, not how good it gets.
+Trainers `{recipe.presegmentor}` and `{recipe.trainer}`, device {device}. Plans `{plans}`, made for this machine: {sizes}.
+The training is brief and the networks are small: this shows that everything works, not how good it gets.
 
 {table}
 Dice is the mean over the test images with a lesion (a miss counts 0); HD95 the mean over those where both truth and
@@ -265,6 +264,7 @@ def report_text(
     return TEMPLATE.format(
         recipe=place.recipe,
         plans=PLANS_NAME,
+        sizes=planned_sizes(place.model(place.recipe.trainer)),
         device=place.device,
         with_lesion=len(lesions),
         without_lesion=len(truth) - len(lesions),
@@ -274,6 +274,20 @@ def report_text(
         start_step=settings.start_step,
         figure_steps=FIGURE_STEPS,
     )
+
+
+def planned_sizes(model: Path) -> str:
+    """Patch, batch and widths in words."""
+    from nnunet_diffusion.settings import DiffusionSettings, topology_of
+
+    configuration = json.loads((model / "plans.json").read_text(encoding="utf-8"))["configurations"]["2d"]
+    patch = " x ".join(map(str, configuration["patch_size"]))
+    widths = (
+        topology_of(configuration)["features_per_stage"],
+        DiffusionSettings.from_plans(configuration).features_per_stage,
+    )
+    nnunet, denoiser = (" ".join(map(str, width)) for width in widths)
+    return f"patch {patch}, batch {configuration['batch_size']}, nnU-Net's width {nnunet}, the denoiser's {denoiser}"
 
 
 def quality_cells(result: MethodResult, truth: Mapping[str, Labels]) -> list[str]:

@@ -26,6 +26,8 @@ CPU_FEATURES = (32, 16, 8)
 """nnU-Net's width at the first stage: what a time budget may bring it down to."""
 CPU_BATCH = {2: 8, 3: 2}
 """By number of axes, the batch below which width or patch give way to a time budget: fewer slices are too noisy a sample."""
+CPU_PATCH_VOXELS = {2: 64**2, 3: 32**3}
+"""By number of axes, the patch that gives way no further: a step that takes longer is then accepted, and said."""
 NNUNET_SHARE = 0.3
 """Of the time budget, for nnU-Net's step: a denoiser of half its width takes about 2.6 times as long (results.md)."""
 CORRECTIONS = 3
@@ -69,6 +71,7 @@ class DiffusionPlanning(ExperimentPlanner):
         self.sized: dict[str, Sized] = {}
         self.candidates: dict[int, list[Candidate]] = {2: [], 3: []}
         self._stock_alone, self._keep_patch, self._voxels = False, False, dict[str, float]()
+        self._nnunet_seconds: dict[str, float] = {}
         labels = LabelManager(self.dataset_json["labels"], self.dataset_json.get("regions_class_order"))
         self.heads, self.regions = labels.num_segmentation_heads, labels.has_regions
         self.previous_stage_channels = len(labels.foreground_labels)
@@ -113,17 +116,36 @@ class DiffusionPlanning(ExperimentPlanner):
             "batch_size": self.UNet_min_batch_size,
         }
         most = max(self.UNet_min_batch_size, round(reference / stock * batch))
+        if self.time_budget is not None:
+            most = self._batch_in_time(configuration, input_channels, most)
+            if most < self.UNet_min_batch_size:
+                return reference * batch  # a batch of one: nnU-Net's loop goes on
         fitting, needed = self._largest_batch(configuration, input_channels, most)
         self.candidates[axes].append(Candidate(patch, max(needed, self._stock_need(stock, axes))))
-        if self.time_budget is not None and fitting < min(CPU_BATCH[axes], most):
-            if self._keep_patch:
-                raise _TooSlow
-            fitting = min(fitting, 1.0)  # nnU-Net's loop goes on below two
         whole = math.floor(fitting) if fitting >= 1 else fitting
         return max(stock, reference * batch / whole) if whole > 0 else math.inf
 
+    def _batch_in_time(self, configuration: Mapping[str, Any], channels: int, most: int) -> int:
+        """The batch up to `most` whose step keeps to nnU-Net's share of the time budget; 1: none, the patch is too large.
+
+        Raises:
+            _TooSlow: none, and the width gives way before the patch.
+        """
+        assert self.time_budget is not None
+        axes = len(configuration["patch_size"])
+        flops = nnunet_cost(configuration, channels, self.heads, self.UNet_min_batch_size, amp=False, gpu=False).flops
+        rate = self.time_budget.nnunet_rate(configuration, channels, self.heads)
+        wanted = NNUNET_SHARE * self.time_budget.seconds
+        fitting = min(most, math.floor(wanted * rate / flops * self.UNet_min_batch_size))
+        fewest = min(CPU_BATCH[axes], most)
+        if fitting >= fewest:
+            return fitting
+        if self._keep_patch:
+            raise _TooSlow
+        return 1 if math.prod(configuration["patch_size"]) > CPU_PATCH_VOXELS[axes] else fewest
+
     def _largest_batch(self, configuration: Mapping[str, Any], channels: int, most: int) -> tuple[float, float]:
-        """The batch up to `most` that fits memory and time, and the memory in GB that the smallest batch needs at least."""
+        """The batch up to `most` that fits the memory, and the memory in GB that the smallest batch needs at least."""
         gpu, narrow = self.time_budget is None, narrowest(configuration, self.regions)
         networks = (
             lambda batch: nnunet_cost(configuration, channels, self.heads, batch, amp=gpu, gpu=gpu),
@@ -133,15 +155,13 @@ class DiffusionPlanning(ExperimentPlanner):
         for cost_at in networks:
             batch, need = self._fitting_batch(cost_at, math.floor(fitting))
             fitting, needed = min(fitting, batch), max(needed, need)
-        if self.time_budget is not None:
-            flops = networks[0](self.UNet_min_batch_size).flops / self.UNet_min_batch_size
-            rate = self.time_budget.nnunet_rate(configuration, channels, self.heads)
-            fitting = min(fitting, NNUNET_SHARE * self.time_budget.seconds * rate / flops)
         return fitting, needed
 
     def _fitting_batch(self, cost_at: Callable[[int], Cost], most: int) -> tuple[float, float]:
         """As `_largest_batch`, for one network and by memory alone; a batch below the smallest is a fraction of it."""
         limit, smallest = self.UNet_vram_target_GB * GB, self.UNet_min_batch_size
+        if (whole := cost_at(most).total) <= limit:
+            return float(most), whole / GB
         least = cost_at(smallest).total
         if least > limit:
             return smallest * limit / least * (1 - 1e-9), least / GB
@@ -167,11 +187,6 @@ class DiffusionPlanning(ExperimentPlanner):
 
     def _target_too_small(self, axes: int) -> TargetTooSmall:
         tried = self.candidates[axes]
-        if self.time_budget is not None:
-            return TargetTooSmall(
-                f"No {axes}D patch has a training step of {self.time_budget.seconds:g} s on this machine: give a longer one "
-                "(-step_seconds)."
-            )
         least = min(tried, key=lambda candidate: candidate.needed_gb)
         return TargetTooSmall(
             f"-gpu_memory_target {self.UNet_vram_target_GB:g} is too small for any {axes}D patch: the smallest, "
@@ -203,10 +218,15 @@ class DiffusionPlanning(ExperimentPlanner):
     def _plan_within_time(self, *arguments: Any) -> dict[str, Any]:
         assert self.time_budget is not None
         plan: dict[str, Any] = {}
-        wanted = NNUNET_SHARE * self.time_budget.seconds
+        wanted, before = NNUNET_SHARE * self.time_budget.seconds, None
         for _ in range(CORRECTIONS):
             plan = super().get_plans_for_configuration(*arguments, {})
+            sizes = tuple(plan["patch_size"]), plan["batch_size"]
+            if sizes == before:
+                break
+            before = sizes
             seconds = self.time_budget.correct_nnunet(plan, self.channels, self.heads)
+            self._nnunet_seconds[plan["data_identifier"]] = seconds
             if wanted / TOLERANCE < seconds < wanted * TOLERANCE:
                 break
         return plan
@@ -258,13 +278,15 @@ class DiffusionPlanning(ExperimentPlanner):
             )
             return least or cost.flops / rate <= budget.seconds
 
+        seconds = 0.0
         for _ in range(CORRECTIONS):
             found = sized(configuration, channels, self.heads, self.regions, fits, gpu=gpu)
-            if budget is None or found.parts == WIDTHS[0]:
+            if budget is None:
                 break
             seconds = budget.correct_denoiser(configuration, found.settings, found.cost, channels, self.heads)
-            if seconds < TOLERANCE * budget.seconds:
+            if seconds < TOLERANCE * budget.seconds or found.parts == WIDTHS[0]:
                 break
+        nnunet_seconds = self._nnunet_seconds.get(configuration["data_identifier"], 0.0)
         self.sized[name] = found
         batch = int(configuration["batch_size"])
         stock = self._stock_plan(
@@ -283,6 +305,8 @@ class DiffusionPlanning(ExperimentPlanner):
             memory_target_gb=float(self.UNet_vram_target_GB),
             step_seconds=0.0 if self.time_budget is None else self.time_budget.seconds,
             machine="" if self.time_budget is None else self.time_budget.machine,
+            nnunet_step_seconds=round(nnunet_seconds, 3),
+            denoiser_step_seconds=round(seconds, 3),
             nnunet_gb=gigabytes(nnunet_cost(configuration, channels, self.heads, batch, amp=gpu, gpu=gpu)),
             denoiser_gb=gigabytes(found.cost),
             nnunet_fp32_gb=gigabytes(nnunet_cost(configuration, channels, self.heads, batch, amp=False, gpu=gpu)),

@@ -65,7 +65,12 @@ def _choices(planner: DiffusionPlanning, configuration: dict[str, Any], name: st
             f"nnU-Net's, both steps in {budget}",
         ),
         ("batch_size", str(batch), f"{count} cases", f"the same ({stock})"),
-        ("nnU-Net's width", width(topology["features_per_stage"]), budget, "nnU-Net's; for a time budget halved"),
+        (
+            "nnU-Net's width",
+            width(topology["features_per_stage"]),
+            budget,
+            "nnU-Net's; halved if its step takes too long",
+        ),
         (
             "data_identifier",
             str(configuration["data_identifier"]),
@@ -84,7 +89,7 @@ def _choices(planner: DiffusionPlanning, configuration: dict[str, Any], name: st
         ("norm", settings.norm, f"batch {batch}", "batch from 8 patches on, else instance"),
         ("timesteps, schedule", f"{settings.timesteps}, {settings.schedule}", "-", "the paper's"),
         ("prediction_type", settings.prediction_type, "-", best),
-        ("start_step, steps", f"{settings.start_step}, {settings.steps}", "-", best),
+        ("start_step, steps, samples", f"{settings.start_step}, {settings.steps}, {settings.samples}", "-", best),
         ("presegmentation_weight", f"{settings.presegmentation_weight:g}", "-", best),
         ("learning_rate", f"{settings.learning_rate:g}", "-", best),
         ("ema_decay", f"{settings.ema_decay:g}", f"{EPOCHS} epochs", "last ninth of the steps, at most 10 000"),

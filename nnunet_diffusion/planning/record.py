@@ -28,6 +28,8 @@ class PlanRecord:
         memory_target_gb: what both networks' training steps were to fit into, 10^9 bytes.
         step_seconds: time budget of a training step; 0: planned for memory alone.
         machine: where the time was measured; empty without a time budget.
+        nnunet_step_seconds: what nnU-Net's training step took there; 0 without a time budget.
+        denoiser_step_seconds: what DiffusionTrainer's took.
         nnunet_gb: estimated memory of nnU-Net's training step in half precision (float32 with a time budget).
         denoiser_gb: the same of DiffusionTrainer's.
         nnunet_fp32_gb: in float32.
@@ -41,6 +43,8 @@ class PlanRecord:
     memory_target_gb: float
     step_seconds: float
     machine: str
+    nnunet_step_seconds: float
+    denoiser_step_seconds: float
     nnunet_gb: float
     denoiser_gb: float
     nnunet_fp32_gb: float

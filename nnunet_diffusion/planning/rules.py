@@ -87,11 +87,10 @@ def sized(
     """
     settings, reasons = with_attention(configuration, base_settings(configuration, HALF, regions), channels, heads)
     deep, shallow = (replace(settings, sdb_depth=depth) for depth in SDB_DEPTHS)
-    chosen = _widest(configuration, deep, channels, heads, fits, gpu)
+    chosen = _widest(configuration, deep, channels, heads, fits, gpu, WIDTHS[0])
     if chosen is None or chosen.parts < HALF:
-        other = _widest(configuration, shallow, channels, heads, fits, gpu)
-        if other is not None and (chosen is None or other.parts > chosen.parts):
-            chosen = other
+        wider = WIDTHS[0] if chosen is None else chosen.parts + 1
+        chosen = _widest(configuration, shallow, channels, heads, fits, gpu, wider) or chosen
     if chosen is None:
         raise ValueError("not even a denoiser of an eighth of nnU-Net's width fits")
     return replace(chosen, reasons=reasons)
@@ -104,9 +103,11 @@ def _widest(
     heads: int,
     fits: Callable[[Cost, DiffusionSettings], bool],
     gpu: bool,
+    least: int,
 ) -> Sized | None:
+    """The widest from `least` on that fits; None if that does not."""
     batch, features = int(configuration["batch_size"]), tuple(topology_of(configuration)["features_per_stage"])
-    found, low, high = None, WIDTHS[0], WIDTHS[-1]
+    found, low, high = None, least, WIDTHS[-1]
     while low <= high:
         # small datasets leave room for all of nnU-Net's width: ask that first
         parts = high if high == WIDTHS[-1] else (low + high + 1) // 2

@@ -39,7 +39,11 @@ def build_nnunet(configuration: Mapping[str, Any], channels: int, heads: int) ->
 
 
 def nnunet_step(
-    network: nn.Module, image: Tensor, target: Tensor, precision: contextlib.AbstractContextManager | None = None
+    network: nn.Module,
+    image: Tensor,
+    target: Tensor,
+    precision: contextlib.AbstractContextManager | None = None,
+    compiled: bool = False,
 ) -> Step:
     """Return nnU-Net's training step: forward, Dice + cross-entropy with deep supervision, backward, SGD.
 
@@ -48,7 +52,9 @@ def nnunet_step(
         image: (B, C, *spatial).
         target: (B, 1, *spatial) label map.
         precision: autocast of the forward pass, entered anew in each step; default `precision_of` the image's device.
+        compiled: the network by torch.compile.
     """
+    evaluate = torch.compile(network) if compiled else network
     optimizer = torch.optim.SGD(network.parameters(), 1e-2, momentum=0.99, nesterov=True, foreach=True)
     plain = nnunet_loss()
     with torch.no_grad():
@@ -60,15 +66,27 @@ def nnunet_step(
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
         with precision or precision_of(image.device):
-            loss(network(image), targets).backward()
+            loss(evaluate(image), targets).backward()
         nn.utils.clip_grad_norm_(network.parameters(), 12)
         optimizer.step()
 
     return step
 
 
-def diffusion_step(network: DiffusionSegmenter, image: Tensor, target: Tensor) -> Step:
-    """Return DiffusionTrainer's training step without the moving average's update (no FLOPs)."""
+def diffusion_step(
+    network: DiffusionSegmenter,
+    image: Tensor,
+    target: Tensor,
+    precision: contextlib.AbstractContextManager | None = None,
+) -> Step:
+    """Return DiffusionTrainer's training step without the moving average's update (no FLOPs).
+
+    Args:
+        network: of any mode, it is set to training.
+        image: (B, C, *spatial).
+        target: (B, 1, *spatial) label map.
+        precision: as `nnunet_step`'s.
+    """
     parameters = list(network.denoiser.parameters())
     optimizer = torch.optim.AdamW(parameters, network.settings.learning_rate)
     loss, generator = nnunet_loss(), torch.Generator(image.device)
@@ -76,7 +94,7 @@ def diffusion_step(network: DiffusionSegmenter, image: Tensor, target: Tensor) -
     def step() -> None:
         network.train()
         optimizer.zero_grad(set_to_none=True)
-        with precision_of(image.device):
+        with precision or precision_of(image.device):
             terms = network(image, target, loss, generator)
         sum(terms.values()).backward()
         nn.utils.clip_grad_norm_(parameters, 12)

@@ -17,10 +17,11 @@ HEAD = (
     "batch",
     "nnU-Net's width",
     "denoiser's width",
-    "nnU-Net GB",
-    "denoiser GB",
-    "TFLOP a step",
 )
+MEMORY = ("nnU-Net GB", "denoiser GB", "TFLOP a step")
+TIME = ("nnU-Net s a step", "denoiser s a step", "TFLOP a step")
+LATE = 1.5
+"""Times the seconds asked for, what is worth a note."""
 
 
 def summary(planner: DiffusionPlanning, plans: Mapping[str, Any]) -> str:
@@ -32,8 +33,19 @@ def summary(planner: DiffusionPlanning, plans: Mapping[str, Any]) -> str:
             continue
         found, patch, batch = planner.sized[name], tuple(configuration["patch_size"]), int(configuration["batch_size"])
         widths = (topology_of(configuration)["features_per_stage"], found.settings.features_per_stage)
-        memory = (f"{record.nnunet_gb:.2f}", f"{record.denoiser_gb:.2f}", f"{found.cost.flops / 1e12:.3f}")
-        rows.append([name, _numbers(patch), str(batch), *map(_numbers, widths), *memory])
+        timed = record.step_seconds > 0
+        needs = (
+            (record.nnunet_step_seconds, record.denoiser_step_seconds)
+            if timed
+            else (record.nnunet_gb, record.denoiser_gb)
+        )
+        cells = (*(f"{need:.2f}" for need in needs), f"{found.cost.flops / 1e12:.3f}")
+        rows.append([name, _numbers(patch), str(batch), *map(_numbers, widths), *cells])
+        if timed and max(needs) > LATE * record.step_seconds:
+            notes.append(
+                f"{name}: a training step takes {max(needs):.2f} s instead of {record.step_seconds:g} s; a smaller patch or "
+                "narrower networks would learn too little."
+            )
         if (patch, batch) != (record.stock_patch_size, record.stock_batch_size):
             notes.append(
                 f"{name}: nnU-Net alone would get patch {_numbers(record.stock_patch_size)}, batch "
@@ -48,7 +60,8 @@ def summary(planner: DiffusionPlanning, plans: Mapping[str, Any]) -> str:
         notes.append(f"{cases} training cases are too few for {FOLDS} folds: train with fold all.")
     notes.append(f"Next: nnUNetv2_preprocess -d {number} -plans_name {plans_name} -c CONFIG")
     notes.append(f"      nnUNetv2_train {number} CONFIG FOLD -tr DiffusionTrainer -p {plans_name}")
-    return "\n".join([markdown_table(HEAD, rows), *notes])
+    head = (*HEAD, *(MEMORY if planner.time_budget is None else TIME))
+    return "\n".join([markdown_table(head, rows), *notes])
 
 
 def _numbers(values: Iterable[float]) -> str:

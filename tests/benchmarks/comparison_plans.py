@@ -64,13 +64,19 @@ def set_up_folders(dataset: Path, work: Path) -> Folders:
         raise FileNotFoundError(
             f"--dataset {dataset} is not a raw dataset (DatasetXXX_NAME with dataset.json and imagesTr)"
         )
-    folders = Folders(work.resolve(), dataset.name)
+    folders = enter_workdir(work, dataset.name)
+    if not folders.raw.exists():
+        folders.raw.symlink_to(dataset.resolve())
+    return folders
+
+
+def enter_workdir(work: Path, dataset: str) -> Folders:
+    """Make nnU-Net's three folders in `work` and point its environment there; call before importing nnunetv2."""
+    folders = Folders(work.resolve(), dataset)
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         (folders.work / name).mkdir(parents=True, exist_ok=True)
         os.environ[name] = str(folders.work / name)
     folders.control_trainers.mkdir(exist_ok=True)
-    if not folders.raw.exists():
-        folders.raw.symlink_to(dataset.resolve())
     ours = [str(REPOSITORY / "trainers"), str(folders.control_trainers)]
     given = os.environ.get(TRAINERS_VARIABLE, "").split(os.pathsep)
     os.environ[TRAINERS_VARIABLE] = os.pathsep.join(dict.fromkeys([*ours, *filter(None, given)]))

@@ -10,22 +10,17 @@ of parameter-shared attention at 1k to 65k tokens.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
-from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
-from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
-from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch.utils.flop_counter import FlopCounterMode
 
 from nnunet_diffusion.networks.attention import ParameterSharedAttention
-from nnunet_diffusion.segmenter import has_bfloat16
+from nnunet_diffusion.planning.steps import build_nnunet, diffusion_step, nnunet_step, precision_of
 from nnunet_diffusion.training import DiffusionTrainer
 
 
@@ -60,19 +55,14 @@ def main() -> None:
     print(f"{options.plans.stem} {options.configuration}, batch and patch {shape}, {options.section}, {device}")
     print("| | GFLOP a sample | ratio | milliseconds a batch | ratio | peak GiB |\n|---|---|---|---|---|---|")
 
-    nnunet = get_network_from_plans(
-        configuration.network_arch_class_name,
-        configuration.network_arch_init_kwargs,
-        configuration.network_arch_init_kwargs_req_import,
-        options.channels,
-        options.classes,
-        deep_supervision=True,
-    ).to(device)
+    nnunet = build_nnunet(configuration.configuration, options.channels, options.classes).to(device)
     network = DiffusionTrainer.build_network_architecture(
         manager, configuration, options.channels, options.classes, False
     ).to(device)
     rows: dict[str, tuple[float, float, float]] = {}
-    rows["nnU-Net training step"] = measure(nnunet_step(nnunet, image, target, options.compile), options, device)
+    rows["nnU-Net training step"] = measure(
+        nnunet_step(nnunet, image, target, compiled=options.compile), options, device
+    )
     if options.compile:
         network.compile_training()
     rows["DiffusionTrainer training step"] = measure(diffusion_step(network, image, target), options, device)
@@ -93,61 +83,9 @@ def main() -> None:
         attention_memory(device)
 
 
-def precision(device: torch.device) -> contextlib.AbstractContextManager:
-    """Return nnU-Net's autocast, bfloat16 where the device has it."""
-    if device.type != "cuda":
-        return contextlib.nullcontext()
-    return torch.autocast("cuda", dtype=torch.bfloat16 if has_bfloat16(device) else torch.float16)
-
-
-def nnunet_step(
-    network: torch.nn.Module, image: torch.Tensor, target: torch.Tensor, compiled: bool
-) -> Callable[[], None]:
-    """Return nnU-Net's training step: forward, Dice + cross-entropy with deep supervision, backward, SGD."""
-    optimizer = torch.optim.SGD(network.parameters(), 1e-2, momentum=0.99, nesterov=True, foreach=True)
-    evaluate = torch.compile(network) if compiled else network
-    plain = DC_and_CE_loss(
-        {"batch_dice": True, "smooth": 1e-5, "do_bg": False, "ddp": False}, {}, dice_class=MemoryEfficientSoftDiceLoss
-    )
-    with torch.no_grad():
-        sizes = [output.shape[2:] for output in network(image[:1])]
-    weights = [0.5**i for i in range(len(sizes) - 1)] + [0.0] if len(sizes) > 1 else [1.0]
-    loss = DeepSupervisionWrapper(plain, weights)
-    targets = [torch.nn.functional.interpolate(target.float(), size=size, mode="nearest") for size in sizes]
-
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        with precision(image.device):
-            loss(evaluate(image), targets).backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 12)
-        optimizer.step()
-
-    return step
-
-
-def diffusion_step(network: torch.nn.Module, image: torch.Tensor, target: torch.Tensor) -> Callable[[], None]:
-    """Return DiffusionTrainer's training step without the moving average's update (no FLOPs)."""
-    optimizer = torch.optim.AdamW(network.denoiser.parameters(), 1e-3)
-    loss = DC_and_CE_loss(
-        {"batch_dice": True, "smooth": 1e-5, "do_bg": False, "ddp": False}, {}, dice_class=MemoryEfficientSoftDiceLoss
-    )
-    generator = torch.Generator(image.device)
-
-    def step() -> None:
-        network.train()
-        optimizer.zero_grad(set_to_none=True)
-        with precision(image.device):
-            terms = network(image, target, loss, generator)
-        sum(terms.values()).backward()
-        torch.nn.utils.clip_grad_norm_(network.denoiser.parameters(), 12)
-        optimizer.step()
-
-    return step
-
-
 def inference(network: torch.nn.Module, image: torch.Tensor) -> None:
     """Segment a batch."""
-    with torch.inference_mode(), precision(image.device):
+    with torch.inference_mode(), precision_of(image.device):
         network(image)
 
 
@@ -188,7 +126,7 @@ def attention_memory(device: torch.device) -> None:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
-        with precision(device), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with precision_of(device), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             output = attention(features, "denoising")
         output.sum().backward()
         peak = (torch.cuda.max_memory_allocated() - before) / 2**20 if device.type == "cuda" else float("nan")

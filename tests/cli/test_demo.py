@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from dataclasses import replace
@@ -20,31 +19,9 @@ TINY = demo.Recipe(
     test_images=4,
     trainer="TinyDiffusionTrainer",
     presegmentor="TinynnUNetTrainer",
-    patch_size=128,
-    batch_size=2,
-    features_per_stage=(4, 8, 8),
+    step_seconds=0.05,
     ddpm_steps=2,
 )
-STOCK_PLANS = {
-    "plans_name": "nnUNetPlans",
-    "configurations": {
-        "2d": {
-            "data_identifier": "nnUNetPlans_2d",
-            "patch_size": [192, 192],
-            "batch_size": 2,
-            "architecture": {
-                "arch_kwargs": {
-                    "n_stages": 4,
-                    "features_per_stage": [32, 64, 128, 256],
-                    "kernel_sizes": [[3, 3]] * 4,
-                    "strides": [[1, 1], [2, 2], [2, 2], [2, 2]],
-                    "n_conv_per_stage": [2] * 4,
-                    "n_conv_per_stage_decoder": [2] * 3,
-                }
-            },
-        }
-    },
-}
 
 
 @pytest.mark.slow
@@ -72,28 +49,24 @@ def test_demo_runs_end_to_end_and_a_second_run_reuses_it(tmp_path, monkeypatch, 
     capsys.readouterr()
     monkeypatch.setattr(demo, "stream", lambda *_: pytest.fail("a second run starts no command"))
     assert demo.run_recipe(folder, "cpu", TINY) == report
-    assert capsys.readouterr().out.count("there already") == 7
+    assert capsys.readouterr().out.count("there already") == 6
 
 
 def test_default_recipe_fits_two_cores_and_names_matching_trainers():
     recipe = demo.Recipe()
     assert recipe.training_images == 60 and recipe.test_images == 20
     assert recipe.trainer.removeprefix("DiffusionTrainer") == recipe.presegmentor.removeprefix("nnUNetTrainer")
-    assert recipe.patch_size % 2 ** (len(recipe.features_per_stage) - 1) == 0
 
 
-def test_small_plans_are_a_consistent_copy(tmp_path):
-    (tmp_path / "nnUNetPlans.json").write_text(json.dumps(STOCK_PLANS))
-    written = json.loads(demo.write_small_plans(tmp_path, TINY).read_text())
-    assert written["plans_name"] == demo.PLANS_NAME
-    configuration = written["configurations"]["2d"]
-    assert configuration["data_identifier"] == "nnUNetPlans_2d", "the preprocessed data stay in use"
-    assert configuration["patch_size"] == [128, 128] and configuration["batch_size"] == 2
-    assert configuration["diffusion"] == dict(TINY.diffusion)
-    network = configuration["architecture"]["arch_kwargs"]
-    assert network["n_stages"] == 3 and network["features_per_stage"] == [4, 8, 8]
-    assert [len(network[key]) for key in ("strides", "kernel_sizes", "n_conv_per_stage")] == [3, 3, 3]
-    assert len(network["n_conv_per_stage_decoder"]) == 2
+@pytest.mark.parametrize(
+    ("device", "target"), [("cpu", ["-device", "cpu", "-step_seconds", "0.05"]), ("cuda", ["-gpu_memory_target", "4"])]
+)
+def test_plans_are_made_for_the_device(tmp_path, monkeypatch, device, target):
+    commands = []
+    monkeypatch.setattr(demo, "run_command", lambda words, place: commands.append(words))
+    demo.plan_and_preprocess(demo.Workplace(tmp_path, device, TINY))
+    assert [words[0] for words in commands] == ["nnUNetv2_extract_fingerprint", "nnunet_diffusion"]
+    assert commands[1][1:6] == ["plan", "-d", "901", *target[:2]] and set(target) <= set(commands[1])
 
 
 def test_environment_keeps_to_the_demos_folders(tmp_path, monkeypatch):

@@ -1,10 +1,12 @@
 """Configurations of nnU-Net's plans, and datasets that consist of a fingerprint."""
 
-import json
+import sys
+from pathlib import Path
 
-import numpy as np
 import pytest
-import SimpleITK as sitk
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # its scripts use that module too
+from fingerprint_dataset import write_fingerprint_dataset
 
 NAME = "Dataset900_Sizes"
 
@@ -55,26 +57,8 @@ def fingerprint(tmp_path, monkeypatch):
         for kind in ("raw", "preprocessed", "results"):
             monkeypatch.setenv(f"nnUNet_{kind}", str(tmp_path / kind))
         monkeypatch.setenv("nnUNet_n_proc_DA", "1")
-        raw, preprocessed = tmp_path / "raw" / NAME, tmp_path / "preprocessed" / NAME
-        for folder in (raw / "imagesTr", raw / "labelsTr", preprocessed):
-            folder.mkdir(parents=True)
-        empty = sitk.GetImageFromArray(np.zeros((2, 2, 2), np.uint8))
-        for case in range(cases):
-            sitk.WriteImage(empty, str(raw / "labelsTr" / f"case{case}.nii.gz"))
-            for channel in range(len(channels)):
-                sitk.WriteImage(empty, str(raw / "imagesTr" / f"case{case}_{channel:04d}.nii.gz"))
-        names = {str(number): channel for number, channel in enumerate(channels)}
-        description = {"channel_names": names, "numTraining": cases, "file_ending": ".nii.gz"}
-        description["labels"] = {label: number for number, label in enumerate(labels)}
-        (raw / "dataset.json").write_text(json.dumps(description))
-        keys = ("max", "mean", "median", "min", "percentile_00_5", "percentile_99_5", "std")
-        properties = {
-            "foreground_intensity_properties_per_channel": {number: dict.fromkeys(keys, 1.0) for number in names},
-            "median_relative_size_after_cropping": 1.0,
-            "shapes_after_crop": [list(shape)] * cases,
-            "spacings": [list(spacing)] * cases,
-        }
-        (preprocessed / "dataset_fingerprint.json").write_text(json.dumps(properties))
+        preprocessed = tmp_path / "preprocessed" / NAME
+        write_fingerprint_dataset(tmp_path / "raw" / NAME, preprocessed, [shape] * cases, spacing, channels, labels)
         return preprocessed
 
     return make

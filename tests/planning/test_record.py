@@ -6,7 +6,7 @@ import pytest
 
 from nnunet_diffusion.planning.record import RECORD_KEY, PlanRecord, memory_target_gb
 
-RECORD = PlanRecord("DiffusionPlanner", 8.0, 0.0, "", 5.7, 7.9, 10.1, 14.2, (128, 128), 12)
+RECORD = PlanRecord("DiffusionPlanner", 8.0, 0.0, "", 0.0, 0.0, 5.7, 7.9, 10.1, 14.2, (128, 128), 12)
 
 
 def test_survives_json():
