@@ -25,7 +25,7 @@ STOCK_FEATURES = 32
 CPU_FEATURES = (32, 16, 8)
 """nnU-Net's width at the first stage: what a time budget may bring it down to."""
 CPU_BATCH = {2: 8, 3: 2}
-"""By number of axes, the batch below which width or patch give way to a time budget: fewer slices are too noisy a sample."""
+"""By number of axes, the batch below which the width gives way to a time budget first."""
 CPU_PATCH_VOXELS = {2: 64**2, 3: 32**3}
 """By number of axes, the patch that gives way no further: a step that takes longer is then accepted, and said."""
 NNUNET_SHARE = 0.3
@@ -51,6 +51,10 @@ class Candidate:
     needed_gb: float
 
 
+def _patch_key(patch: Sequence[int], arch_kwargs: Mapping[str, Any]) -> tuple[str, str]:
+    return str([int(edge) for edge in patch]), str([[int(step) for step in stage] for stage in arch_kwargs["strides"]])
+
+
 class DiffusionPlanning(ExperimentPlanner):
     """Stands before one of nnU-Net's planners among the bases; all decisions that are not named here stay that planner's.
 
@@ -72,6 +76,7 @@ class DiffusionPlanning(ExperimentPlanner):
         self.candidates: dict[int, list[Candidate]] = {2: [], 3: []}
         self._stock_alone, self._keep_patch, self._voxels = False, False, dict[str, float]()
         self._nnunet_seconds: dict[str, float] = {}
+        self._fitting: dict[tuple[str, str], int] = {}
         labels = LabelManager(self.dataset_json["labels"], self.dataset_json.get("regions_class_order"))
         self.heads, self.regions = labels.num_segmentation_heads, labels.has_regions
         self.previous_stage_channels = len(labels.foreground_labels)
@@ -87,10 +92,10 @@ class DiffusionPlanning(ExperimentPlanner):
         arch_kwargs: Mapping[str, Any],
         arch_kwargs_req_import: Sequence[str],
     ) -> float:
-        """Return, in nnU-Net's unit, the larger of its own estimate and ours.
+        """Return nnU-Net's own estimate where the smallest batch of the patch fits by our account too, else infinity.
 
-        nnU-Net's loop compares it with a reference value and turns the quotient into a batch size; ours is the value which
-        makes that batch the largest that fits.
+        nnU-Net's loop takes a smaller patch as long as the estimate is too large. How many patches fit is remembered for
+        `get_plans_for_configuration`.
 
         Raises:
             TargetTooSmall: the patch has become so small that no network remains.
@@ -102,8 +107,7 @@ class DiffusionPlanning(ExperimentPlanner):
             patch_size, input_channels, output_channels, arch_class_name, arch_kwargs, arch_kwargs_req_import
         )
         stock *= STOCK_FEATURES / self.UNet_base_num_features  # a narrower network gets no larger patch
-        reference, batch = self._reference(axes), self._reference_batch(axes)
-        if self._stock_alone or stock > reference * self._leeway(axes):
+        if self._stock_alone or stock > self._reference(axes) * self._leeway(axes):
             self.candidates[axes].append(Candidate(patch, self._stock_need(stock, axes)))
             return stock
         configuration = {
@@ -115,18 +119,18 @@ class DiffusionPlanning(ExperimentPlanner):
             "patch_size": patch,
             "batch_size": self.UNet_min_batch_size,
         }
-        most = max(self.UNet_min_batch_size, round(reference / stock * batch))
+        most = max(self.UNet_min_batch_size, round(self._reference(axes) / stock * self._reference_batch(axes)))
         if self.time_budget is not None:
             most = self._batch_in_time(configuration, input_channels, most)
-            if most < self.UNet_min_batch_size:
-                return reference * batch  # a batch of one: nnU-Net's loop goes on
+        if most < self.UNet_min_batch_size:
+            return math.inf
         fitting, needed = self._largest_batch(configuration, input_channels, most)
         self.candidates[axes].append(Candidate(patch, max(needed, self._stock_need(stock, axes))))
-        whole = math.floor(fitting) if fitting >= 1 else fitting
-        return max(stock, reference * batch / whole) if whole > 0 else math.inf
+        self._fitting[_patch_key(patch, arch_kwargs)] = fitting
+        return stock if fitting >= self.UNet_min_batch_size else math.inf
 
     def _batch_in_time(self, configuration: Mapping[str, Any], channels: int, most: int) -> int:
-        """The batch up to `most` whose step keeps to nnU-Net's share of the time budget; 1: none, the patch is too large.
+        """The batch up to `most` whose step keeps to nnU-Net's share of the time budget; 0: none, the patch is too large.
 
         Raises:
             _TooSlow: none, and the width gives way before the patch.
@@ -137,39 +141,39 @@ class DiffusionPlanning(ExperimentPlanner):
         rate = self.time_budget.nnunet_rate(configuration, channels, self.heads)
         wanted = NNUNET_SHARE * self.time_budget.seconds
         fitting = min(most, math.floor(wanted * rate / flops * self.UNet_min_batch_size))
-        fewest = min(CPU_BATCH[axes], most)
+        fewest = min(CPU_BATCH[axes], most) if self._keep_patch else self.UNet_min_batch_size
         if fitting >= fewest:
             return fitting
         if self._keep_patch:
             raise _TooSlow
-        return 1 if math.prod(configuration["patch_size"]) > CPU_PATCH_VOXELS[axes] else fewest
+        return 0 if math.prod(configuration["patch_size"]) > CPU_PATCH_VOXELS[axes] else fewest
 
-    def _largest_batch(self, configuration: Mapping[str, Any], channels: int, most: int) -> tuple[float, float]:
-        """The batch up to `most` that fits the memory, and the memory in GB that the smallest batch needs at least."""
+    def _largest_batch(self, configuration: Mapping[str, Any], channels: int, most: int) -> tuple[int, float]:
+        """The batch up to `most` that fits the memory (0: none), and the memory in GB that the smallest needs at least."""
         gpu, narrow = self.time_budget is None, narrowest(configuration, self.regions)
         networks = (
             lambda batch: nnunet_cost(configuration, channels, self.heads, batch, amp=gpu, gpu=gpu),
             lambda batch: denoiser_cost(configuration, narrow, channels, self.heads, batch, amp=gpu, gpu=gpu),
         )
-        fitting, needed = float(most), 0.0
+        fitting, needed = most, 0.0
         for cost_at in networks:
-            batch, need = self._fitting_batch(cost_at, math.floor(fitting))
+            batch, need = self._fitting_batch(cost_at, max(fitting, self.UNet_min_batch_size))
             fitting, needed = min(fitting, batch), max(needed, need)
         return fitting, needed
 
-    def _fitting_batch(self, cost_at: Callable[[int], Cost], most: int) -> tuple[float, float]:
-        """As `_largest_batch`, for one network and by memory alone; a batch below the smallest is a fraction of it."""
+    def _fitting_batch(self, cost_at: Callable[[int], Cost], most: int) -> tuple[int, float]:
+        """As `_largest_batch`, for one network."""
         limit, smallest = self.UNet_vram_target_GB * GB, self.UNet_min_batch_size
         if (whole := cost_at(most).total) <= limit:
-            return float(most), whole / GB
+            return most, whole / GB
         least = cost_at(smallest).total
         if least > limit:
-            return smallest * limit / least * (1 - 1e-9), least / GB
+            return 0, least / GB
         # need is a convex function of the batch: a chord lies above it, so the batch at which the chord meets the limit fits
         batch = most
         while batch > smallest and (need := cost_at(batch).total) > limit:
             batch = min(batch - 1, smallest + math.floor((limit - least) * (batch - smallest) / (need - least)))
-        return float(max(batch, smallest)), least / GB
+        return max(batch, smallest), least / GB
 
     def _reference(self, axes: int) -> float:
         value = self.UNet_reference_val_2d if axes == 2 else self.UNet_reference_val_3d
@@ -203,24 +207,28 @@ class DiffusionPlanning(ExperimentPlanner):
     ) -> dict[str, Any]:
         """Return nnU-Net's plan of a configuration; within a time budget, of the widest network whose step keeps to it.
 
-        Where time is short the batch gives way first, then nnU-Net's width, then the patch.
+        Where time is short the batch gives way first, then nnU-Net's width, then the rest of the batch, then the patch.
         """
         arguments = (spacing, median_shape, data_identifier, approximate_n_voxels_dataset)
         self._voxels[data_identifier] = approximate_n_voxels_dataset
         if self.time_budget is None:
-            return super().get_plans_for_configuration(*arguments, _cache)
+            return self._with_fitting_batch(super().get_plans_for_configuration(*arguments, _cache))
         for features in CPU_FEATURES:
             self.UNet_base_num_features, self._keep_patch = features, features != CPU_FEATURES[-1]
             with contextlib.suppress(_TooSlow):
                 return self._plan_within_time(*arguments)
         raise AssertionError("the narrowest network gives up no patch")
 
+    def _with_fitting_batch(self, plan: dict[str, Any]) -> dict[str, Any]:
+        fitting = self._fitting[_patch_key(plan["patch_size"], plan["architecture"]["arch_kwargs"])]
+        return {**plan, "batch_size": min(int(plan["batch_size"]), fitting)}
+
     def _plan_within_time(self, *arguments: Any) -> dict[str, Any]:
         assert self.time_budget is not None
         plan: dict[str, Any] = {}
         wanted, before = NNUNET_SHARE * self.time_budget.seconds, None
         for _ in range(CORRECTIONS):
-            plan = super().get_plans_for_configuration(*arguments, {})
+            plan = self._with_fitting_batch(super().get_plans_for_configuration(*arguments, {}))
             sizes = tuple(plan["patch_size"]), plan["batch_size"]
             if sizes == before:
                 break

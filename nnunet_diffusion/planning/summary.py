@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from nnunet_diffusion.evaluation.comparison import markdown_table
+from nnunet_diffusion.planning.costs import nnunet_cost
 from nnunet_diffusion.planning.diffusion_planner import DiffusionPlanning
 from nnunet_diffusion.planning.record import PlanRecord
 from nnunet_diffusion.settings import topology_of
@@ -18,8 +19,8 @@ HEAD = (
     "nnU-Net's width",
     "denoiser's width",
 )
-MEMORY = ("nnU-Net GB", "denoiser GB", "TFLOP a step")
-TIME = ("nnU-Net s a step", "denoiser s a step", "TFLOP a step")
+MEMORY = ("nnU-Net GB", "denoiser GB", "nnU-Net TFLOP a step", "denoiser TFLOP a step")
+TIME = ("nnU-Net s a step", "denoiser s a step", *MEMORY[2:])
 LATE = 1.5
 """Times the seconds asked for, what is worth a note."""
 
@@ -39,7 +40,8 @@ def summary(planner: DiffusionPlanning, plans: Mapping[str, Any]) -> str:
             if timed
             else (record.nnunet_gb, record.denoiser_gb)
         )
-        cells = (*(f"{need:.2f}" for need in needs), f"{found.cost.flops / 1e12:.3f}")
+        flops = nnunet_cost(configuration, planner.channels, planner.heads, batch, amp=not timed, gpu=not timed).flops
+        cells = (*(f"{need:.2f}" for need in needs), f"{flops / 1e12:.3f}", f"{found.cost.flops / 1e12:.3f}")
         rows.append([name, _numbers(patch), str(batch), *map(_numbers, widths), *cells])
         if timed and max(needs) > LATE * record.step_seconds:
             notes.append(

@@ -154,7 +154,7 @@ def test_a_machine_too_slow_gets_the_smallest_plan_that_learns_and_is_told(finge
     planner = DiffusionPlanner(NAME, time_budget=TimeBudget(0.01))
     plans = planner.plan_experiment()
     configuration, settings, record = read(preprocessed)["2d"]
-    assert configuration["patch_size"] == [64, 64] and configuration["batch_size"] == 8
+    assert configuration["patch_size"] == [64, 64] and configuration["batch_size"] == 2
     assert topology_of(configuration)["features_per_stage"][0] == 8 and settings.features_per_stage[0] == 4
     assert record.denoiser_step_seconds > 0.01 < record.nnunet_step_seconds
     assert "s instead of 0.01 s" in summary(planner, plans)
