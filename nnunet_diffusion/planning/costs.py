@@ -212,7 +212,8 @@ class _Meter(TorchDispatchMode):
         self.live -= self._known.pop(key)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
+        shortcut = _SHORTCUTS.get(getattr(function, "_overloadpacket", None), function)
+        result = shortcut(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self.add(leaf)
@@ -220,6 +221,26 @@ class _Meter(TorchDispatchMode):
         if formula is not None:
             self.flops += formula(*args, **(kwargs or {}), out_val=result)
         return result
+
+
+def _group_norm(
+    features: Tensor, weight: Any, bias: Any, samples: int, channels: int, voxels: int, groups: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(features), features.new_empty(samples, groups), features.new_empty(samples, groups)
+
+
+def _group_norm_backward(
+    gradient: Tensor, features: Tensor, mean: Tensor, scale: Tensor, weight: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(features), torch.empty_like(weight), torch.empty_like(weight)
+
+
+_SHORTCUTS: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.native_group_norm: _group_norm,
+    torch.ops.aten.native_group_norm_backward: _group_norm_backward,
+    torch.ops.aten.silu_backward: lambda gradient, features: torch.empty_like(features),
+}
+"""Shapes of operators that FakeTensorMode finds by way of many others: a third of the time of a trace."""
 
 
 class SavedBytes:

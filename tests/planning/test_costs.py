@@ -79,6 +79,22 @@ def test_peak_and_flops_of_nnunet_are_those_of_a_real_step(configuration, patch,
     assert cost.flops == counter.get_total_flops()
 
 
+def test_shortcuts_have_the_shapes_of_their_operators():
+    aten, (features, gradient, weight) = torch.ops.aten, (torch.randn(2, 6, 5), torch.randn(2, 6, 5), torch.randn(6))
+    sizes, mask = (2, 6, 5, 3), [True, True, True]
+    _, mean, scale = aten.native_group_norm(features, weight, weight, *sizes, 1e-5)
+    calls = {
+        aten.native_group_norm: (features, weight, weight, *sizes, 1e-5),
+        aten.native_group_norm_backward: (gradient, features, mean, scale, weight, *sizes, mask),
+        aten.silu_backward: (gradient, features),
+    }
+    assert set(calls) == set(costs._SHORTCUTS)
+    for operator, arguments in calls.items():
+        real, short = operator(*arguments), costs._SHORTCUTS[operator](*arguments)
+        real, short = (one if isinstance(one, tuple) else (one,) for one in (real, short))
+        assert [(one.shape, one.dtype) for one in short] == [(one.shape, one.dtype) for one in real]
+
+
 def test_parts_of_a_denoisers_cost(configuration):
     plan = configuration((32, 32), 4, 16, 3)
     settings = default_settings(plan)
