@@ -42,7 +42,7 @@ class Cost:
 
     Attributes:
         weights: of all networks in memory, float32.
-        gradients: of the trained network.
+        gradients: of the trained network, those that are there at the moment of the highest need.
         optimizer: its state: two values a weight for AdamW, one for SGD.
         average: the moving average of the weights (EMA); 0 for nnU-Net.
         data: image, target and diffusion states.
@@ -65,14 +65,12 @@ class Cost:
     flops: int
 
     @property
-    def fixed(self) -> int:
-        """Bytes that do not grow with the batch."""
-        return self.weights + self.gradients + self.optimizer + self.average
-
-    @property
     def total(self) -> int:
         """Bytes at the moment of the highest need."""
-        return self.fixed + self.data + self.activations + self.attention + self.transient + self.workspace
+        lasting = self.weights + self.optimizer + self.average
+        return (
+            lasting + self.gradients + self.data + self.activations + self.attention + self.transient + self.workspace
+        )
 
 
 def nnunet_cost(
@@ -100,7 +98,7 @@ def _nnunet_cost(plan: str, channels: int, heads: int, batch: int, amp: bool, gp
         with trace.recording():
             image = torch.zeros(batch, channels, *configuration["patch_size"])
             target = torch.zeros(batch, 1, *configuration["patch_size"], dtype=torch.int16)
-            step = nnunet_step(network, image, target, _autocast(amp))
+            step = nnunet_step(network, image, target, _autocast(amp), update=False)
             trace.data_is_there()
             trace.run(step)
     return trace.cost(optimizer_values=1, average=False, gpu=gpu)
@@ -318,10 +316,13 @@ class _Trace:
         weights = _bytes_of(self.resident)
         trained = sum(p.numel() for p in self.trained.parameters()) * FLOAT_BYTES
         kept = self.data + self.saved.activations + self.saved.attention
-        transient = max(0, self.meter.peak - self.before - kept)
+        # the step's peak, or the update's, by when the activations are gone: gradients and one temporary copy of them
+        peak = max(self.meter.peak - self.before, kept, self.data + 2 * trained)
+        gradients = min(trained, peak - kept)
+        transient = peak - kept - gradients
         return Cost(
             weights=weights,
-            gradients=trained,
+            gradients=gradients,
             optimizer=optimizer_values * trained,
             average=_bytes_of(self.trained) if average else 0,
             data=self.data,

@@ -59,8 +59,8 @@ class DiffusionPlanning(ExperimentPlanner):
     """Stands before one of nnU-Net's planners among the bases; all decisions that are not named here stay that planner's.
 
     Patch and batch are nnU-Net's own at the same target, unless its network, or the narrowest denoiser, needs more
-    memory than the target by our account (`costs`); then the same loop shrinks them further. The denoiser is then made as
-    wide as fits (`rules`).
+    memory than the target by our account (`costs`). Then the batch becomes smaller, and where not even the smallest batch
+    fits, nnU-Net's loop takes a smaller patch. The denoiser is made as wide as fits beside that (`rules`).
 
     Attributes:
         time_budget: of a training step; None: only memory counts.

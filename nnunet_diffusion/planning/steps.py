@@ -44,6 +44,7 @@ def nnunet_step(
     target: Tensor,
     precision: contextlib.AbstractContextManager | None = None,
     compiled: bool = False,
+    update: bool = True,
 ) -> Step:
     """Return nnU-Net's training step: forward, Dice + cross-entropy with deep supervision, backward, SGD.
 
@@ -53,6 +54,7 @@ def nnunet_step(
         target: (B, 1, *spatial) label map.
         precision: autocast of the forward pass, entered anew in each step; default `precision_of` the image's device.
         compiled: the network by torch.compile.
+        update: the weights; else the step ends with its gradients.
     """
     evaluate = torch.compile(network) if compiled else network
     optimizer = torch.optim.SGD(network.parameters(), 1e-2, momentum=0.99, nesterov=True, foreach=True)
@@ -67,8 +69,9 @@ def nnunet_step(
         optimizer.zero_grad(set_to_none=True)
         with precision or precision_of(image.device):
             loss(evaluate(image), targets).backward()
-        nn.utils.clip_grad_norm_(network.parameters(), 12)
-        optimizer.step()
+        if update:
+            nn.utils.clip_grad_norm_(network.parameters(), 12)
+            optimizer.step()
 
     return step
 
