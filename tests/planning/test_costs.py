@@ -112,7 +112,7 @@ def test_parts_of_a_denoisers_cost(configuration):
 def test_weights_that_outweigh_the_activations_are_updated_in_memory_too(configuration):
     plan = configuration((8, 8), 2, 128, 3)
     weights = 4 * sum(p.numel() for p in build_nnunet(plan, CHANNELS, HEADS).parameters())
-    cost = nnunet_cost(plan, CHANNELS, HEADS, 2, gpu=False)
+    cost = nnunet_cost(plan, CHANNELS, HEADS, 2, amp=False, gpu=False)
     assert cost.activations < weights / 10
     # weights, momentum, gradients, and the temporary copy of these
     assert cost.total == pytest.approx(4 * weights, rel=0.05)
