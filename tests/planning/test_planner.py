@@ -134,7 +134,7 @@ def steady_machine(monkeypatch):
     return set_rate
 
 
-@pytest.mark.parametrize(("rate", "width"), [(1e12, 32), (2e11, 16), (2e10, 8)])
+@pytest.mark.parametrize(("rate", "width"), [(2e11, 16), (2e10, 8)])
 def test_time_budget_takes_the_batch_then_the_width_then_the_patch(fingerprint, steady_machine, rate, width):
     preprocessed = fingerprint((1, 128, 128), (999.0, 1.0, 1.0), cases=2000)
     steady_machine(rate)
