@@ -17,8 +17,8 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunet_diffusion.planning.costs import Cost, denoiser_cost, nnunet_cost
 from nnunet_diffusion.planning.data_reuse import shared_identifier
 from nnunet_diffusion.planning.record import GB, RECORD_KEY, PlanRecord
-from nnunet_diffusion.planning.rules import WIDTHS, Sized, narrowest, sized
-from nnunet_diffusion.planning.time_budget import TimeBudget
+from nnunet_diffusion.planning.rules import Sized, narrowest, narrowest_sized, sized
+from nnunet_diffusion.planning.time_budget import StepTimes, TimeBudget
 from nnunet_diffusion.settings import PLANS_KEY, DiffusionSettings
 
 STOCK_FEATURES = 32
@@ -28,8 +28,8 @@ CPU_BATCH = {2: 8, 3: 2}
 """By number of axes, the batch below which the width gives way to a time budget first."""
 CPU_PATCH_VOXELS = {2: 64**2, 3: 32**3}
 """By number of axes, the patch that gives way no further: a step that takes longer is then accepted, and said."""
-NNUNET_SHARE = 0.3
-"""Of the time budget, for nnU-Net's step: a denoiser of half its width takes about 2.6 times as long (results.md)."""
+NNUNET_SHARE = 0.5
+"""Of the time budget, for nnU-Net's step: what is taken from it costs more than a narrower denoiser does (results.md)."""
 CORRECTIONS = 3
 TOLERANCE = 1.25
 """Of the time budget, what a measured step may take."""
@@ -270,30 +270,40 @@ class DiffusionPlanning(ExperimentPlanner):
     def _next_stage_of(plans: Mapping[str, Any], name: str) -> bool:
         return any(other.get("inherits_from") == name for other in plans["configurations"].values())
 
-    def _add_denoiser(self, name: str, configuration: dict[str, Any], cascaded: bool) -> None:
-        channels = self.channels + self.previous_stage_channels * cascaded  # the cascade shares the widths
-        gpu, budget, limit = self.time_budget is None, self.time_budget, self.UNet_vram_target_GB * GB
+    def _fits(self, cost: Cost) -> bool:
+        return cost.total <= self.UNet_vram_target_GB * GB
 
-        smallest = narrowest(configuration, self.regions)
+    def _denoiser_in_time(
+        self, budget: TimeBudget, configuration: dict[str, Any], channels: int
+    ) -> tuple[Sized, float]:
+        """The largest denoiser among the measured whose step keeps to the budget, or the smallest; and its seconds."""
+        smallest = narrowest_sized(configuration, channels, self.heads, self.regions, gpu=False)
+        seconds = budget.denoiser_step(configuration, smallest.settings, channels, self.heads)
+        times, measured = StepTimes({smallest.cost.flops: seconds}), [(smallest, seconds)]
 
         def fits(cost: Cost, settings: DiffusionSettings) -> bool:
-            if cost.total > limit or budget is None:
-                return cost.total <= limit
-            rate = budget.denoiser_rate(configuration, settings, channels, self.heads)
-            least = (settings.features_per_stage, settings.sdb_depth) == (
-                smallest.features_per_stage,
-                smallest.sdb_depth,
-            )
-            return least or cost.flops / rate <= budget.seconds
+            in_time = settings == smallest.settings or times.seconds_of(cost.flops) <= budget.seconds
+            return in_time and self._fits(cost)
 
-        seconds = 0.0
         for _ in range(CORRECTIONS):
-            found = sized(configuration, channels, self.heads, self.regions, fits, gpu=gpu)
-            if budget is None:
+            found = sized(configuration, channels, self.heads, self.regions, fits, gpu=False)
+            if found.cost.flops in times.measured:
                 break
-            seconds = budget.correct_denoiser(configuration, found.settings, found.cost, channels, self.heads)
-            if seconds < TOLERANCE * budget.seconds or found.parts == WIDTHS[0]:
+            seconds = budget.denoiser_step(configuration, found.settings, channels, self.heads)
+            times.measured[found.cost.flops] = seconds
+            if seconds < TOLERANCE * budget.seconds and found.cost.flops > measured[-1][0].cost.flops:
+                measured.append((found, seconds))
+            if budget.seconds / TOLERANCE < seconds < budget.seconds * TOLERANCE:
                 break
+        return measured[-1]
+
+    def _add_denoiser(self, name: str, configuration: dict[str, Any], cascaded: bool) -> None:
+        channels = self.channels + self.previous_stage_channels * cascaded  # the cascade shares the widths
+        gpu, seconds = self.time_budget is None, 0.0
+        if self.time_budget is None:
+            found = sized(configuration, channels, self.heads, self.regions, lambda cost, _: self._fits(cost))
+        else:
+            found, seconds = self._denoiser_in_time(self.time_budget, configuration, channels)
         nnunet_seconds = self._nnunet_seconds.get(configuration["data_identifier"], 0.0)
         self.sized[name] = found
         batch = int(configuration["batch_size"])

@@ -52,6 +52,18 @@ def narrowest(configuration: Mapping[str, Any], regions: bool) -> DiffusionSetti
     return replace(base_settings(configuration, WIDTHS[0], regions), sdb_depth=SDB_DEPTHS[-1])
 
 
+def narrowest_sized(
+    configuration: Mapping[str, Any], channels: int, heads: int, regions: bool, *, gpu: bool = True
+) -> Sized:
+    """Return the smallest denoiser that `sized` may choose; the arguments are that function's."""
+    settings, reasons = with_attention(configuration, base_settings(configuration, HALF, regions), channels, heads)
+    width = width_at(WIDTHS[0], tuple(topology_of(configuration)["features_per_stage"]))
+    settings = replace(settings, features_per_stage=width, sdb_depth=SDB_DEPTHS[-1])
+    batch = int(configuration["batch_size"])
+    cost = denoiser_cost(configuration, settings, channels, heads, batch, amp=gpu, gpu=gpu)
+    return Sized(settings, WIDTHS[0], cost, reasons)
+
+
 def base_settings(configuration: Mapping[str, Any], parts: int, regions: bool) -> DiffusionSettings:
     """Return the settings at a width, all that is not sized left at what measured best (`default_settings`)."""
     features = tuple(topology_of(configuration)["features_per_stage"])

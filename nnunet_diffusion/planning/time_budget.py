@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import os
 import platform
 import statistics
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from nnunet_diffusion.denoiser import build_denoiser
-from nnunet_diffusion.planning.costs import Cost, denoiser_cost, nnunet_cost
+from nnunet_diffusion.planning.costs import denoiser_cost, nnunet_cost
 from nnunet_diffusion.planning.steps import Step, build_nnunet, diffusion_step, nnunet_step
 from nnunet_diffusion.segmenter import DiffusionSegmenter
 from nnunet_diffusion.settings import DiffusionSettings, topology_of
@@ -94,10 +95,34 @@ def _seconds(step: Step, device: torch.device) -> float:
 
 
 @dataclass
+class StepTimes:
+    """Seconds of a training step against its FLOPs, at one patch and batch: lines through the measured steps.
+
+    Small networks take as long for fewer FLOPs (memory traffic and calls), so a rate of FLOP/s does not carry from one
+    width to another.
+
+    Attributes:
+        measured: FLOPs of a step -> its seconds; at least one.
+    """
+
+    measured: dict[float, float]
+
+    def seconds_of(self, flops: float) -> float:
+        """Estimate the seconds of a step of `flops`: in proportion to a single measured one, else on the nearest line."""
+        known = sorted(self.measured)
+        if len(known) == 1:
+            return self.measured[known[0]] * flops / known[0]
+        right = min(max(bisect.bisect_left(known, flops), 1), len(known) - 1)
+        low, high = known[right - 1], known[right]
+        slope = (self.measured[high] - self.measured[low]) / (high - low)
+        return self.measured[low] + max(slope, 0.0) * (flops - low)
+
+
+@dataclass
 class TimeBudget:
     """Seconds that one training step may take on this machine, nnU-Net's and DiffusionTrainer's each.
 
-    A width's FLOP/s are measured on a small patch, then corrected by the step of the plan itself.
+    A width's FLOP/s are measured on a small patch, nnU-Net's then corrected by the step of the plan itself.
 
     Attributes:
         seconds: of one training step.
@@ -146,18 +171,12 @@ class TimeBudget:
         self.rates[_key("nnunet", configuration, topology_of(configuration)["features_per_stage"])] = flops / seconds
         return seconds
 
-    def correct_denoiser(
-        self, configuration: Mapping[str, Any], settings: DiffusionSettings, cost: Cost, channels: int, heads: int
+    def denoiser_step(
+        self, configuration: Mapping[str, Any], settings: DiffusionSettings, channels: int, heads: int
     ) -> float:
-        """Measure DiffusionTrainer's step at the configuration's own patch and batch, keep its FLOP/s, return its seconds."""
-        batch = int(configuration["batch_size"])
-        seconds = denoiser_seconds(
-            configuration, settings, channels, heads, batch, configuration["patch_size"], self.device
-        )
-        self.rates[_key(f"denoiser {settings.sdb_depth}", configuration, settings.features_per_stage)] = (
-            cost.flops / seconds
-        )
-        return seconds
+        """Measure DiffusionTrainer's step at the configuration's own patch and batch: seconds."""
+        batch, patch = int(configuration["batch_size"]), configuration["patch_size"]
+        return denoiser_seconds(configuration, settings, channels, heads, batch, patch, self.device)
 
 
 def _key(network: str, configuration: Mapping[str, Any], features: Sequence[int]) -> tuple[str, int, int]:

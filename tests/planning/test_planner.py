@@ -15,7 +15,7 @@ from nnunet_diffusion.planning.diffusion_planner import TargetTooSmall
 from nnunet_diffusion.planning.explain import explanation
 from nnunet_diffusion.planning.record import PlanRecord
 from nnunet_diffusion.planning.summary import summary
-from nnunet_diffusion.planning.time_budget import TimeBudget
+from nnunet_diffusion.planning.time_budget import StepTimes, TimeBudget
 from nnunet_diffusion.settings import DiffusionSettings, topology_of
 
 NAME = "Dataset900_Sizes"
@@ -117,16 +117,17 @@ def test_nnunets_data_are_shared_where_they_are_the_same(fingerprint):
 
 @pytest.fixture
 def steady_machine(monkeypatch):
-    """Steps whose seconds are their FLOPs at `rate`: a machine whose speed is known."""
+    """Steps whose seconds are their FLOPs at `rate`, the denoiser's `overhead` more: a machine whose speed is known."""
 
-    def set_rate(rate):
+    def set_rate(rate, overhead=0.0):
         def nnunet(configuration, channels, heads, batch, patch, device):
             cost = time_budget.nnunet_cost({**configuration, "patch_size": patch}, channels, heads, batch, amp=False)
             return cost.flops / rate
 
         def denoiser(configuration, settings, channels, heads, batch, patch, device):
             configuration = {**configuration, "patch_size": patch}
-            return time_budget.denoiser_cost(configuration, settings, channels, heads, batch, amp=False).flops / rate
+            cost = time_budget.denoiser_cost(configuration, settings, channels, heads, batch, amp=False)
+            return overhead + cost.flops / rate
 
         monkeypatch.setattr(time_budget, "nnunet_seconds", nnunet)
         monkeypatch.setattr(time_budget, "denoiser_seconds", denoiser)
@@ -146,6 +147,34 @@ def test_time_budget_takes_the_batch_then_the_width_then_the_patch(fingerprint, 
     assert configuration["patch_size"] == [128, 128] or width == 8
     seconds = planner.sized["2d"].cost.flops / rate
     assert 0.5 < seconds <= 1, "a training step takes about a second"
+
+
+def test_time_budget_of_the_denoiser_is_met_where_small_networks_take_as_long_for_fewer_flops(
+    fingerprint, steady_machine
+):
+    preprocessed = fingerprint((1, 64, 64), (999.0, 1.0, 1.0), cases=2000)
+    steady_machine(2e11, overhead=0.5)
+    DiffusionPlanner(NAME, time_budget=TimeBudget(1.0)).plan_experiment()
+    configuration, settings, record = read(preprocessed)["2d"]
+    cost = time_budget.denoiser_cost(configuration, settings, 1, 2, configuration["batch_size"], amp=False)
+    assert record.denoiser_step_seconds == pytest.approx(0.5 + cost.flops / 2e11, abs=1e-3)
+    assert 0.8 < record.denoiser_step_seconds < 1.25
+    assert settings.features_per_stage[0] > 4
+
+
+@pytest.mark.parametrize(
+    ("measured", "flops", "seconds"),
+    [
+        ({2.0: 1.0}, 4.0, 2.0),
+        ({2.0: 1.0, 4.0: 1.5}, 6.0, 2.0),
+        ({2.0: 1.0, 4.0: 1.5}, 1.0, 0.75),
+        ({2.0: 1.0, 4.0: 1.5, 8.0: 4.5}, 6.0, 3.0),
+        ({2.0: 1.0, 4.0: 1.5, 8.0: 4.5}, 3.0, 1.25),
+        ({2.0: 1.0, 4.0: 0.9}, 6.0, 1.0),
+    ],
+)
+def test_step_times_lie_on_lines_through_the_measured_and_never_fall(measured, flops, seconds):
+    assert StepTimes(measured).seconds_of(flops) == pytest.approx(seconds)
 
 
 def test_a_machine_too_slow_gets_the_smallest_plan_that_learns_and_is_told(fingerprint, steady_machine):
