@@ -41,7 +41,7 @@ class Recipe:
     test_images: int = 20
     trainer: str = "DiffusionTrainer_5epochs"
     presegmentor: str = "nnUNetTrainer_5epochs"
-    step_seconds: float = 0.17
+    step_seconds: float = 0.2
     memory_target_gb: float = 4
     ddpm_steps: int = 10
 
