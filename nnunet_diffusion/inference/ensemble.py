@@ -54,10 +54,13 @@ class Members:
                 self.total, weighted = self.total.cpu(), weighted.cpu()
             self.total = weighted if self.total is None else self.total.add_(weighted)
             self.weight += weight
-            if self.keep_votes:
-                self.votes.append(votes_of(probabilities, self.regions).cpu())
-        if self.keep_samples and name:
-            self.samples[name] = labels.probabilities_to_logits(probabilities[None], self.regions)[0].half().cpu()
+        votes, kept = self.keep_votes and weight > 0, self.keep_samples and bool(name)
+        if votes or kept:
+            logits = labels.probabilities_to_logits(probabilities[None], self.regions)[0].half()
+            if votes:  # for what the file of a kept sample says, ties after rounding included
+                self.votes.append(votes_of(logits, self.regions).cpu())
+            if kept:
+                self.samples[name] = logits.cpu()
 
     def mean(self) -> Tensor:
         """Weighted mean of all members, on the CPU."""

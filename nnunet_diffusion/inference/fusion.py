@@ -14,16 +14,16 @@ STAPLE_ITERATIONS = 50
 MARGIN_VOXELS = 2
 
 
-def votes_of(probabilities: Tensor, regions: bool) -> Tensor:
+def votes_of(logits: Tensor, regions: bool) -> Tensor:
     """Return what a member votes for, as integers: its label map (*volume), or its masks of regions (K, *volume).
 
     Args:
-        probabilities: (K, *volume).
+        logits: (K, *volume).
         regions: whether the heads are regions.
     """
     if regions:
-        return (probabilities > 0.5).to(torch.uint8)
-    return probabilities.argmax(0).to(torch.uint8 if len(probabilities) <= 256 else torch.int16)
+        return (logits > 0).to(torch.uint8)
+    return logits.argmax(0).to(torch.uint8 if len(logits) <= 256 else torch.int16)
 
 
 def fuse(votes: Tensor, mean: Tensor, fusion: str, regions: bool) -> Tensor:

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from nnunet_diffusion import labels
 from nnunet_diffusion.inference import fusion
+from nnunet_diffusion.inference.ensemble import Members
 
 
 def vote(*label_maps):
@@ -51,7 +53,9 @@ def test_staple_leaves_unanimous_voxels_alone_and_survives_empty_masks():
 def test_staple_gives_probabilities(regions):
     torch.manual_seed(0)
     probabilities = torch.rand(5, 3, 1, 12, 12).softmax(1)
-    votes = torch.stack([fusion.votes_of(each, regions) for each in probabilities])
+    votes = torch.stack(
+        [fusion.votes_of(labels.probabilities_to_logits(each[None], regions)[0], regions) for each in probabilities]
+    )
     fused = fusion.fuse(votes, probabilities.mean(0), "staple", regions)
     assert fused.shape == (3, 1, 12, 12)
     assert torch.isfinite(fused).all()
@@ -61,3 +65,13 @@ def test_staple_gives_probabilities(regions):
 def test_unknown_fusion_is_named():
     with pytest.raises(ValueError, match="median.*mean, majority, staple"):
         fusion.fuse(vote([0], [1]), torch.full((2, 1), 0.5), "median", False)
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_a_sample_votes_for_what_its_own_file_says_though_that_is_rounded(regions):
+    generator = torch.Generator().manual_seed(0)
+    near_ties = 0.5 + 1e-5 * torch.randn(2, 10000, generator=generator)
+    members = Members(regions, keep_votes=True, keep_samples=True)
+    members.add(near_ties, 1.0, "sample")
+    kept = members.samples["sample"]
+    assert torch.equal(members.votes[0].long(), (kept > 0).long() if regions else kept.argmax(0))
