@@ -61,7 +61,7 @@ if __name__ == "__main__":
                 "mypy>=1.10",
                 "pytest>=8",
                 "pytest-timeout",
-                "pytest-xdist",
+                "pytest-xdist>=3.8",
                 "ruff>=0.6",
                 "wandb>=0.19.10",
             ],
