@@ -36,7 +36,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add("-step_seconds", type=float, help=f"with -device cpu: of a training step (default {DEFAULT_STEP_SECONDS:g})")
     add("--explain", action="store_true", help="print what was chosen, by which rule, and what else would cost")
     add("--preprocess", action="store_true", help="then preprocess what is not preprocessed yet")
-    add("-c", nargs="+", default=list(CONFIGURATIONS), metavar="CONFIG", help="with --preprocess: configurations")
+    add(
+        "-c",
+        nargs="+",
+        metavar="CONFIG",
+        help=f"with --preprocess: configurations (default: {' '.join(CONFIGURATIONS)})",
+    )
     add(
         "-np",
         type=int,
@@ -81,8 +86,14 @@ def check_options(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and not 0 < value < float("inf"):
             raise CommandError(f"-{name} is {value:g}, but must be a positive number")
-    if options.np is not None and len(options.np) not in (1, len(options.c)):
-        raise CommandError(f"-np has {len(options.np)} numbers, but must have one, or one for each of -c {options.c}")
+    for edge in options.overwrite_target_spacing or ():
+        if not 0 < edge < float("inf"):
+            raise CommandError(f"-overwrite_target_spacing has {edge:g}, but must be three positive numbers")
+    names = options.c or list(CONFIGURATIONS)
+    if options.np is not None and len(options.np) not in (1, len(names)):
+        raise CommandError(f"-np has {len(options.np)} numbers, but must have one, or one for each of -c {names}")
+    if options.np is not None and min(options.np) < 1:
+        raise CommandError(f"-np has {min(options.np)}, but must be at least 1")
 
 
 def find_raw_dataset(name_or_id: str, environment: Mapping[str, str]) -> str:
@@ -96,6 +107,10 @@ def find_raw_dataset(name_or_id: str, environment: Mapping[str, str]) -> str:
     if len(found) != 1:
         there = "is not" if not found else f"is ambiguous ({', '.join(found)})"
         raise CommandError(f"dataset {name_or_id} {there} in {raw}; put it there in nnU-Net's format")
+    if not (raw / found[0] / "dataset.json").is_file():
+        raise CommandError(
+            f"{raw / found[0]} has no dataset.json: nnU-Net's raw format has one, see its dataset_format.md"
+        )
     if not (preprocessed / found[0] / "dataset_fingerprint.json").is_file():
         raise CommandError(
             f"{preprocessed / found[0]} has no dataset_fingerprint.json; run: nnUNetv2_extract_fingerprint "
@@ -107,6 +122,8 @@ def find_raw_dataset(name_or_id: str, environment: Mapping[str, str]) -> str:
 def plan(dataset: str, options: argparse.Namespace) -> dict[str, Any]:
     """Write the plans of one dataset and say what they are."""
     # nnU-Net reads its paths when it is imported
+    import multiprocessing
+
     import torch
 
     from nnunet_diffusion.planning.explain import explanation
@@ -115,7 +132,10 @@ def plan(dataset: str, options: argparse.Namespace) -> dict[str, Any]:
 
     planner_class = getattr(importlib.import_module(f"nnunet_diffusion.planners.{options.pl}"), options.pl)
     keywords = {"gpu_memory_target_in_gb": options.gpu_memory_target, "plans_name": options.overwrite_plans_name}
-    budget = TimeBudget(options.step_seconds or DEFAULT_STEP_SECONDS) if options.device == "cpu" else None
+    budget = None
+    if options.device == "cpu":
+        torch.set_num_threads(multiprocessing.cpu_count())  # as nnUNetv2_train -device cpu
+        budget = TimeBudget(options.step_seconds or DEFAULT_STEP_SECONDS)
     print(f"Planning {dataset} with {options.pl} ...", flush=True)
     try:
         with contextlib.nullcontext() if options.verbose else contextlib.redirect_stdout(io.StringIO()):
@@ -137,22 +157,31 @@ def plan(dataset: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def preprocess(dataset: str, plans: Mapping[str, Any], options: argparse.Namespace) -> None:
-    """Run nnU-Net's preprocessing for the configurations whose data are not complete yet."""
+    """Run nnU-Net's preprocessing for the configurations whose data are not complete yet.
+
+    Raises:
+        CommandError: the plans have no configuration of a name that was asked for.
+    """
     from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess_dataset
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
     from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
     from nnunet_diffusion.planning.data_reuse import is_complete
 
     cases = list(get_filenames_of_train_images_and_targets(os.path.join(os.environ[RAW], dataset)))
-    folder = Path(os.environ[PREPROCESSED]) / dataset
-    processes = options.np or [DEFAULT_PROCESSES.get(name, 4) for name in options.c]
-    processes = processes * len(options.c) if len(processes) == 1 else processes
-    for name, number in zip(options.c, processes, strict=True):
-        configuration = plans["configurations"].get(name)
-        if configuration is None:
-            print(f"{name}: these plans have no such configuration")
-        elif is_complete(folder / configuration["data_identifier"], cases):
-            print(f"{name}: {configuration['data_identifier']} is preprocessed already, it is used as it is")
+    folder, manager = Path(os.environ[PREPROCESSED]) / dataset, PlansManager(dict(plans))
+    names = options.c or list(CONFIGURATIONS)
+    if options.c and (unknown := [name for name in options.c if name not in manager.available_configurations]):
+        known = ", ".join(manager.available_configurations)
+        raise CommandError(f"the plans of {dataset} have no configuration {', '.join(unknown)}; they have: {known}")
+    processes = options.np or [DEFAULT_PROCESSES.get(name, 4) for name in names]
+    processes = processes * len(names) if len(processes) == 1 else processes
+    for name, number in zip(names, processes, strict=True):
+        if name not in manager.available_configurations:
+            continue
+        identifier = manager.get_configuration(name).data_identifier
+        if is_complete(folder / identifier, cases):
+            print(f"{name}: {identifier} is preprocessed already, it is used as it is")
         else:
             preprocess_dataset(int(dataset[7:10]), plans["plans_name"], [name], [number])
 

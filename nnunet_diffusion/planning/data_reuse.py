@@ -24,6 +24,16 @@ SAME_DATA = (
     "resampling_fn_seg_kwargs",
 )
 """Entries of a configuration that decide what its preprocessed data are."""
+SAME_FOR_ALL = ("transpose_forward", "foreground_intensity_properties_per_channel")
+"""Entries of the plans that do."""
+STOCK_PLANS = (
+    "nnUNetPlans.json",
+    "nnUNetResEncUNetMPlans.json",
+    "nnUNetResEncUNetLPlans.json",
+    "nnUNetResEncUNetXLPlans.json",
+)
+"""Plans of nnU-Net's own planners; those of its presets name the data of the first."""
+CURE = "Give the new plans another name (-overwrite_plans_name), or remove that folder."
 
 
 def shared_identifier(dataset_name: str, plans: Mapping[str, Any], configuration: str) -> str:
@@ -35,30 +45,60 @@ def shared_identifier(dataset_name: str, plans: Mapping[str, Any], configuration
         configuration: one that inherits from no other.
 
     Raises:
-        ValueError: data of another spacing lie in the folder of that name.
+        ValueError: data of another spacing, normalisation or preprocessor lie in the folder of that name.
     """
-    preprocessed, own = Path(nnUNet_preprocessed) / dataset_name, plans["configurations"][configuration]
-    identifier = f"{plans['plans_name']}_{configuration}"
-    stock = preprocessed / "nnUNetPlans.json"
-    theirs = json.loads(stock.read_text()) if stock.is_file() else None
-    if theirs is not None:
-        other = theirs["configurations"].get(configuration, {})
-        same = theirs["transpose_forward"] == list(plans["transpose_forward"])
-        if same and all(_same(own.get(key), other.get(key)) for key in SAME_DATA):
-            identifier = other["data_identifier"]
+    preprocessed, identifier = Path(nnUNet_preprocessed) / dataset_name, f"{plans['plans_name']}_{configuration}"
+    for path in filter(Path.is_file, (preprocessed / name for name in STOCK_PLANS)):
+        theirs = json.loads(path.read_text())
+        if not different_entries(theirs, plans, configuration):
+            identifier = theirs["configurations"][configuration]["data_identifier"]
+            break
+    else:
+        _refuse_other_preprocessing(preprocessed / identifier, plans, configuration)
     refuse_other_spacing(preprocessed / identifier, plans, configuration)
     return identifier
 
 
+def different_entries(theirs: Mapping[str, Any], ours: Mapping[str, Any], configuration: str) -> list[str]:
+    """Return the names of what decides about preprocessed data and differs between two plans; empty: the data are the same."""
+    one, other = (plans["configurations"].get(configuration) for plans in (theirs, ours))
+    if one is None or other is None:
+        return ["configurations"]
+    different = [key for key in SAME_DATA if not _same(one.get(key), other.get(key))]
+    return different + [key for key in SAME_FOR_ALL if not _same(theirs.get(key), ours.get(key))]
+
+
+def _refuse_other_preprocessing(folder: Path, plans: Mapping[str, Any], configuration: str) -> None:
+    """Raise ValueError if the data in the plans' own folder were made by earlier plans of that name that differ."""
+    earlier = folder.parent / f"{plans['plans_name']}.json"
+    if not earlier.is_file() or not finished_cases(folder):
+        return
+    theirs = json.loads(earlier.read_text())
+    changed = different_entries(theirs, plans, configuration) if configuration in theirs["configurations"] else []
+    if set(changed) - {"spacing"}:  # of the spacing the data themselves tell
+        raise ValueError(
+            f"{folder} holds data preprocessed with another {', '.join(changed)} ({earlier.name} says). {CURE}"
+        )
+
+
+def finished_cases(folder: Path) -> list[str]:
+    """Names of the cases in a folder of preprocessed data that were written whole (nnU-Net writes the .pkl last)."""
+    if not folder.is_dir():
+        return []
+    properties = {path.stem for path in folder.glob("*.pkl")}
+    data = {path.stem for ending in ("b2nd", "npz") for path in folder.glob(f"*.{ending}")}
+    return sorted(properties & data)
+
+
 def refuse_other_spacing(folder: Path, plans: Mapping[str, Any], configuration: str) -> None:
     """Raise ValueError if a case in `folder` was resampled to another spacing than the configuration's."""
-    if not folder.is_dir():
-        return
-    cases = infer_dataset_class(str(folder)).get_identifiers(str(folder)) if any(folder.iterdir()) else []
-    for case in cases[:1]:
+    for case in finished_cases(folder)[:1]:
         with (folder / f"{case}.pkl").open("rb") as file:
             properties = pickle.load(file)  # written by nnU-Net's own preprocessing
-        data = infer_dataset_class(str(folder))(str(folder), [case]).load_case(case)[0]
+        try:
+            data = infer_dataset_class(str(folder))(str(folder), [case]).load_case(case)[0]
+        except (AssertionError, KeyError) as error:
+            raise ValueError(f"{folder} holds files that are not of nnU-Net's preprocessing: remove it.") from error
         order = list(plans["transpose_forward"])
         spacing = [float(s) for s in plans["configurations"][configuration]["spacing"]]
         before = [properties["spacing"][axis] for axis in order]
@@ -68,20 +108,19 @@ def refuse_other_spacing(folder: Path, plans: Mapping[str, Any], configuration: 
         if not np.array_equal(wanted, data.shape[1:]):
             raise ValueError(
                 f"{folder} holds data of another spacing: case {case} has the shape {tuple(data.shape[1:])}, spacing "
-                f"{spacing} would give {tuple(int(edge) for edge in wanted)}. Give the new plans another name "
-                "(-overwrite_plans_name), or remove that folder."
+                f"{spacing} would give {tuple(int(edge) for edge in wanted)}. {CURE}"
             )
 
 
 def is_complete(folder: Path, cases: list[str]) -> bool:
     """Whether all cases are preprocessed in `folder`, so that nothing has to be done again."""
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return False
-    return set(cases) <= set(infer_dataset_class(str(folder)).get_identifiers(str(folder)))
+    return bool(cases) and set(cases) <= set(finished_cases(folder))
 
 
 def _same(ours: Any, theirs: Any) -> bool:
     def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(key): plain(entry) for key, entry in value.items()}
         if isinstance(value, (np.ndarray, list, tuple)):
             return [plain(entry) for entry in value]
         return round(float(value), 6) if isinstance(value, (float, np.floating)) else value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,10 +46,11 @@ class _TooSlow(Exception):
 
 @dataclass(frozen=True)
 class Candidate:
-    """A patch nnU-Net's loop tried, and what the target must be for it."""
+    """A patch nnU-Net's loop tried: a configuration of it, and the target in GB that nnU-Net's own estimate wants for it."""
 
-    patch_size: tuple[int, ...]
-    needed_gb: float
+    configuration: Mapping[str, Any]
+    channels: int
+    stock_gb: float
 
 
 def _patch_key(patch: Sequence[int], arch_kwargs: Mapping[str, Any]) -> tuple[str, str]:
@@ -65,7 +67,7 @@ class DiffusionPlanning(ExperimentPlanner):
     Attributes:
         time_budget: of a training step; None: only memory counts.
         sized: configuration -> the denoiser that was chosen, after `plan_experiment`.
-        candidates: patch sizes that were judged, smallest last, by number of axes.
+        candidates: patch sizes that were too large, or taken, by number of axes.
     """
 
     def __init__(self, *arguments: Any, time_budget: TimeBudget | None = None, **keywords: Any) -> None:
@@ -75,8 +77,10 @@ class DiffusionPlanning(ExperimentPlanner):
         self.sized: dict[str, Sized] = {}
         self.candidates: dict[int, list[Candidate]] = {2: [], 3: []}
         self._stock_alone, self._keep_patch, self._voxels = False, False, dict[str, float]()
+        self._stock_estimates: dict[tuple[str, str], float] = {}
+        self._dataset_voxels, self._previous_channels = math.inf, 0
         self._nnunet_seconds: dict[str, float] = {}
-        self._fitting: dict[tuple[str, str], int] = {}
+        self._fitting: dict[tuple[int, tuple[str, str]], int] = {}
         labels = LabelManager(self.dataset_json["labels"], self.dataset_json.get("regions_class_order"))
         self.heads, self.regions = labels.num_segmentation_heads, labels.has_regions
         self.previous_stage_channels = len(labels.foreground_labels)
@@ -102,14 +106,14 @@ class DiffusionPlanning(ExperimentPlanner):
         """
         axes, patch = len(patch_size), tuple(int(edge) for edge in patch_size)
         if int(arch_kwargs["n_stages"]) < 2 or min(patch) < 1:
-            raise self._target_too_small(axes)
-        stock = super().static_estimate_VRAM_usage(
-            patch_size, input_channels, output_channels, arch_class_name, arch_kwargs, arch_kwargs_req_import
-        )
-        stock *= STOCK_FEATURES / self.UNet_base_num_features  # a narrower network gets no larger patch
-        if self._stock_alone or stock > self._reference(axes) * self._leeway(axes):
-            self.candidates[axes].append(Candidate(patch, self._stock_need(stock, axes)))
-            return stock
+            raise self._target_too_small(axes, patch)
+        key = str(patch), str(arch_kwargs)
+        if key not in self._stock_estimates:
+            self._stock_estimates[key] = super().static_estimate_VRAM_usage(
+                patch_size, input_channels, output_channels, arch_class_name, arch_kwargs, arch_kwargs_req_import
+            )
+        # a narrower network gets no larger patch
+        stock = self._stock_estimates[key] * STOCK_FEATURES / self.UNet_base_num_features
         configuration = {
             "architecture": {
                 "network_class_name": arch_class_name,
@@ -119,15 +123,26 @@ class DiffusionPlanning(ExperimentPlanner):
             "patch_size": patch,
             "batch_size": self.UNet_min_batch_size,
         }
-        most = max(self.UNet_min_batch_size, round(self._reference(axes) / stock * self._reference_batch(axes)))
+        channels, target = input_channels + self._previous_channels, self.UNet_vram_target_GB
+        stock_gb = stock / self._leeway(axes) / self._reference(axes) * target
+        self.candidates[axes].append(Candidate(configuration, channels, stock_gb))
+        if self._stock_alone or stock > self._reference(axes) * self._leeway(axes):
+            return stock
+        most = min(round(self._reference(axes) / stock * self._reference_batch(axes)), self._dataset_batch(patch))
+        most = max(self.UNet_min_batch_size, most)
         if self.time_budget is not None:
             most = self._batch_in_time(configuration, input_channels, most)
         if most < self.UNet_min_batch_size:
             return math.inf
-        fitting, needed = self._largest_batch(configuration, input_channels, most)
-        self.candidates[axes].append(Candidate(patch, max(needed, self._stock_need(stock, axes))))
-        self._fitting[_patch_key(patch, arch_kwargs)] = fitting
+        fitting = self._largest_batch(configuration, channels, most)
+        self._fitting[self._previous_channels, _patch_key(patch, arch_kwargs)] = fitting
         return stock if fitting >= self.UNet_min_batch_size else math.inf
+
+    def _dataset_batch(self, patch: Sequence[int]) -> int:
+        """The batch at which nnU-Net's patches cover the share of the dataset that it allows."""
+        if math.isinf(self._dataset_voxels):
+            return sys.maxsize
+        return round(self._dataset_voxels * self.max_dataset_covered / math.prod(patch))
 
     def _batch_in_time(self, configuration: Mapping[str, Any], channels: int, most: int) -> int:
         """The batch up to `most` whose step keeps to nnU-Net's share of the time budget; 0: none, the patch is too large.
@@ -146,34 +161,41 @@ class DiffusionPlanning(ExperimentPlanner):
             return fitting
         if self._keep_patch:
             raise _TooSlow
-        return 0 if math.prod(configuration["patch_size"]) > CPU_PATCH_VOXELS[axes] else fewest
+        patch = configuration["patch_size"]  # nnU-Net's loop would give up an axis of one voxel as any other
+        return 0 if math.prod(patch) > CPU_PATCH_VOXELS[axes] and min(patch) > 1 else fewest
 
-    def _largest_batch(self, configuration: Mapping[str, Any], channels: int, most: int) -> tuple[int, float]:
-        """The batch up to `most` that fits the memory (0: none), and the memory in GB that the smallest needs at least."""
-        gpu, narrow = self.time_budget is None, narrowest(configuration, self.regions)
-        networks = (
+    def _costs(self, configuration: Mapping[str, Any], channels: int) -> tuple[Callable[[int], Cost], ...]:
+        """By batch, the costs of nnU-Net's training step and of the narrowest denoiser's."""
+        gpu, narrow = self.time_budget is None, narrowest(configuration, channels, self.heads, self.regions)
+        return (
             lambda batch: nnunet_cost(configuration, channels, self.heads, batch, amp=gpu, gpu=gpu),
             lambda batch: denoiser_cost(configuration, narrow, channels, self.heads, batch, amp=gpu, gpu=gpu),
         )
-        fitting, needed = most, 0.0
-        for cost_at in networks:
-            batch, need = self._fitting_batch(cost_at, max(fitting, self.UNet_min_batch_size))
-            fitting, needed = min(fitting, batch), max(needed, need)
-        return fitting, needed
 
-    def _fitting_batch(self, cost_at: Callable[[int], Cost], most: int) -> tuple[int, float]:
+    def _largest_batch(self, configuration: Mapping[str, Any], channels: int, most: int) -> int:
+        """The largest batch up to `most` with which both networks fit the memory; 0: none."""
+        for cost_at in self._costs(configuration, channels):
+            most = self._fitting_batch(cost_at, most)
+            if most == 0:
+                break
+        return most
+
+    def _fitting_batch(self, cost_at: Callable[[int], Cost], most: int) -> int:
         """As `_largest_batch`, for one network."""
-        limit, smallest = self.UNet_vram_target_GB * GB, self.UNet_min_batch_size
-        if (whole := cost_at(most).total) <= limit:
-            return most, whole / GB
-        least = cost_at(smallest).total
-        if least > limit:
-            return 0, least / GB
+        limit, low, high = self.UNet_vram_target_GB * GB, self.UNet_min_batch_size, most
+        if (above := cost_at(high).total) <= limit:
+            return high
+        if (below := cost_at(low).total) > limit:
+            return 0
         # need is a convex function of the batch: a chord lies above it, so the batch at which the chord meets the limit fits
-        batch = most
-        while batch > smallest and (need := cost_at(batch).total) > limit:
-            batch = min(batch - 1, smallest + math.floor((limit - least) * (batch - smallest) / (need - least)))
-        return max(batch, smallest), least / GB
+        while high - low > 1:
+            guess = max(low + math.floor((limit - below) * (high - low) / (above - below)), low + 1)
+            need = cost_at(min(guess, high - 1)).total
+            if need <= limit:
+                low, below = min(guess, high - 1), need
+            else:
+                high, above = min(guess, high - 1), need
+        return low
 
     def _reference(self, axes: int) -> float:
         value = self.UNet_reference_val_2d if axes == 2 else self.UNet_reference_val_3d
@@ -186,15 +208,22 @@ class DiffusionPlanning(ExperimentPlanner):
         """How far above its reference nnU-Net's loop lets a patch be: the plain planner wants a batch of two to fit."""
         return 1.0 if isinstance(self, ResEncUNetPlanner) else self._reference_batch(axes) / 2
 
-    def _stock_need(self, stock: float, axes: int) -> float:
-        return stock / self._leeway(axes) / self._reference(axes) * self.UNet_vram_target_GB
-
-    def _target_too_small(self, axes: int) -> TargetTooSmall:
-        tried = self.candidates[axes]
-        least = min(tried, key=lambda candidate: candidate.needed_gb)
+    def _target_too_small(self, axes: int, patch: tuple[int, ...]) -> ValueError:
+        """What to say where nnU-Net's loop has run out of patches."""
+        tried = sorted(self.candidates[axes], key=lambda candidate: candidate.stock_gb)
+        if not tried:
+            return ValueError(f"The images are too small for a network of two stages: patch {list(patch)}.")
+        least, needed = tried[0], math.inf
+        for candidate in tried:
+            if candidate.stock_gb >= needed:
+                break
+            costs = self._costs(candidate.configuration, candidate.channels)
+            exact = max(candidate.stock_gb, *(cost(self.UNet_min_batch_size).total / GB for cost in costs))
+            if exact < needed:
+                least, needed = candidate, exact
         return TargetTooSmall(
             f"-gpu_memory_target {self.UNet_vram_target_GB:g} is too small for any {axes}D patch: the smallest, "
-            f"{list(least.patch_size)}, needs {math.ceil(least.needed_gb * 100) / 100:g} GB."
+            f"{list(least.configuration['patch_size'])}, needs {math.ceil(needed * 100) / 100:g} GB."
         )
 
     def get_plans_for_configuration(
@@ -210,17 +239,30 @@ class DiffusionPlanning(ExperimentPlanner):
         Where time is short the batch gives way first, then nnU-Net's width, then the rest of the batch, then the patch.
         """
         arguments = (spacing, median_shape, data_identifier, approximate_n_voxels_dataset)
-        self._voxels[data_identifier] = approximate_n_voxels_dataset
+        self._voxels[data_identifier] = self._dataset_voxels = approximate_n_voxels_dataset
+        plan = self._plan(*arguments, _cache)
+        covered = math.prod(plan["patch_size"]) / math.prod(float(edge) for edge in median_shape)
+        if data_identifier == self.generate_data_identifier("3d_fullres") and covered < self.lowres_creation_threshold:
+            # nnU-Net will add a cascade, whose networks see the previous stage as well
+            self._previous_channels = self.previous_stage_channels
+            try:
+                plan = self._plan(*arguments, {})
+            finally:
+                self._previous_channels = 0
+        return plan
+
+    def _plan(self, *arguments: Any) -> dict[str, Any]:
         if self.time_budget is None:
-            return self._with_fitting_batch(super().get_plans_for_configuration(*arguments, _cache))
+            return self._with_fitting_batch(super().get_plans_for_configuration(*arguments))
         for features in CPU_FEATURES:
             self.UNet_base_num_features, self._keep_patch = features, features != CPU_FEATURES[-1]
             with contextlib.suppress(_TooSlow):
-                return self._plan_within_time(*arguments)
+                return self._plan_within_time(*arguments[:-1])
         raise AssertionError("the narrowest network gives up no patch")
 
     def _with_fitting_batch(self, plan: dict[str, Any]) -> dict[str, Any]:
-        fitting = self._fitting[_patch_key(plan["patch_size"], plan["architecture"]["arch_kwargs"])]
+        key = self._previous_channels, _patch_key(plan["patch_size"], plan["architecture"]["arch_kwargs"])
+        fitting = self._fitting[key]
         return {**plan, "batch_size": min(int(plan["batch_size"]), fitting)}
 
     def _plan_within_time(self, *arguments: Any) -> dict[str, Any]:

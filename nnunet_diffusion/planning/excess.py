@@ -13,6 +13,15 @@ from nnunet_diffusion.settings import DiffusionSettings
 BYTES_PER_CHANNEL, BYTES_PER_HEAD, BYTES_OF_WEIGHTS = 400, 60, GB
 """More than a voxel of the widest stage, of the diffusion state, and all weights ever need: small plans need no tracing."""
 
+OURS = {
+    "nnUNetPlannerResEncM": "DiffusionPlannerResEncM",
+    "DiffusionPlannerResEncM": "DiffusionPlannerResEncM",
+    "nnUNetPlannerResEncL": "DiffusionPlannerResEncL",
+    "nnUNetPlannerResEncXL": "DiffusionPlannerResEncL",
+    "DiffusionPlannerResEncL": "DiffusionPlannerResEncL",
+}
+"""By the planner of the plans, the one to plan again with, where it is not the default."""
+
 
 def memory_warning(
     plans: Mapping[str, Any], configuration: Mapping[str, Any], settings: DiffusionSettings, channels: int, heads: int
@@ -38,9 +47,10 @@ def memory_warning(
     needed = denoiser_cost(configuration, settings, channels, heads, batch).total / GB
     if needed <= target:
         return None
-    number = int(plans["dataset_name"][7:10])
+    number, planner = int(plans["dataset_name"][7:10]), OURS.get(plans.get("experiment_planner_used", ""))
+    chosen = f" -pl {planner}" if planner else ""
     return (
         f"WARNING: on a GPU this training needs about {needed:.1f} GB, {needed - target:.1f} GB more than the {target:g} GB "
-        f"these plans were made for. Plans in which both networks fit: nnunet_diffusion plan -d {number} "
-        f"-gpu_memory_target {target:g}"
+        f"these plans were made for. Plans in which both networks fit: nnunet_diffusion plan -d {number}"
+        f"{chosen} -gpu_memory_target {target:g}"
     )

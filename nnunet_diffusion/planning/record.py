@@ -78,10 +78,29 @@ class PlanRecord:
         wrong = sorted(known ^ set(record))
         if wrong:
             raise ValueError(f"{RECORD_KEY}.{wrong[0]} is {'missing' if wrong[0] in known else 'unknown'}: plan again.")
-        for key in ("memory_target_gb", "step_seconds", "nnunet_gb", "denoiser_gb"):
-            if not isinstance(record[key], (int, float)) or record[key] < 0:
-                raise ValueError(f"{RECORD_KEY}.{key} is {record[key]!r}, but must be a number of at least 0.")
+        for entry in fields(cls):
+            _check(entry.name, record[entry.name])
         return cls(**{**record, "stock_patch_size": tuple(record["stock_patch_size"])})
+
+
+def _check(key: str, value: Any) -> None:
+    """Raise ValueError if an entry of the record is not what it must be."""
+    if key in ("planner", "machine"):
+        fits, wanted = isinstance(value, str), "text"
+    elif key in ("stock_batch_size", "version"):
+        fits, wanted = _is_count(value), "a whole number of at least 1"
+    elif key == "stock_patch_size":
+        fits = isinstance(value, (list, tuple)) and len(value) in (2, 3) and all(map(_is_count, value))
+        wanted = "two or three whole numbers of at least 1"
+    else:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        fits, wanted = number and 0 <= value < float("inf"), "a number of at least 0"
+    if not fits:
+        raise ValueError(f"{RECORD_KEY}.{key} is {value!r}, but must be {wanted}.")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def memory_target_gb(plans: Mapping[str, Any], configuration: Mapping[str, Any]) -> float | None:

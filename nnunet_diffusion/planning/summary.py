@@ -29,9 +29,10 @@ def summary(planner: DiffusionPlanning, plans: Mapping[str, Any]) -> str:
     """Return the configurations that were planned, what was taken from nnU-Net's own choice, and the next commands."""
     rows, notes = [], []
     for name, configuration in plans["configurations"].items():
-        record = PlanRecord.from_plans(configuration)
-        if name not in planner.sized or record is None:
+        if name not in planner.sized:  # a user's own, kept from earlier plans of that name
             continue
+        record = PlanRecord.from_plans(configuration)
+        assert record is not None
         found, patch, batch = planner.sized[name], tuple(configuration["patch_size"]), int(configuration["batch_size"])
         widths = (topology_of(configuration)["features_per_stage"], found.settings.features_per_stage)
         timed = record.step_seconds > 0
@@ -40,7 +41,7 @@ def summary(planner: DiffusionPlanning, plans: Mapping[str, Any]) -> str:
             if timed
             else (record.nnunet_gb, record.denoiser_gb)
         )
-        flops = nnunet_cost(configuration, planner.channels, planner.heads, batch, amp=not timed, gpu=not timed).flops
+        flops = nnunet_cost(configuration, found.channels, planner.heads, batch, amp=not timed, gpu=not timed).flops
         cells = (*(f"{need:.2f}" for need in needs), f"{flops / 1e12:.3f}", f"{found.cost.flops / 1e12:.3f}")
         rows.append([name, _numbers(patch), str(batch), *map(_numbers, widths), *cells])
         if timed and max(needs) > LATE * record.step_seconds:

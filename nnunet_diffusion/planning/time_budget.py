@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import bisect
+import math
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +27,8 @@ PROBE_EDGE = {2: 96, 3: 32}
 """By number of axes, the longest edge, in voxels, of the patch on which a width's speed is first measured."""
 PROBE_BATCH = {2: 8, 3: 2}
 """The batch of that; fewer small slices would measure overhead."""
+PROBE_VOXELS = 2**19
+"""The batch is smaller where a patch with all stages is so large that more voxels would take minutes."""
 
 
 def nnunet_seconds(
@@ -50,23 +55,30 @@ def denoiser_seconds(
 
 
 def probe_patch(patch: Sequence[int], strides: Sequence[Sequence[int] | int]) -> tuple[int, ...]:
-    """Return a patch no larger than `patch` that a step can be timed on quickly: edges of at most `PROBE_EDGE`.
+    """Return a patch no larger than `patch` that a step can be timed on quickly: edges of about `PROBE_EDGE` at most.
 
-    An edge stays a multiple of all of the axis's strides, so that every stage remains.
+    An edge stays a multiple of all of the axis's strides, so that every stage remains; and the deepest keeps two voxels,
+    which a normalisation needs.
     """
-    edges = []
-    for axis, edge in enumerate(patch):
-        divisor = 1
-        for stride in strides:
-            divisor *= stride if isinstance(stride, int) else stride[axis]
-        longest = max(PROBE_EDGE[len(patch)] // divisor, 4) * divisor
-        edges.append(min(int(edge), longest))
+    divisors = [1] * len(patch)
+    for stride in strides:
+        for axis in range(len(patch)):
+            divisors[axis] *= stride if isinstance(stride, int) else stride[axis]
+    longest = PROBE_EDGE[len(patch)]
+    edges = [min(int(edge), max(longest // by, 1) * by) for edge, by in zip(patch, divisors, strict=True)]
+    if all(edge == by for edge, by in zip(edges, divisors, strict=True)):
+        axis = min(
+            (axis for axis in range(len(patch)) if patch[axis] > edges[axis]), key=divisors.__getitem__, default=0
+        )
+        edges[axis] = min(int(patch[axis]), 2 * divisors[axis])
     return tuple(edges)
 
 
 def machine_name() -> str:
     """Processor and number of cores, for a plan that depends on them."""
-    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    listed = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*:\s*(.+)$", listed.read_text(), re.MULTILINE) if listed.is_file() else []
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
 def _random_batch(
@@ -129,12 +141,14 @@ class TimeBudget:
         device: on which it is measured.
         machine: its name, for the plans.
         rates: measured FLOP/s, by network, axes and width at the first stage.
+        steps: measured seconds of nnU-Net's steps, by patch, batch and FLOPs.
     """
 
     seconds: float
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     machine: str = field(default_factory=machine_name)
     rates: dict[tuple[str, int, int], float] = field(default_factory=dict)
+    steps: dict[tuple[tuple[int, ...], int, float], float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check the budget."""
@@ -165,9 +179,13 @@ class TimeBudget:
 
     def correct_nnunet(self, configuration: Mapping[str, Any], channels: int, heads: int) -> float:
         """Measure the step of nnU-Net at the configuration's own patch and batch, keep its FLOP/s, return its seconds."""
-        batch = int(configuration["batch_size"])
-        seconds = nnunet_seconds(configuration, channels, heads, batch, configuration["patch_size"], self.device)
+        batch, patch = int(configuration["batch_size"]), tuple(configuration["patch_size"])
         flops = nnunet_cost(configuration, channels, heads, batch, amp=False, gpu=False).flops
+        # nnU-Net's search for a low resolution asks for the same networks again and again
+        if (patch, batch, flops) not in self.steps:
+            seconds = nnunet_seconds(configuration, channels, heads, batch, patch, self.device)
+            self.steps[patch, batch, flops] = seconds
+        seconds = self.steps[patch, batch, flops]
         self.rates[_key("nnunet", configuration, topology_of(configuration)["features_per_stage"])] = flops / seconds
         return seconds
 
@@ -185,4 +203,5 @@ def _key(network: str, configuration: Mapping[str, Any], features: Sequence[int]
 
 def _small(configuration: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
     patch = probe_patch(configuration["patch_size"], topology_of(configuration)["strides"])
-    return {**configuration, "patch_size": patch}, PROBE_BATCH[len(patch)]
+    batch = max(1, min(PROBE_BATCH[len(patch)], PROBE_VOXELS // math.prod(patch)))
+    return {**configuration, "patch_size": patch}, batch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 
@@ -21,6 +22,7 @@ def folders(tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
         monkeypatch.setenv(name, str(tmp_path / name))
     (tmp_path / "nnUNet_raw" / DATASET).mkdir()
+    (tmp_path / "nnUNet_raw" / DATASET / "dataset.json").write_text(json.dumps({}))
     (tmp_path / "nnUNet_preprocessed" / DATASET).mkdir()
     (tmp_path / "nnUNet_preprocessed" / DATASET / "dataset_fingerprint.json").write_text(json.dumps({}))
     return tmp_path
@@ -43,6 +45,9 @@ def error_of(capsys, *words: str) -> str:
         (("-d", "7", "-gpu_memory_target", "0"), ["-gpu_memory_target is 0", "positive"]),
         (("-d", "7", "-device", "cpu", "-step_seconds", "-1"), ["-step_seconds is -1", "positive"]),
         (("-d", "7", "-c", "2d", "3d_fullres", "-np", "1", "2", "3"), ["-np has 3 numbers", "2d"]),
+        (("-d", "7", "-np", "0"), ["-np has 0", "at least 1"]),
+        (("-d", "7", "-overwrite_target_spacing", "0", "1", "1"), ["-overwrite_target_spacing has 0", "positive"]),
+        (("-d", "7", "-overwrite_target_spacing", "1", "-1", "1"), ["-overwrite_target_spacing has -1", "positive"]),
         (("-d", "8"), ["dataset 8 is not in", "nnUNet_raw"]),
         (("-d", "seven"), ["'seven'", "Dataset004_Name"]),
     ],
@@ -55,6 +60,66 @@ def test_wrong_options(folders, capsys, words, told):
 def test_missing_fingerprint_names_the_command(folders, capsys):
     (folders / "nnUNet_preprocessed" / DATASET / "dataset_fingerprint.json").unlink()
     assert "nnUNetv2_extract_fingerprint -d 7 --verify_dataset_integrity" in error_of(capsys, "-d", "7")
+
+
+def test_missing_dataset_json(folders, capsys):
+    (folders / "nnUNet_raw" / DATASET / "dataset.json").unlink()
+    assert "has no dataset.json" in error_of(capsys, "-d", "7")
+
+
+@pytest.fixture
+def preprocessed_names(folders, monkeypatch):
+    """What nnU-Net's preprocessing is asked for, as a list that grows; it does nothing."""
+    from nnunetv2.experiment_planning import plan_and_preprocess_api
+    from nnunetv2.utilities import utils
+
+    done: list[str] = []
+    monkeypatch.setattr(
+        plan_and_preprocess_api, "preprocess_dataset", lambda _id, _plans, names, _n: done.extend(names)
+    )
+    monkeypatch.setattr(utils, "get_filenames_of_train_images_and_targets", lambda _folder: {"case0": {}})
+    return done
+
+
+PLANS = {
+    "dataset_name": DATASET,
+    "plans_name": "P",
+    "configurations": {
+        "2d": {"data_identifier": "P_2d", "architecture": {}},
+        "3d_fullres": {"data_identifier": "P_3d_fullres", "architecture": {}},
+        "mine": {"inherits_from": "2d", "batch_size": 4},
+    },
+}
+
+
+def options_of(*words):
+    """Parsed options of `plan`."""
+    parser = argparse.ArgumentParser()
+    plan.add_parser(parser.add_subparsers())
+    return parser.parse_args(["plan", "-d", "7", "--preprocess", *words])
+
+
+def test_preprocessing_takes_configurations_that_inherit_and_leaves_out_defaults_that_are_not_there(preprocessed_names):
+    plan.preprocess(DATASET, PLANS, options_of("-c", "mine"))
+    assert preprocessed_names == ["mine"]
+    plan.preprocess(DATASET, PLANS, options_of())
+    assert preprocessed_names == ["mine", "2d", "3d_fullres"]
+
+
+def test_preprocessing_refuses_a_configuration_the_plans_lack(preprocessed_names):
+    with pytest.raises(plan.CommandError, match=r"no configuration 4d; they have: 2d, 3d_fullres, mine"):
+        plan.preprocess(DATASET, PLANS, options_of("-c", "2d", "4d"))
+    assert preprocessed_names == []
+
+
+@pytest.mark.parametrize(("files", "complete"), [(("case0.b2nd", "case0.pkl"), True), (("case0.b2nd",), False)])
+def test_only_cases_that_were_written_whole_are_left_alone(folders, preprocessed_names, files, complete):
+    folder = folders / "nnUNet_preprocessed" / DATASET / "P_2d"
+    folder.mkdir()
+    for name in files:
+        (folder / name).touch()
+    plan.preprocess(DATASET, PLANS, options_of("-c", "2d"))
+    assert preprocessed_names == ([] if complete else ["2d"])
 
 
 def test_unset_folder_and_ambiguous_number(folders, capsys, monkeypatch):

@@ -1,7 +1,9 @@
 """Planners on fingerprints: 2D, thin, anisotropic, cascade; targets that fit, that are too small, and time budgets."""
 
 import json
+import math
 import re
+from types import SimpleNamespace
 
 import pytest
 from nnunet_diffusion.planners.DiffusionPlanner import DiffusionPlanner
@@ -84,14 +86,49 @@ def test_resenc_presets_have_their_own_names_networks_and_targets(fingerprint):
         assert settings.features_per_stage == tuple(topology_of(configuration)["features_per_stage"])
 
 
-def test_the_smallest_target_that_the_refusal_names_works(fingerprint):
+@pytest.mark.parametrize("planner", [DiffusionPlanner, DiffusionPlannerResEncM])
+def test_the_smallest_target_that_the_refusal_names_works(fingerprint, planner):
     preprocessed = fingerprint((64, 64, 64), (1.0, 1.0, 1.0))
     with pytest.raises(TargetTooSmall, match=r"-gpu_memory_target 0.001 is too small") as refused:
-        DiffusionPlanner(NAME, gpu_memory_target_in_gb=0.001).plan_experiment()
+        planner(NAME, gpu_memory_target_in_gb=0.001).plan_experiment()
     assert not list(preprocessed.glob("*Plans.json"))
     (named,) = re.findall(r"needs ([\d.]+) GB", str(refused.value))
-    DiffusionPlanner(NAME, gpu_memory_target_in_gb=float(named)).plan_experiment()
-    assert read(preprocessed)
+    planner(NAME, gpu_memory_target_in_gb=float(named)).plan_experiment()
+    assert list(preprocessed.glob("*Plans.json"))
+
+
+def test_images_too_small_for_any_network_are_named(fingerprint):
+    fingerprint((1, 6, 6), (999.0, 1.0, 1.0))
+    with pytest.raises(ValueError, match="images are too small for a network of two stages"):
+        DiffusionPlanner(NAME).plan_experiment()
+
+
+@pytest.mark.slow
+def test_the_cascade_of_many_labels_fits_too(fingerprint):
+    """Its networks see a channel for each label of the previous stage."""
+    labels = ("background", *(f"organ{number}" for number in range(1, 41)))
+    preprocessed = fingerprint((140, 140, 140), (1.0, 1.0, 1.0), labels=labels)
+    DiffusionPlanner(NAME, gpu_memory_target_in_gb=0.5).plan_experiment()
+    found = read(preprocessed)
+    assert "3d_cascade_fullres" in found
+    for configuration, settings, record in found.values():
+        assert max(record.nnunet_gb, record.denoiser_gb) <= 0.5
+        assert settings.features_per_stage[0] >= 4 and configuration["batch_size"] >= 2
+
+
+@pytest.mark.parametrize(("limit", "largest"), [(9.0, 3), (10.0, 4), (10.5, 4), (33.0, 23), (99.0, 40)])
+def test_the_largest_batch_that_fits_is_found(limit, largest):
+    """Need is flat while the update decides, then grows with the batch."""
+    planner = SimpleNamespace(UNet_vram_target_GB=limit, UNet_min_batch_size=2)
+
+    def need(batch):
+        return SimpleNamespace(total=max(9.0, 5.2 + 1.2 * batch) * 1e9)
+
+    fits = [batch for batch in range(2, 41) if need(batch).total <= limit * 1e9]
+    assert fits[-1] == largest
+    assert DiffusionPlanner._fitting_batch(planner, need, 40) == largest
+    planner.UNet_vram_target_GB = 8.9
+    assert DiffusionPlanner._fitting_batch(planner, need, 40) == 0
 
 
 def test_one_case(fingerprint):
@@ -115,6 +152,35 @@ def test_nnunets_data_are_shared_where_they_are_the_same(fingerprint):
     assert shared_identifier(NAME, own, "2d") == "nnUNetDiffusionPlans_2d"
 
 
+def test_data_of_nnunets_presets_are_shared_and_other_intensities_are_not(fingerprint):
+    preprocessed = fingerprint((1, 64, 64), (999.0, 1.0, 1.0))
+    own = DiffusionPlanner(NAME, gpu_memory_target_in_gb=1).plan_experiment()
+    stock = json.loads((preprocessed / "nnUNetDiffusionPlans.json").read_text())
+    stock["configurations"]["2d"]["data_identifier"] = "nnUNetPlans_2d"
+    path = preprocessed / "nnUNetResEncUNetMPlans.json"
+    path.write_text(json.dumps(stock))
+    assert shared_identifier(NAME, own, "2d") == "nnUNetPlans_2d"
+    stock["foreground_intensity_properties_per_channel"]["0"]["mean"] = 2.0
+    path.write_text(json.dumps(stock))
+    assert shared_identifier(NAME, own, "2d") == "nnUNetDiffusionPlans_2d"
+
+
+def test_data_of_earlier_plans_of_that_name_are_refused_where_they_differ(fingerprint):
+    preprocessed = fingerprint((1, 64, 64), (999.0, 1.0, 1.0))
+    own = DiffusionPlanner(NAME, gpu_memory_target_in_gb=1).plan_experiment()
+    folder = preprocessed / "nnUNetDiffusionPlans_2d"
+    folder.mkdir()
+    (folder / "case0.b2nd").touch()
+    changed = json.loads(json.dumps(own))
+    changed["configurations"]["2d"]["preprocessor_name"] = "Mine"
+    assert shared_identifier(NAME, changed, "2d"), "an interrupted preprocessing holds nothing yet"
+    (folder / "case0.pkl").touch()
+    with pytest.raises(
+        ValueError, match=r"another preprocessor_name \(nnUNetDiffusionPlans.json says\).*-overwrite_plans"
+    ):
+        shared_identifier(NAME, changed, "2d")
+
+
 @pytest.fixture
 def steady_machine(monkeypatch):
     """Steps whose seconds are their FLOPs at `rate`, the denoiser's `overhead` more: a machine whose speed is known."""
@@ -135,8 +201,8 @@ def steady_machine(monkeypatch):
     return set_rate
 
 
-@pytest.mark.parametrize(("rate", "width"), [(2e11, 16), (2e10, 8)])
-def test_time_budget_takes_the_batch_then_the_width_then_the_patch(fingerprint, steady_machine, rate, width):
+@pytest.mark.parametrize(("rate", "width", "shrunk"), [(1e12, 32, False), (2e11, 16, False), (5e9, 8, True)])
+def test_time_budget_takes_the_batch_then_the_width_then_the_patch(fingerprint, steady_machine, rate, width, shrunk):
     preprocessed = fingerprint((1, 128, 128), (999.0, 1.0, 1.0), cases=2000)
     steady_machine(rate)
     planner = DiffusionPlanner(NAME, time_budget=TimeBudget(1.0))
@@ -144,9 +210,47 @@ def test_time_budget_takes_the_batch_then_the_width_then_the_patch(fingerprint, 
     configuration, _, record = read(preprocessed)["2d"]
     assert record.step_seconds == 1 and record.machine
     assert topology_of(configuration)["features_per_stage"][0] == width
-    assert configuration["patch_size"] == [128, 128] or width == 8
+    assert (math.prod(configuration["patch_size"]) < 128 * 128) == shrunk
+    assert configuration["batch_size"] < record.stock_batch_size
+    assert configuration["batch_size"] >= (2 if shrunk else 8)
     seconds = planner.sized["2d"].cost.flops / rate
     assert 0.5 < seconds <= 1, "a training step takes about a second"
+
+
+def test_a_small_dataset_keeps_nnunets_width_where_its_small_batch_is_in_time(fingerprint, steady_machine):
+    """nnU-Net lets a batch cover 5 % of the dataset: two slices of these."""
+    preprocessed = fingerprint((1, 128, 128), (999.0, 1.0, 1.0), cases=20)
+    steady_machine(2e11)
+    DiffusionPlanner(NAME, time_budget=TimeBudget(1.0)).plan_experiment()
+    configuration, _, record = read(preprocessed)["2d"]
+    assert configuration["batch_size"] == 2 and configuration["patch_size"] == [128, 128]
+    assert topology_of(configuration)["features_per_stage"][0] == 32
+    assert record.nnunet_step_seconds <= 0.5
+
+
+def test_a_thin_volume_on_a_slow_machine_keeps_its_only_slice(fingerprint, steady_machine):
+    preprocessed = fingerprint((1, 128, 128), (1.0, 1.5, 1.5))
+    steady_machine(1e8)
+    DiffusionPlanner(NAME, time_budget=TimeBudget(0.01)).plan_experiment()
+    assert all(min(configuration["patch_size"]) >= 1 for configuration, _, _ in read(preprocessed).values())
+
+
+@pytest.mark.parametrize(
+    ("patch", "strides", "probe"),
+    [
+        ((128, 128, 128), [1, 2, 2, 2, 2, 2], (64, 32, 32)),
+        ((512, 512), [1, *[2] * 7], (256, 128)),
+        ((224, 320, 320), [[1, 1, 1], *[[2, 2, 2]] * 5, [1, 2, 2]], (64, 64, 64)),
+        ((56, 40), [1, 2, 2], (56, 40)),
+        ((1, 224, 224), [[1, 1, 1], *[[1, 2, 2]] * 5], (1, 32, 32)),
+    ],
+)
+def test_probes_are_small_and_keep_all_stages(patch, strides, probe):
+    found = time_budget.probe_patch(patch, strides)
+    if patch[0] == 1:
+        assert found[0] == 1 and max(found[1:]) == 64 and math.prod(found) == 64 * 32
+    else:
+        assert found == probe
 
 
 def test_time_budget_of_the_denoiser_is_met_where_small_networks_take_as_long_for_fewer_flops(

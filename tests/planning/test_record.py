@@ -22,6 +22,14 @@ def test_survives_json():
         ({"memory_target": 8}, ["memory_target", "unknown"]),
         ({"memory_target_gb": "8"}, ["memory_target_gb", "'8'", "number"]),
         ({"step_seconds": -1}, ["step_seconds", "-1", "0"]),
+        ({"memory_target_gb": float("nan")}, ["memory_target_gb", "nan", "number"]),
+        ({"memory_target_gb": True}, ["memory_target_gb", "True", "number"]),
+        ({"nnunet_fp32_gb": "x"}, ["nnunet_fp32_gb", "'x'", "number"]),
+        ({"denoiser_step_seconds": -3}, ["denoiser_step_seconds", "-3", "0"]),
+        ({"planner": 7}, ["planner", "7", "text"]),
+        ({"stock_batch_size": "many"}, ["stock_batch_size", "'many'", "whole number"]),
+        ({"stock_patch_size": 5}, ["stock_patch_size", "5", "two or three"]),
+        ({"stock_patch_size": [128, 0]}, ["stock_patch_size", "[128, 0]", "at least 1"]),
     ],
 )
 def test_edited_by_hand(change, words):
