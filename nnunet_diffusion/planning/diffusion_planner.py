@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -78,7 +77,7 @@ class DiffusionPlanning(ExperimentPlanner):
         self.candidates: dict[int, list[Candidate]] = {2: [], 3: []}
         self._stock_alone, self._keep_patch, self._voxels = False, False, dict[str, float]()
         self._stock_estimates: dict[tuple[str, str], float] = {}
-        self._dataset_voxels, self._previous_channels = math.inf, 0
+        self._dataset_voxels, self._previous_channels = 0.0, 0
         self._nnunet_seconds: dict[str, float] = {}
         self._fitting: dict[tuple[int, tuple[str, str]], int] = {}
         labels = LabelManager(self.dataset_json["labels"], self.dataset_json.get("regions_class_order"))
@@ -103,6 +102,7 @@ class DiffusionPlanning(ExperimentPlanner):
 
         Raises:
             TargetTooSmall: the patch has become so small that no network remains.
+            ValueError: the images are.
         """
         axes, patch = len(patch_size), tuple(int(edge) for edge in patch_size)
         if int(arch_kwargs["n_stages"]) < 2 or min(patch) < 1:
@@ -140,8 +140,6 @@ class DiffusionPlanning(ExperimentPlanner):
 
     def _dataset_batch(self, patch: Sequence[int]) -> int:
         """The batch at which nnU-Net's patches cover the share of the dataset that it allows."""
-        if math.isinf(self._dataset_voxels):
-            return sys.maxsize
         return round(self._dataset_voxels * self.max_dataset_covered / math.prod(patch))
 
     def _batch_in_time(self, configuration: Mapping[str, Any], channels: int, most: int) -> int:
@@ -189,12 +187,12 @@ class DiffusionPlanning(ExperimentPlanner):
             return 0
         # need is a convex function of the batch: a chord lies above it, so the batch at which the chord meets the limit fits
         while high - low > 1:
-            guess = max(low + math.floor((limit - below) * (high - low) / (above - below)), low + 1)
-            need = cost_at(min(guess, high - 1)).total
-            if need <= limit:
-                low, below = min(guess, high - 1), need
+            guess = low + math.floor((limit - below) * (high - low) / (above - below))
+            guess = min(max(guess, low + 1), high - 1)
+            if (need := cost_at(guess).total) <= limit:
+                low, below = guess, need
             else:
-                high, above = min(guess, high - 1), need
+                high, above = guess, need
         return low
 
     def _reference(self, axes: int) -> float:
@@ -300,7 +298,7 @@ class DiffusionPlanning(ExperimentPlanner):
         """Add the denoiser's settings to each configuration and name the data that can be shared; then save as nnU-Net.
 
         Raises:
-            ValueError: the folder of the preprocessed data holds data of another spacing.
+            ValueError: the folder of the preprocessed data holds data made in another way.
         """
         for name, configuration in plans["configurations"].items():
             if "inherits_from" not in configuration:
