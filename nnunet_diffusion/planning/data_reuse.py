@@ -76,9 +76,7 @@ def _refuse_other_preprocessing(folder: Path, plans: Mapping[str, Any], configur
     theirs = json.loads(earlier.read_text())
     changed = different_entries(theirs, plans, configuration) if configuration in theirs["configurations"] else []
     if set(changed) - {"spacing"}:  # of the spacing the data themselves tell
-        raise ValueError(
-            f"{folder} holds data preprocessed with another {', '.join(changed)} ({earlier.name} says). {CURE}"
-        )
+        raise ValueError(f"{folder} holds data of another {', '.join(changed)} ({earlier.name} says). {CURE}")
 
 
 def finished_cases(folder: Path) -> list[str]:
