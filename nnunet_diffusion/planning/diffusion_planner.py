@@ -78,6 +78,7 @@ class DiffusionPlanning(ExperimentPlanner):
         self._stock_alone, self._keep_patch, self._voxels = False, False, dict[str, float]()
         self._stock_estimates: dict[tuple[str, str], float] = {}
         self._dataset_voxels, self._previous_channels = 0.0, 0
+        self._flops_per_voxel: dict[str, float] = {}
         self._nnunet_seconds: dict[str, float] = {}
         self._fitting: dict[tuple[int, tuple[str, str]], int] = {}
         labels = LabelManager(self.dataset_json["labels"], self.dataset_json.get("regions_class_order"))
@@ -150,10 +151,10 @@ class DiffusionPlanning(ExperimentPlanner):
         """
         assert self.time_budget is not None
         axes = len(configuration["patch_size"])
-        flops = nnunet_cost(configuration, channels, self.heads, self.UNet_min_batch_size, amp=False, gpu=False).flops
+        flops = self._nnunet_flops(configuration, channels)
         rate = self.time_budget.nnunet_rate(configuration, channels, self.heads)
         wanted = NNUNET_SHARE * self.time_budget.seconds
-        fitting = min(most, math.floor(wanted * rate / flops * self.UNet_min_batch_size))
+        fitting = min(most, math.floor(wanted * rate / flops))
         fewest = min(CPU_BATCH[axes], most) if self._keep_patch else self.UNet_min_batch_size
         if fitting >= fewest:
             return fitting
@@ -161,6 +162,14 @@ class DiffusionPlanning(ExperimentPlanner):
             raise _TooSlow
         patch = configuration["patch_size"]  # nnU-Net's loop would give up an axis of one voxel as any other
         return 0 if math.prod(patch) > CPU_PATCH_VOXELS[axes] and min(patch) > 1 else fewest
+
+    def _nnunet_flops(self, configuration: Mapping[str, Any], channels: int) -> float:
+        """FLOPs of nnU-Net's step for one patch: convolutions, so in proportion to the voxels of patches of one topology."""
+        voxels, topology = math.prod(configuration["patch_size"]), str(configuration["architecture"]["arch_kwargs"])
+        if topology not in self._flops_per_voxel:
+            cost = nnunet_cost(configuration, channels, self.heads, self.UNet_min_batch_size, amp=False, gpu=False)
+            self._flops_per_voxel[topology] = cost.flops / self.UNet_min_batch_size / voxels
+        return self._flops_per_voxel[topology] * voxels
 
     def _costs(self, configuration: Mapping[str, Any], channels: int) -> tuple[Callable[[int], Cost], ...]:
         """By batch, the costs of nnU-Net's training step and of the narrowest denoiser's."""
@@ -325,7 +334,7 @@ class DiffusionPlanning(ExperimentPlanner):
             in_time = settings == smallest.settings or times.seconds_of(cost.flops) <= budget.seconds
             return in_time and self._fits(cost)
 
-        for _ in range(CORRECTIONS):
+        for _ in range(CORRECTIONS if seconds < budget.seconds else 0):
             found = sized(configuration, channels, self.heads, self.regions, fits, gpu=False)
             if found.cost.flops in times.measured:
                 break

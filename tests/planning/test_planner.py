@@ -88,7 +88,7 @@ def test_resenc_presets_have_their_own_names_networks_and_targets(fingerprint):
 
 @pytest.mark.parametrize("planner", [DiffusionPlanner, DiffusionPlannerResEncM])
 def test_the_smallest_target_that_the_refusal_names_works(fingerprint, planner):
-    preprocessed = fingerprint((64, 64, 64), (1.0, 1.0, 1.0))
+    preprocessed = fingerprint((1, 64, 64), (999.0, 1.0, 1.0))
     with pytest.raises(TargetTooSmall, match=r"-gpu_memory_target 0.001 is too small") as refused:
         planner(NAME, gpu_memory_target_in_gb=0.001).plan_experiment()
     assert not list(preprocessed.glob("*Plans.json"))
