@@ -173,7 +173,7 @@ class DiffusionPlanning(ExperimentPlanner):
 
     def _costs(self, configuration: Mapping[str, Any], channels: int) -> tuple[Callable[[int], Cost], ...]:
         """By batch, the costs of nnU-Net's training step and of the narrowest denoiser's."""
-        gpu, narrow = self.time_budget is None, narrowest(configuration, channels, self.heads, self.regions)
+        gpu, (narrow, _) = self.time_budget is None, narrowest(configuration, channels, self.heads, self.regions)
         return (
             lambda batch: nnunet_cost(configuration, channels, self.heads, batch, amp=gpu, gpu=gpu),
             lambda batch: denoiser_cost(configuration, narrow, channels, self.heads, batch, amp=gpu, gpu=gpu),

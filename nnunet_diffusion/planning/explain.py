@@ -107,8 +107,8 @@ def _choices(planner: DiffusionPlanning, configuration: dict[str, Any], name: st
 def _alternatives(planner: DiffusionPlanning, configuration: dict[str, Any], name: str, device: torch.device) -> str:
     found, features = planner.sized[name], tuple(topology_of(configuration)["features_per_stage"])
     size = (found.channels, planner.heads, int(configuration["batch_size"]))
-    budget = TimeBudget(1.0, device)
-    stock, stock_fp32 = (nnunet_cost(configuration, *size, amp=amp, gpu=found.gpu) for amp in (True, False))
+    budget, gpu = TimeBudget(1.0, device), planner.time_budget is None
+    stock, stock_fp32 = (nnunet_cost(configuration, *size, amp=amp, gpu=gpu) for amp in (True, False))
 
     def row(network: str, widths: Sequence[int], half: Cost, full: Cost, rate: float) -> tuple[str, ...]:
         figures = (f"{half.total / GB:.2f}", f"{full.total / GB:.2f}", f"{half.flops / TERA:.3f}")
@@ -119,7 +119,7 @@ def _alternatives(planner: DiffusionPlanning, configuration: dict[str, Any], nam
     rate = budget.denoiser_rate(configuration, found.settings, *size[:2])
     for parts in sorted({*ALTERNATIVES, found.parts}):
         settings = dataclasses.replace(found.settings, features_per_stage=width_at(parts, features))
-        half, full = (denoiser_cost(configuration, settings, *size, amp=amp, gpu=found.gpu) for amp in (True, False))
+        half, full = (denoiser_cost(configuration, settings, *size, amp=amp, gpu=gpu) for amp in (True, False))
         mark = " (chosen)" if parts == found.parts else ""
         rows.append(row(f"denoiser {parts}/32{mark}", settings.features_per_stage, half, full, rate))
     where = "GPU" if device.type == "cuda" else "CPU"

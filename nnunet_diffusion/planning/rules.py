@@ -35,7 +35,6 @@ class Sized:
         cost: of its training step at the plan's batch, in half precision if it will train on a GPU.
         reasons: setting -> (value the rule looked at, rule), as text.
         channels: of its image, in the cascade with those of the previous stage.
-        gpu: whether it will train on one.
     """
 
     settings: DiffusionSettings
@@ -43,7 +42,6 @@ class Sized:
     cost: Cost
     reasons: Mapping[str, tuple[str, str]]
     channels: int
-    gpu: bool
 
 
 def width_at(parts: int, features: tuple[int, ...]) -> tuple[int, ...]:
@@ -51,22 +49,23 @@ def width_at(parts: int, features: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(max(min(FEWEST_CHANNELS, width), round(width * parts / 32)) for width in features)
 
 
-def narrowest(configuration: Mapping[str, Any], channels: int, heads: int, regions: bool) -> DiffusionSettings:
-    """Return the settings of the denoiser that needs least: the patch must leave room for it; arguments as `sized`'s."""
-    settings = with_attention(configuration, base_settings(configuration, HALF, regions), channels, heads)[0]
+def narrowest(
+    configuration: Mapping[str, Any], channels: int, heads: int, regions: bool
+) -> tuple[DiffusionSettings, dict[str, tuple[str, str]]]:
+    """Return the settings of the denoiser that needs least, for which the patch must leave room, and the reasons."""
+    settings, reasons = with_attention(configuration, base_settings(configuration, HALF, regions), channels, heads)
     width = width_at(WIDTHS[0], tuple(topology_of(configuration)["features_per_stage"]))
-    return replace(settings, features_per_stage=width, sdb_depth=SDB_DEPTHS[-1])
+    return replace(settings, features_per_stage=width, sdb_depth=SDB_DEPTHS[-1]), reasons
 
 
 def narrowest_sized(
     configuration: Mapping[str, Any], channels: int, heads: int, regions: bool, *, gpu: bool = True
 ) -> Sized:
     """Return the smallest denoiser that `sized` may choose; the arguments are that function's."""
-    settings = narrowest(configuration, channels, heads, regions)
-    reasons = with_attention(configuration, base_settings(configuration, HALF, regions), channels, heads)[1]
+    settings, reasons = narrowest(configuration, channels, heads, regions)
     batch = int(configuration["batch_size"])
     cost = denoiser_cost(configuration, settings, channels, heads, batch, amp=gpu, gpu=gpu)
-    return Sized(settings, WIDTHS[0], cost, reasons, channels, gpu)
+    return Sized(settings, WIDTHS[0], cost, reasons, channels)
 
 
 def base_settings(configuration: Mapping[str, Any], parts: int, regions: bool) -> DiffusionSettings:
@@ -131,7 +130,7 @@ def _widest(
         candidate = replace(settings, features_per_stage=width_at(parts, features))
         cost = denoiser_cost(configuration, candidate, channels, heads, batch, amp=gpu, gpu=gpu)
         if fits(cost, candidate):
-            found, low = Sized(candidate, parts, cost, {}, channels, gpu), parts + 1
+            found, low = Sized(candidate, parts, cost, {}, channels), parts + 1
         else:
             high = parts - 1
     return found
