@@ -6,6 +6,9 @@ finished is kept: the same command goes on where a time limit (exit code 75) or 
 
     python tests/benchmarks/compare.py --dataset DATA/Dataset004_Hippocampus --workdir W --configuration 2d \
         --epochs 10 --plans-name small --patch 56 40 --batch 32 --features 8 16 32 64 --prediction-types logits x0
+
+Plans that are there already, of `nnunet_diffusion plan --preprocess` with nnU-Net's folders in WORKDIR, are taken as they
+are by --plans-name alone, and variants change their settings: `--plans-name P --prediction-types --variant 'own:{}'`.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ from comparison_plans import (
     Folders,
     diffusion_plans,
     plan_and_preprocess,
+    planned_before,
     read_plans,
     set_up_folders,
     smaller_plans,
@@ -63,12 +67,16 @@ def read_options(words: Sequence[str] | None = None) -> argparse.Namespace:
         metavar=("NNUNET", "DIFFUSION"),
         help="trainer classes instead of those of --epochs; a denoiser may have been trained beside another nnU-Net",
     )
-    add("--plans-name", default=None, help="name of the plans made by --patch, --batch, --features (default small)")
+    add(
+        "--plans-name",
+        default=None,
+        help="of the plans made by --patch, --batch, --features (default small), or of planned ones without these",
+    )
     add(
         "--patch",
         type=int,
         nargs="+",
-        help="patch size; without this, --batch, --features and --spacing: stock nnUNetPlans",
+        help="patch size; without this, --batch, --features, --spacing and --plans-name: stock nnUNetPlans",
     )
     add("--batch", type=int)
     add("--spacing", type=float, nargs="+", help="target spacing of the axes (-overwrite_target_spacing of nnU-Net)")
@@ -98,25 +106,27 @@ def read_options(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--time-limit", type=float, default=math.inf, help="seconds after which to stop cleanly")
     add("--train-only", action="store_true")
     options = parser.parse_args(words)
-    options.stock = not (options.patch or options.batch or options.features or options.spacing)
-    options.plans_name = options.plans_name or (STOCK_PLANS if options.stock else "small")
-    if (options.plans_name == STOCK_PLANS) != options.stock:
+    changed = bool(options.patch or options.batch or options.features or options.spacing)
+    options.plans_name = options.plans_name or ("small" if changed else STOCK_PLANS)
+    options.stock = options.plans_name == STOCK_PLANS
+    options.planned = not (changed or options.stock)
+    if options.stock and changed:
         parser.error(f"--plans-name {STOCK_PLANS} and --patch, --batch, --features or --spacing exclude each other")
     return options
 
 
-def diffusion_sections(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Return variant name -> `diffusion` section of its plans.
+def diffusion_sections(options: argparse.Namespace, planned: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return variant name -> `diffusion` section of its plans; what it does not say stays as planned.
 
     Raises:
         ValueError: a variant is not NAME:JSON or its name is taken.
     """
-    sections: dict[str, dict[str, Any]] = {kind: {"prediction_type": kind} for kind in options.prediction_types}
+    sections = {kind: {**planned, "prediction_type": kind} for kind in options.prediction_types}
     for variant in options.variant:
         name, _, text = variant.partition(":")
         if not name.isidentifier() or not text or name in sections:
             raise ValueError(f"--variant {variant!r} must be NAME:JSON with a new name of letters, digits and _")
-        sections[name] = json.loads(text)
+        sections[name] = {**planned, **json.loads(text)}
     return sections
 
 
@@ -173,23 +183,37 @@ def _describe(defaults: Any, changes: dict[str, Any]) -> str:
     return text + (f", nnU-Net weight {weight:g}" if weight else "")
 
 
+def make_plans(folders: Folders, options: argparse.Namespace) -> dict[str, Any]:
+    """Plan and preprocess what is missing; return nnU-Net's plans, smaller ones, or those that were planned before.
+
+    Raises:
+        FileNotFoundError: there are no plans of the name given, or their data are not preprocessed.
+    """
+    if "stock" in options.controls:
+        plan_and_preprocess(folders, options.configuration, options.processes)
+    if options.planned:
+        return planned_before(folders, options.plans_name, options.configuration)
+    name = plan_and_preprocess(folders, options.configuration, options.processes, options.spacing)
+    if options.stock:
+        return read_plans(folders, name)
+    changes = (options.plans_name, options.configuration, options.patch, options.batch, options.features)
+    plans = smaller_plans(read_plans(folders, name), *changes)
+    write_plans(folders, plans)
+    return plans
+
+
 def train_all(folders: Folders, options: argparse.Namespace, deadline: Deadline) -> dict[str, Training]:
     """Train what is missing; return the models by name, nnU-Net first."""
-    plans = read_plans(folders, plan_and_preprocess(folders, options.configuration, options.processes, options.spacing))
-    if "stock" in options.controls and options.spacing:
-        plan_and_preprocess(folders, options.configuration, options.processes)
-    if not options.stock:
-        changes = (options.plans_name, options.configuration, options.patch, options.batch, options.features)
-        plans = smaller_plans(plans, *changes)
-        write_plans(folders, plans)
+    plans = make_plans(folders, options)
+    planned = plans["configurations"][options.configuration].get("diffusion", {})
     suffixes = LENGTHS[options.epochs], LENGTHS[options.denoiser_epochs or options.epochs]
     nnunet, diffusion = options.trainers or (f"nnUNetTrainer{suffixes[0]}", f"DiffusionTrainer{suffixes[1]}")
     rest = (options.configuration, options.fold, options.device)
     models = {"nnU-Net": Training(nnunet, options.plans_name, *rest)}
     train(folders, models["nnU-Net"], deadline, validate=True)
-    for variant, section in diffusion_sections(options).items():
-        if suffixes[0] != suffixes[1]:
-            section = {"presegmentor_trainer": nnunet, **section}
+    for variant, section in diffusion_sections(options, planned).items():
+        if suffixes[0] != suffixes[1] and not section.get("presegmentor_trainer"):
+            section["presegmentor_trainer"] = nnunet
         variant_plans = diffusion_plans(plans, options.configuration, variant, section)
         write_plans(folders, variant_plans)
         models[variant] = Training(diffusion, variant_plans["plans_name"], *rest)

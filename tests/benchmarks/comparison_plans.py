@@ -112,10 +112,15 @@ def plan_and_preprocess(
         # nnU-Net's planner takes the number of augmentation workers for its threads and fails on 0
         subprocess.run([*command, *words], check=True, env={**os.environ, "nnUNet_n_proc_DA": str(processes)})
         done.touch()
+    take_split(folders)
+    return name
+
+
+def take_split(folders: Folders) -> None:
+    """Use the dataset's own split, if it has one and no other is there."""
     split = folders.raw / "splits_final.json"
     if split.is_file() and not (folders.preprocessed / split.name).is_file():
-        shutil.copy(split, folders.preprocessed / split.name)
-    return name
+        shutil.copyfile(split, folders.preprocessed / split.name)
 
 
 def write_plans(folders: Folders, plans: Mapping[str, Any]) -> None:
@@ -134,6 +139,25 @@ def write_plans(folders: Folders, plans: Mapping[str, Any]) -> None:
 def read_plans(folders: Folders, name: str) -> dict[str, Any]:
     """Read plans of the preprocessed dataset."""
     return json.loads((folders.preprocessed / f"{name}.json").read_text())
+
+
+def planned_before(folders: Folders, name: str, configuration: str) -> dict[str, Any]:
+    """Read plans that another command made and preprocessed; the dataset's own split is taken along.
+
+    Raises:
+        FileNotFoundError: the plans, or their preprocessed data, are missing.
+    """
+    path = folders.preprocessed / f"{name}.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: plan first, or give --patch, --batch or --features")
+    plans = json.loads(path.read_text())
+    data = folders.preprocessed / plans["configurations"][configuration]["data_identifier"]
+    if not data.is_dir():
+        raise FileNotFoundError(
+            f"{data} is missing: nnUNetv2_preprocess -d {int(folders.dataset[7:10])} -plans_name {name} -c {configuration}"
+        )
+    take_split(folders)
+    return plans
 
 
 def smaller_plans(

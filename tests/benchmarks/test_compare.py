@@ -140,10 +140,15 @@ def test_deadline_stops() -> None:
 
 def test_variants_become_plans_sections() -> None:
     chosen = options("--prediction-types", "x0", "--variant", 'wide:{"samples": 5}')
-    assert compare.diffusion_sections(chosen) == {"x0": {"prediction_type": "x0"}, "wide": {"samples": 5}}
+    assert compare.diffusion_sections(chosen, {}) == {"x0": {"prediction_type": "x0"}, "wide": {"samples": 5}}
+    planned = {"prediction_type": "logits", "samples": 2, "sdb_depth": 3}
+    assert compare.diffusion_sections(chosen, planned) == {
+        "x0": {"prediction_type": "x0", "samples": 2, "sdb_depth": 3},
+        "wide": {"prediction_type": "logits", "samples": 5, "sdb_depth": 3},
+    }
     for wrong in ("wide", "x0:{}", "a b:{}"):
         with pytest.raises(ValueError, match="must be NAME:JSON"):
-            compare.diffusion_sections(options("--prediction-types", "x0", "--variant", wrong))
+            compare.diffusion_sections(options("--prediction-types", "x0", "--variant", wrong), {})
 
 
 def test_settings_are_legal_distinct_and_repaired_at_each_start_step() -> None:
@@ -169,13 +174,34 @@ def test_settings_are_legal_distinct_and_repaired_at_each_start_step() -> None:
     assert not [s for s in compare.sampling_settings(options(), low) if s.start == "noise"]
 
 
-def test_stock_plans_and_small_plans_exclude_each_other() -> None:
-    assert options().plans_name == "nnUNetPlans"
-    assert options("--batch", "4").plans_name == "small"
+def test_options_say_which_plans() -> None:
+    def kind(*words: str) -> tuple[str, bool, bool]:
+        chosen = options(*words)
+        return chosen.plans_name, chosen.stock, chosen.planned
+
+    assert kind() == ("nnUNetPlans", True, False)
+    assert kind("--batch", "4") == ("small", False, False)
+    assert kind("--batch", "4", "--plans-name", "tiny") == ("tiny", False, False)
+    assert kind("--plans-name", "nnUNetDiffusionPlans") == ("nnUNetDiffusionPlans", False, True)
     with pytest.raises(SystemExit):
         options("--batch", "4", "--plans-name", "nnUNetPlans")
-    with pytest.raises(SystemExit):
-        options("--plans-name", "small")
+
+
+def test_planned_plans_are_taken_as_they_are(tmp_path: Path) -> None:
+    folders = comparison_plans.Folders(tmp_path, "Dataset004_X")
+    chosen = options("--plans-name", "P")
+    for folder in (folders.preprocessed, folders.raw):
+        folder.mkdir(parents=True)
+    (folders.raw / "splits_final.json").write_text("[]")
+    with pytest.raises(FileNotFoundError, match=r"P\.json is missing: plan first"):
+        compare.make_plans(folders, chosen)
+    plans = {**copy.deepcopy(STOCK), "plans_name": "P"}
+    comparison_plans.write_plans(folders, plans)
+    with pytest.raises(FileNotFoundError, match="nnUNetv2_preprocess -d 4 -plans_name P -c 2d"):
+        compare.make_plans(folders, chosen)
+    (folders.preprocessed / "nnUNetPlans_2d").mkdir()
+    assert compare.make_plans(folders, chosen) == plans
+    assert (folders.preprocessed / "splits_final.json").read_text() == "[]"
 
 
 def test_another_nnunet_takes_the_presegmentors_place_unless_the_denoiser_met_its_own(tmp_path: Path) -> None:
