@@ -15,6 +15,7 @@ from nnunet_diffusion.settings import DiffusionSettings
 pytest.importorskip("nnunetv2")
 
 import compare
+import comparison_options
 import comparison_plans
 import comparison_training
 from comparison_evaluation import CORRUPTIONS, NNUNET, CountedNetwork, Row, RowFile, Setting
@@ -46,7 +47,7 @@ STOCK = {
 
 
 def options(*words: str):
-    return compare.read_options(["--dataset", "d", "--workdir", "w", *words])
+    return comparison_options.read_options(["--dataset", "d", "--workdir", "w", *words])
 
 
 def row(model: str, case: str, label: str = "front", dice: float = 0.5, **changes) -> Row:
@@ -140,20 +141,23 @@ def test_deadline_stops() -> None:
 
 def test_variants_become_plans_sections() -> None:
     chosen = options("--prediction-types", "x0", "--variant", 'wide:{"samples": 5}')
-    assert compare.diffusion_sections(chosen, {}) == {"x0": {"prediction_type": "x0"}, "wide": {"samples": 5}}
+    assert comparison_options.diffusion_sections(chosen, {}) == {
+        "x0": {"prediction_type": "x0"},
+        "wide": {"samples": 5},
+    }
     planned = {"prediction_type": "logits", "samples": 2, "sdb_depth": 3}
-    assert compare.diffusion_sections(chosen, planned) == {
+    assert comparison_options.diffusion_sections(chosen, planned) == {
         "x0": {"prediction_type": "x0", "samples": 2, "sdb_depth": 3},
         "wide": {"prediction_type": "logits", "samples": 5, "sdb_depth": 3},
     }
     for wrong in ("wide", "x0:{}", "a b:{}"):
         with pytest.raises(ValueError, match="must be NAME:JSON"):
-            compare.diffusion_sections(options("--prediction-types", "x0", "--variant", wrong), {})
+            comparison_options.diffusion_sections(options("--prediction-types", "x0", "--variant", wrong), {})
 
 
 def test_settings_are_legal_distinct_and_repaired_at_each_start_step() -> None:
     defaults = DiffusionSettings(features_per_stage=(8, 16))
-    settings = compare.sampling_settings(options("--presegmentation-weights", "0.5"), defaults)
+    settings = comparison_options.sampling_settings(options("--presegmentation-weights", "0.5"), defaults)
     for setting in settings:
         DiffusionSettings(**{"features_per_stage": (8, 16)} | setting.changes)
     keys = [(setting.name, setting.start) for setting in settings]
@@ -169,9 +173,11 @@ def test_settings_are_legal_distinct_and_repaired_at_each_start_step() -> None:
     assert settings[0].name.startswith("default") and weight(settings[0]) == defaults.presegmentation_weight
     assert len([s for s in settings if s.start == "noise"]) == 2
     assert len([s for s in settings if s.start in CORRUPTIONS]) == 3 * len(CORRUPTIONS)
-    assert not [s for s in compare.sampling_settings(options("--no-repair"), defaults) if s.start in CORRUPTIONS]
+    assert not [
+        s for s in comparison_options.sampling_settings(options("--no-repair"), defaults) if s.start in CORRUPTIONS
+    ]
     low = DiffusionSettings(features_per_stage=(8, 16), max_train_step=400)
-    assert not [s for s in compare.sampling_settings(options(), low) if s.start == "noise"]
+    assert not [s for s in comparison_options.sampling_settings(options(), low) if s.start == "noise"]
 
 
 def test_options_say_which_plans() -> None:

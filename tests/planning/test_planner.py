@@ -183,10 +183,16 @@ def test_data_of_earlier_plans_of_that_name_are_refused_where_they_differ(finger
 
 @pytest.fixture
 def steady_machine(monkeypatch):
-    """Steps whose seconds are their FLOPs at `rate`, the denoiser's `overhead` more: a machine whose speed is known."""
+    """Steps whose seconds are their FLOPs at `rate`, the denoiser's `overhead` more: a machine whose speed is known.
+
+    Returns a function of the two that returns the list of the steps of nnU-Net that are timed.
+    """
 
     def set_rate(rate, overhead=0.0):
+        timed = []
+
         def nnunet(configuration, channels, heads, batch, patch, device):
+            timed.append((topology_of(configuration)["features_per_stage"][0], batch, tuple(map(int, patch))))
             cost = time_budget.nnunet_cost({**configuration, "patch_size": patch}, channels, heads, batch, amp=False)
             return cost.flops / rate
 
@@ -197,6 +203,7 @@ def steady_machine(monkeypatch):
 
         monkeypatch.setattr(time_budget, "nnunet_seconds", nnunet)
         monkeypatch.setattr(time_budget, "denoiser_seconds", denoiser)
+        return timed
 
     return set_rate
 
@@ -233,6 +240,18 @@ def test_a_thin_volume_on_a_slow_machine_keeps_its_only_slice(fingerprint, stead
     steady_machine(1e8)
     DiffusionPlanner(NAME, time_budget=TimeBudget(0.01)).plan_experiment()
     assert all(min(configuration["patch_size"]) >= 1 for configuration, _, _ in read(preprocessed).values())
+
+
+def test_a_cascade_within_a_time_budget_takes_few_timings(fingerprint, steady_machine):
+    """nnU-Net plans a low resolution anew at each of many spacings: every network is timed once."""
+    preprocessed = fingerprint((160, 160, 160), (1.0, 1.0, 1.0), cases=40)
+    timed = steady_machine(1e11)
+    DiffusionPlanner(NAME, time_budget=TimeBudget(1.0)).plan_experiment()
+    found = read(preprocessed)
+    assert set(found) == {"2d", "3d_lowres", "3d_fullres", "3d_cascade_fullres"}
+    for name in ("3d_lowres", "3d_fullres"):
+        assert found[name][0]["batch_size"] == 2 and found[name][2].denoiser_step_seconds <= 1.15
+    assert len(set(timed)) == len(timed) <= 15, timed
 
 
 @pytest.mark.parametrize(
