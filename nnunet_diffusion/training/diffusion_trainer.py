@@ -85,16 +85,23 @@ class DiffusionTrainer(nnUNetTrainer):
         """Set nnU-Net up, read the settings and write them into the plans."""
         refuse_unusable_folders()
         refuse_foreign_plans(plans["dataset_name"], dataset_json)
+        # before nnU-Net makes the output folder
+        manager = PlansManager(plans)
+        planned = manager.get_configuration(configuration)
+        self.settings = dataclasses.replace(
+            DiffusionSettings.from_plans(planned.configuration),
+            regions=manager.get_label_manager(dataset_json).has_regions,
+        )
+        PlanRecord.from_plans(planned.configuration)
+        refuse_impossible_start(self.settings, planned.previous_stage_name, configuration)
         # else Weights & Biases puts the pre-segmentor's curves into this network's run
         os.environ.setdefault("WANDB_REINIT", "create_new")
         super().__init__(plans, configuration, fold, dataset_json, device)
-        resolved = self.configuration_manager.configuration
-        self.settings = DiffusionSettings.from_plans(resolved)
-        PlanRecord.from_plans(resolved)
-        if resolved.get(PLANS_KEY, {}).get("version", VERSION) < VERSION:
+        version = planned.configuration.get(PLANS_KEY, {}).get("version", VERSION)
+        if version < VERSION:
             self.print_to_log_file(
-                f"The plans' {PLANS_KEY} section has version {resolved[PLANS_KEY]['version']}; it is read as version "
-                f"{VERSION}, in which it means the same, and written so into the model's plans.json."
+                f"The plans' {PLANS_KEY} section has version {version}; it is read as version {VERSION}, in which it means "
+                "the same, and written so into the model's plans.json."
             )
         self._given = given_presegmentor(fold, self.configuration_manager.patch_size)
         if self._given is not None:
@@ -104,15 +111,12 @@ class DiffusionTrainer(nnUNetTrainer):
                 presegmentor_architecture=self._given.architecture,
             )
         self.settings = dataclasses.replace(
-            self.settings,
-            regions=self.label_manager.has_regions,
-            presegmentor_trainer=self.settings.presegmentor_trainer or self.presegmentor_trainer,
+            self.settings, presegmentor_trainer=self.settings.presegmentor_trainer or self.presegmentor_trainer
         )
         if self.is_cascaded:
             self.folder_with_segs_from_previous_stage = str(
                 previous_stage_folder(self.plans_manager, configuration, self.settings.presegmentor_trainer)
             )
-        refuse_impossible_start(self.settings, self.configuration_manager.previous_stage_name, configuration)
         if self.epochs is not None:
             self.num_epochs = self.epochs
         self.enable_deep_supervision = False

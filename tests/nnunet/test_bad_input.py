@@ -215,8 +215,9 @@ def test_unset_folders_are_named_with_the_cure(altered, monkeypatch, name):
         place.trainer(DiffusionTrainer)
 
 
-def test_architecture_without_nnunets_topology_is_refused_by_name(altered):
+def test_architecture_without_nnunets_topology_is_refused_by_name_before_a_folder_is_made(altered):
     place, _ = altered
+    results = place.root / "results"
 
     def transformer(plans):
         plans["configurations"]["2d"]["architecture"] = {
@@ -227,3 +228,6 @@ def test_architecture_without_nnunets_topology_is_refused_by_name(altered):
 
     with pytest.raises(NotImplementedError, match=r"somewhere\.Primus has no conv_op, strides"):
         place.trainer(DiffusionTrainer, change=transformer)
+    assert not list(results.rglob("fold_0"))
+    place.trainer(DiffusionTrainer)
+    assert list(results.rglob("fold_0"))
