@@ -47,7 +47,7 @@ class DiffusionSettings:
             "doc": "Denoiser width at each stage of nnU-Net's topology; the first is that of the slim dense blocks."
         }
     )
-    version: int = _setting(VERSION, "Version of this section's layout.", low=VERSION, high=VERSION)
+    version: int = _setting(VERSION, "Version of this section's layout; version 1 is read as what it means today.", low=VERSION, high=VERSION)
     # the diffusion process
     prediction_type: str = _setting("x0", "What the denoiser predicts.", choices=PREDICTION_TYPES)
     schedule: str = _setting("linear", "Noise schedule; `linear` is the paper's.", choices=tuple(SCHEDULES))
@@ -106,7 +106,7 @@ class DiffusionSettings:
     samples: int = _setting(1, "Reverse processes whose probabilities are averaged.", low=1, high=1000)
     presegmentation_weight: float = _setting(
         0.5,
-        "Weight of the pre-segmentor's own probabilities in that average, 0..1; not of a start given from outside.",
+        "Weight of the pre-segmentor's own probabilities in that average, 0..1; not of a label map given as start.",
         low=0,
         high=1,
     )
