@@ -93,16 +93,17 @@ def probabilities_to_state(probabilities: Tensor) -> Tensor:
     return probabilities * 2 - 1
 
 
-def state_to_probabilities(state: Tensor, regions: bool = False) -> Tensor:
+def state_to_probabilities(state: Tensor, regions: bool = False, *, in_place: bool = False) -> Tensor:
     """Return probabilities of a clean state (B, K, *spatial): clamp((x + 1) / 2), of classes normalised over K.
 
     A voxel where every class is at -1 gets equal probabilities; regions need not sum to anything. Float32 or better.
+    `in_place` overwrites the state.
     """
-    positive = (state + 1) / 2
+    positive = (state if in_place else state.clone()).add_(1).div_(2)
     if regions:
-        return positive.clamp(0, 1)
-    positive = positive.clamp(LOWEST_PROBABILITY, 1)
-    return positive / positive.sum(1, keepdim=True)
+        return positive.clamp_(0, 1)
+    positive.clamp_(LOWEST_PROBABILITY, 1)
+    return positive.div_(positive.sum(1, keepdim=True))
 
 
 def probabilities_to_logits(probabilities: Tensor, regions: bool = False) -> Tensor:

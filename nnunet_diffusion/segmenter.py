@@ -19,6 +19,8 @@ from nnunet_diffusion.networks.pgdiffseg import Condition, PGDiffSeg
 from nnunet_diffusion.settings import DiffusionSettings
 
 SegmentationLoss = Callable[[Tensor, Tensor], Tensor]
+SAMPLES_AT_ONCE = 4
+"""Of one patch, in the denoiser at inference; their number is the user's, and all at once may not fit where training does."""
 
 
 @dataclass(frozen=True)
@@ -187,8 +189,13 @@ class DiffusionSegmenter(nn.Module):
                 known.clear()
                 known[key] = self.encode(image, timestep)
             self.evaluations += settings.samples
-            times = torch.full((len(noisy),), timestep, device=noisy.device)
-            return self.denoiser(noisy, times, known[key].repeat_interleave(settings.samples))
+            states = noisy.view(len(image), settings.samples, *noisy.shape[1:])
+            predictions = []
+            for part in states.split(SAMPLES_AT_ONCE, 1):
+                times = torch.full((part.shape[0] * part.shape[1],), timestep, device=noisy.device)
+                condition = known[key].repeat_interleave(part.shape[1])
+                predictions.append(self.denoiser(part.flatten(0, 1), times, condition).view(part.shape))
+            return torch.cat(predictions, 1).view(noisy.shape)
 
         return predict
 

@@ -47,7 +47,12 @@ class DiffusionSettings:
             "doc": "Denoiser width at each stage of nnU-Net's topology; the first is that of the slim dense blocks."
         }
     )
-    version: int = _setting(VERSION, "Version of this section's layout; version 1 is read as what it means today.", low=VERSION, high=VERSION)
+    version: int = _setting(
+        VERSION,
+        "Version of this section's layout; version 1 is read as what it means today.",
+        low=VERSION,
+        high=VERSION,
+    )
     # the diffusion process
     prediction_type: str = _setting("x0", "What the denoiser predicts.", choices=PREDICTION_TYPES)
     schedule: str = _setting("linear", "Noise schedule; `linear` is the paper's.", choices=tuple(SCHEDULES))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import nnunet_diffusion.segmenter
 from nnunet_diffusion import labels
 from nnunet_diffusion.diffusion.samplers import timestep_grid
 from nnunet_diffusion.networks.pgdiffseg import PGDiffSeg
@@ -116,7 +117,16 @@ def test_network_calls_are_counted_and_the_condition_is_shared_by_all_samples():
     network(torch.randn(1, 1, 8, 8))
     assert network.evaluations == 20
     assert len(network.denoiser.encoded) == 4
-    assert network.denoiser.evaluated == [(timestep, 5) for timestep in timestep_grid(300, 4)]
+    # no more than four at once: the number of samples is the user's, the memory is not
+    wanted = [(timestep, size) for timestep in timestep_grid(300, 4) for size in (4, 1)]
+    assert network.denoiser.evaluated == wanted
+
+
+def test_samples_that_take_turns_are_those_that_come_at_once(monkeypatch):
+    network, image = segmenter(dataclasses.replace(SETTINGS, steps=2, samples=5)), torch.randn(2, 1, 16, 16)
+    in_turn = network.sample(image)
+    monkeypatch.setattr(nnunet_diffusion.segmenter, "SAMPLES_AT_ONCE", 5)
+    torch.testing.assert_close(network.sample(image), in_turn)
 
 
 def test_condition_flow_without_time_is_evaluated_once():

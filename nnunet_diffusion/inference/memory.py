@@ -53,7 +53,8 @@ def state_bytes(volume: Sequence[int], heads: int, samples: int, sampler: str, s
         steps: of the reverse process.
     """
     one = FLOAT_BYTES * math.prod(volume)
-    return one * (heads * (SHARED + samples * volumes_per_sample(sampler, steps)) + 1)
+    # the tiles' summed weight, and each sample's probabilities summed over the channels
+    return one * (heads * (SHARED + samples * volumes_per_sample(sampler, steps)) + 1 + samples)
 
 
 def free_bytes(device: torch.device) -> float:
@@ -62,7 +63,41 @@ def free_bytes(device: torch.device) -> float:
         free, total = torch.cuda.mem_get_info(device)
         return free - NETWORK_SHARE * total
     available = _bytes_in(Path("/proc/meminfo"), "MemAvailable") if device.type == "cpu" else None
-    return math.inf if available is None else available
+    return math.inf if available is None else min(available, control_group_bytes())
+
+
+def control_group_bytes(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
+    """Memory that containers and cluster jobs may still take by their control groups (v2 or v1), in bytes; or infinite.
+
+    The files' cache counts as free: it is given back on demand.
+    """
+    if not own.is_file():
+        return math.inf
+    lines = [line.split(":", 2) for line in own.read_text().splitlines()]
+    found = [math.inf]
+    for controllers, group in ((parts[1], parts[2]) for parts in lines if len(parts) == 3):
+        if controllers == "":
+            folder, names = root, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            folder, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        inner = folder / group.lstrip("/")
+        # a container sees its own group as the root
+        for place in (inner, *inner.parents) if inner.is_relative_to(folder) else (folder,):
+            found.append(_left_in_group(place, *names))
+            if place == folder:
+                break
+    return min(found)
+
+
+def _left_in_group(folder: Path, limit: str, usage: str, cache: str) -> float:
+    try:
+        most, used = (folder / limit).read_text().strip(), int((folder / usage).read_text())
+        statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # the root of all groups has no limit, and some kernels hide them
+        return math.inf
+    return math.inf if most == "max" else max(0, int(most) - used + int(statistics.get(cache, 0)))
 
 
 def peak_bytes(device: torch.device) -> int | None:

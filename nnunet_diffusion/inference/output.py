@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Mapping
@@ -20,9 +21,8 @@ from nnunetv2.inference.export_prediction import (
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from numpy.typing import NDArray
 
-from nnunet_diffusion.training.checkpoints import LEFT_BEHIND_SECONDS
-
 UNFINISHED = ".unfinished_"
+FOREIGN_SECONDS = 86400.0
 SAMPLES, REPORTS = "samples", "reports"
 Managers = tuple[PlansManager, ConfigurationManager, dict[str, Any]]
 """Plans, configuration and dataset.json of a model."""
@@ -72,7 +72,8 @@ def write_case(case: PredictedCase, managers: Managers, save_probabilities: bool
         return _converted(case, managers, save_probabilities)
     target = Path(case.target)
     try:
-        stage = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=target.parent))
+        prefix = f"{UNFINISHED}{os.getpid()}_{socket.gethostname()}_"
+        stage = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
         try:
             _write_all(case, stage, managers, save_probabilities)
             made = [path for path in stage.rglob("*") if path.is_file()]
@@ -126,7 +127,21 @@ def _converted(case: PredictedCase, managers: Managers, save_probabilities: bool
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what killed runs left half made in an output folder; young folders may be another run's."""
+    """Remove what killed runs left half made in an output folder, but nothing that another run is still making."""
     for path in folder.glob(f"{UNFINISHED}*"):
-        if time.time() - path.stat().st_mtime > LEFT_BEHIND_SECONDS:
+        if _is_abandoned(path):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_abandoned(path: Path) -> bool:
+    """Whether the process that its name tells has ended; on another machine, whether it is a day old."""
+    process, _, rest = path.name.removeprefix(UNFINISHED).partition("_")
+    try:
+        if not (process.isdigit() and rest.startswith(f"{socket.gethostname()}_")):
+            return time.time() - path.stat().st_mtime > FOREIGN_SECONDS
+        os.kill(int(process), 0)
+    except (ProcessLookupError, PermissionError) as error:
+        return isinstance(error, ProcessLookupError)
+    except FileNotFoundError:  # renamed or removed meanwhile
+        return False
+    return False

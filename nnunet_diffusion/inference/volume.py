@@ -135,7 +135,8 @@ class VolumeProcess:
                 generator=[self._generator(number, NOISE_OF_STEPS, *tile) for number, *tile in names],
                 eta=settings.eta,
             )
-        return labels.state_to_probabilities(clean, settings.regions)
+        # samples of a large volume fill the memory: no further copy of them
+        return labels.state_to_probabilities(clean, settings.regions, in_place=True)
 
     def _generator(self, *numbers: int) -> torch.Generator:
         """A source of its own for each purpose, on the CPU: neither order nor device changes what it gives."""

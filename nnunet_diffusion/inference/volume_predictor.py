@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -197,8 +198,6 @@ class VolumePredictor(nnUNetPredictor):
                 "the image has NaN or infinite voxels after preprocessing (one in the file spoils all of it)"
             )
         begin = time.perf_counter()
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
         settings = self.network.settings
         members = Members(settings.regions, self.fusion != "mean", self.keep_samples)
         evaluations, notes = Evaluations(), []  # type: ignore[var-annotated]
@@ -215,9 +214,12 @@ class VolumePredictor(nnUNetPredictor):
             )
             on_tiles = bar.update
         self.network.to(self.device).eval()
-        with torch.inference_mode(), self._autocast():
-            for fold, weights in zip(self.folds, self.list_of_parameters, strict=True):
-                self.network.load_state_dict(weights)
+        if self.device.type == "cuda":  # now that it has been used: before, an indexed device is refused
+            torch.cuda.reset_peak_memory_stats(self.device)
+        for fold, weights in zip(self.folds, self.list_of_parameters, strict=True):
+            self.network.load_state_dict(weights)
+            # autocast keeps its casts of the weights until its end: one for all folds would go on with the first one's
+            with torch.inference_mode(), self._autocast():
                 start, member = self._start(padded, tiling, given, presegmentation, evaluations, on_tiles)
                 if member is not None:
                     members.add(member, settings.presegmentation_weight)
@@ -283,18 +285,17 @@ class VolumePredictor(nnUNetPredictor):
         network, bar = self.network, self.allow_tqdm
         counter = network.presegmentor.register_forward_hook(_counted(evaluations))
         self.network, self.allow_tqdm = network.presegmentor, False  # type: ignore[assignment]
+
+        def probabilities(on_device: bool) -> Tensor:
+            logits = self._internal_predict_sliding_window_return_logits(data, tiling.tiles, on_device)
+            return labels.activate(logits[None], network.settings.regions)[0]
+
         try:
-            try:
-                logits = self._internal_predict_sliding_window_return_logits(
-                    data, tiling.tiles, self.perform_everything_on_device
-                )
-            except torch.cuda.OutOfMemoryError:  # nnU-Net would take any error of the network's for this one
-                empty_cache(self.device)
-                logits = self._internal_predict_sliding_window_return_logits(data, tiling.tiles, False)
+            on_device = _unless_out_of_memory(lambda: probabilities(self.perform_everything_on_device), self.device)
+            return probabilities(False) if on_device is None else on_device
         finally:
             self.network, self.allow_tqdm = network, bar
             counter.remove()
-        return labels.activate(logits[None], network.settings.regions)[0]
 
     def _run_fold(
         self,
@@ -312,18 +313,44 @@ class VolumePredictor(nnUNetPredictor):
         limit = None if self.state_memory_gb is None else self.state_memory_gb * GIB
         if self.device.type == "cuda" and not self.perform_everything_on_device:
             limit = 0.0
+        empty_cache(self.device)  # what the last networks left there counts as taken
         plan = plan_memory(
             data.shape[1:], heads, settings.samples, settings.sampler, settings.steps, self.device, limit
         )
-        if plan.note and plan.note not in notes:
-            notes.append(plan.note)
+        _tell(notes, plan.note)
         process = VolumeProcess(self.network, data, tiling, start, settings.seed, plan.device, on_tiles, evaluations)
-        run = process.run if self.joint else process.run_tile_wise
         numbers = range(settings.samples)
         for first in range(0, settings.samples, plan.at_once):
             group = numbers[first : first + plan.at_once]
-            for number, probabilities in zip(group, run(group), strict=True):
+            process, found = self._run_group(process, group, notes)
+            for number, probabilities in zip(group, found, strict=True):
                 members.add(probabilities, share / settings.samples, f"fold_{fold}_sample_{number}")
+
+    def _run_group(
+        self, process: VolumeProcess, group: Sequence[int], notes: list[str]
+    ) -> tuple[VolumeProcess, Tensor]:
+        """Run a group of samples; where the GPU's memory ends, with fewer patches at once, then with the state on the CPU.
+
+        Raises:
+            MemoryError: one patch at a time does not fit either.
+        """
+        while True:
+            run = process.run if self.joint else process.run_tile_wise
+            found = _unless_out_of_memory(partial(run, group), self.device)
+            if found is not None:
+                return process, found
+            batch, cpu = process.tiling.batch, torch.device("cpu")
+            if batch > 1:
+                _tell(notes, f"{batch} patches at once do not fit on {self.device}: {batch // 2}")
+                process = dataclasses.replace(process, tiling=dataclasses.replace(process.tiling, batch=batch // 2))
+            elif process.state_device != cpu:
+                _tell(notes, f"the state does not fit on {self.device} beside one patch: it is on the CPU")
+                process = dataclasses.replace(process, state_device=cpu)
+            else:
+                raise MemoryError(
+                    f"The denoiser does not fit on {self.device} for one patch of "
+                    f"{list(self.configuration_manager.patch_size)}: take a larger GPU, or -device cpu."
+                )
 
     def _finished(
         self, members: Members, unpad: Sequence[slice], evaluations: Evaluations, seconds: float, notes: list[str]
@@ -347,6 +374,22 @@ class VolumePredictor(nnUNetPredictor):
             peak_bytes(self.device),
             notes,
         )
+
+
+def _unless_out_of_memory(run: Callable[[], Tensor], device: torch.device) -> Tensor | None:
+    """Return what `run` returns, or None where the GPU's memory does not suffice; what it left there is given back."""
+    try:
+        return run()
+    except torch.cuda.OutOfMemoryError:  # its traceback keeps the tensors alive: nothing is tried again in here
+        pass
+    empty_cache(device)
+    return None
+
+
+def _tell(notes: list[str], note: str) -> None:
+    """Add a note unless it is empty or was said for another fold."""
+    if note and note not in notes:
+        notes.append(note)
 
 
 def _counted(evaluations: Evaluations) -> Callable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import time
@@ -16,13 +17,26 @@ import torch
 ASIDE = ".tmp"
 LEFT_BEHIND_SECONDS = 600.0
 DIFFUSION_KEY = "diffusion"  # what a diffusion trainer saves beside nnU-Net's own entries
+
+
+def _scalar_of(module: str) -> Callable:
+    """What builds a numpy scalar, under the name that the numpy which wrote the file had for it."""
+    build = np.float32(0).__reduce__()[0]
+
+    def scalar(*arguments: Any) -> Any:
+        return build(*arguments)
+
+    scalar.__module__, scalar.__qualname__ = module, "scalar"
+    return scalar
+
+
 # what nnU-Net's own checkpoints hold beside tensors and plain Python: numpy scalars in the logged curves
 SAFE_TYPES: list[Any] = [
     np.dtype,
     type(np.dtype(np.float32)),
     type(np.dtype(np.float64)),
     type(np.dtype(np.int64)),
-    np.float32(0).__reduce__()[0],  # what builds a scalar, wherever this numpy keeps it
+    *(_scalar_of(module) for module in ("numpy.core.multiarray", "numpy._core.multiarray")),  # numpy 1 and 2
 ]
 
 
@@ -115,5 +129,6 @@ def write_aside(write: Callable[[str], object], path: str | Path) -> None:
 def remove_what_killed_jobs_left(folder: Path) -> None:
     """Remove half-written files that a job killed while writing left aside; young ones may be another job's."""
     for path in folder.glob(f".*{ASIDE}"):
-        if time.time() - path.stat().st_mtime > LEFT_BEHIND_SECONDS:
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another rank or job removes it at the same time
+            if time.time() - path.stat().st_mtime > LEFT_BEHIND_SECONDS:
+                path.unlink()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -15,6 +16,7 @@ from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoi
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.file_path_utilities import get_output_folder
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+from nnunetv2.utilities.helpers import empty_cache
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunet_diffusion.training.checkpoints import read_checkpoint, remove_what_killed_jobs_left, write_aside
@@ -88,6 +90,10 @@ def ensure_presegmentor(
             trainer.perform_actual_validation(save_probabilities=True)
         if trainer is not None:
             _finish_loggers(trainer)
+    # its wrapped methods hold it in cycles, and so its network, gradients and momentum on the GPU
+    trainer = None
+    gc.collect()
+    empty_cache(device)
     return final
 
 

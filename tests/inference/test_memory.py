@@ -1,12 +1,14 @@
 """Memory of a volume's state: what is planned, and that it holds."""
 
+import math
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from nnunet_diffusion.inference.memory import GIB, plan_memory, state_bytes
+from nnunet_diffusion.inference.memory import GIB, control_group_bytes, plan_memory, state_bytes
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 LARGE = (600, 512, 512)
@@ -38,6 +40,71 @@ def test_fewer_samples_at_once_where_memory_is_short():
 def test_too_little_memory_for_one_sample_is_refused_with_numbers():
     with pytest.raises(MemoryError, match=r"600 x 512 x 512 voxels and 5 channels needs .* GiB, 4.00 GiB are free"):
         plan_memory(LARGE, 5, 1, "ddim", 1, CPU, free=lambda _: 4 * GIB)
+
+
+@pytest.fixture
+def groups(tmp_path):
+    """Writes a tree of control groups and the process's own entry in it; returns what `control_group_bytes` finds."""
+
+    def write(entry, files):
+        for name, content in files.items():
+            (tmp_path / "groups" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "groups" / name).write_text(content)
+        (tmp_path / "own").write_text(entry)
+        return control_group_bytes(tmp_path / "groups", tmp_path / "own")
+
+    return write
+
+
+def test_limits_of_containers_and_cluster_jobs_count(groups):
+    job = {"memory.max": "1000\n", "memory.current": "700\n", "memory.stat": "anon 600\ninactive_file 100\n"}
+    step = {"memory.max": "max\n", "memory.current": "650\n", "memory.stat": "inactive_file 0\n"}
+    files = {f"slurm/job/{name}": text for name, text in job.items()}
+    files |= {f"slurm/job/step/{name}": text for name, text in step.items()}
+    assert groups("0::/slurm/job/step\n", files) == 400
+
+
+def test_limit_of_a_container_that_sees_itself_as_the_root(groups):
+    files = {"memory.max": "1000\n", "memory.current": "1200\n", "memory.stat": "inactive_file 0\n"}
+    assert groups("0::/\n", files) == 0
+
+
+def test_limit_of_version_1(groups):
+    files = {"memory.limit_in_bytes": "500", "memory.usage_in_bytes": "200", "memory.stat": "total_inactive_file 50"}
+    files = {f"memory/docker/abc/{name}": text for name, text in files.items()}
+    assert groups("5:cpu,cpuacct:/\n4:memory:/docker/abc\n", files) == 350
+
+
+def test_no_limit_where_there_is_none(groups, tmp_path):
+    assert groups("0::/\n", {"cgroup.procs": ""}) == math.inf
+    assert control_group_bytes(tmp_path, tmp_path / "missing") == math.inf
+
+
+ENSEMBLE = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from test_volume import Denoiser, process, tiling, SETTINGS
+import dataclasses
+from nnunet_diffusion.inference.memory import peak_bytes
+volume, patch = (64, 128, 128), (16, 32, 32)
+settings = dataclasses.replace(SETTINGS, steps=1, samples=8)
+image, tiles = torch.zeros(1, *volume), tiling(volume, patch, 1.0, batch=1)
+process(Denoiser(4, lambda noisy, image: noisy), image[:, :16, :32, :32].contiguous(), tiling(patch, patch, 1.0)).run([0])
+before = peak_bytes(torch.device('cpu'))
+process(Denoiser(4, lambda noisy, image: noisy), image, tiles, settings).run(range(8))
+print(peak_bytes(torch.device('cpu')) - before)
+"""
+
+
+@pytest.mark.slow
+def test_samples_of_an_ensemble_that_take_one_step_stay_within_the_plan(request):
+    """The default: the states themselves are most of it, not the tiles."""
+    words = [sys.executable, "-c", ENSEMBLE, str(request.path.parent)]
+    # else the allocator keeps some of what was freed
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(words, capture_output=True, text=True, check=True, env=environment)
+    planned = state_bytes((64, 128, 128), 4, 8, "ddim", 1)
+    assert 0.7 * planned < int(done.stdout) < 1.05 * planned
 
 
 MEASURED = """

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 from nnunet_diffusion import labels
 from nnunet_diffusion.diffusion.samplers import SAMPLERS, timestep_grid
+from nnunet_diffusion.inference import DiffusionPredictor
 from nnunet_diffusion.inference.volume import NOISE_OF_START, Tiling, VolumeProcess
 from nnunet_diffusion.segmenter import DiffusionSegmenter
 from nnunet_diffusion.settings import DiffusionSettings
@@ -157,3 +159,48 @@ def test_identity_denoiser_returns_the_presegmentation_without_noise(joint):
     )
     found = (identity.run if joint else identity.run_tile_wise)([0])[0]
     assert (found - given).abs().max() < 0.05  # one step of noise has a standard deviation of 0.01 in the state
+
+
+# a GPU whose memory ends: fewer patches at once, then the state on the CPU, then an error
+
+GPU = torch.device("cpu", 0)  # told apart from CPU, yet one memory
+VOLUME, PATCH = (24, 24), (16, 16)
+
+
+def predictor():
+    made = DiffusionPredictor(device=CPU)
+    made.configuration_manager = SimpleNamespace(patch_size=PATCH)
+    return made
+
+
+def failing(denoiser, times):
+    """The same answers, but the first calls find no memory."""
+    calls = iter(range(times))
+
+    def answer(noisy, image):
+        if next(calls, None) is not None:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return denoiser.answer(noisy, image)
+
+    return Denoiser(denoiser.state_channels, answer)
+
+
+def volume_process(denoiser):
+    torch.manual_seed(1)
+    made = process(denoiser, torch.randn(1, *VOLUME), tiling(VOLUME, PATCH, 0.5, batch=4))
+    made.state_device = GPU
+    return made
+
+
+@pytest.mark.parametrize(("times", "batch", "device", "notes"), [(0, 4, GPU, 0), (1, 2, GPU, 1), (3, 1, CPU, 3)])
+def test_what_does_not_fit_gives_way_and_the_result_stays(times, batch, device, notes):
+    denoiser, told = local_denoiser(), []
+    wanted = volume_process(denoiser).run([0, 1])
+    used, found = predictor()._run_group(volume_process(failing(denoiser, times)), [0, 1], told)
+    torch.testing.assert_close(found, wanted)
+    assert (used.tiling.batch, used.state_device, len(told)) == (batch, device, notes)
+
+
+def test_one_patch_that_does_not_fit_is_refused_with_the_cure():
+    with pytest.raises(MemoryError, match=r"one patch of \[16, 16\]: take a larger GPU, or -device cpu"):
+        predictor()._run_group(volume_process(failing(local_denoiser(), 4)), [0], [])

@@ -1,5 +1,6 @@
 """`nnunet_diffusion predict` and DiffusionPredictor on real images, with the tiny trained model."""
 
+import contextlib
 import gzip
 import json
 import os
@@ -285,6 +286,24 @@ def test_tile_wise_sampling_and_folds(place, tmp_path):
         shutil.rmtree(fold_1)
     for name, found in label_maps(joint).items():
         assert (found != label_maps(twice)[name]).mean() < 1e-3
+
+
+def test_autocast_ends_with_each_fold(place, monkeypatch):
+    """It keeps its casts of the weights: torch before 2.10 would evaluate the second fold with the first one's."""
+    predictor, events = loaded(place), []
+    predictor.list_of_parameters, predictor.folds = predictor.list_of_parameters * 2, ["0", "1"]
+    load = predictor.network.load_state_dict
+
+    @contextlib.contextmanager
+    def autocast(self):
+        events.append("begins")
+        yield
+        events.append("ends")
+
+    monkeypatch.setattr(DiffusionPredictor, "_autocast", autocast)
+    monkeypatch.setattr(predictor.network, "load_state_dict", lambda weights: (events.append("loaded"), load(weights)))
+    predictor.predict_volume(torch.randn(1, 1, 32, 32))
+    assert events == ["loaded", "begins", "ends"] * 2
 
 
 def test_killed_run_leaves_no_half_file_and_goes_on(place, tmp_path):

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import zipfile
 
 import numpy as np
 import pytest
@@ -31,6 +32,20 @@ def test_what_is_written_is_read_again_with_the_numpy_scalars_of_the_curves(tmp_
     assert torch.equal(found["network_weights"]["layer.weight"], CHECKPOINT["network_weights"]["layer.weight"])
     assert found["logging"] == CHECKPOINT["logging"]
     assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
+
+
+@pytest.mark.parametrize("package", ["numpy.core", "numpy._core"])  # of numpy 1 and 2
+def test_what_another_numpy_wrote_is_read(tmp_path, package):
+    write_checkpoint(CHECKPOINT, tmp_path / "here.pth")
+    here = f"{np.float32(0).__reduce__()[0].__module__}\n".encode()
+    with zipfile.ZipFile(tmp_path / "here.pth") as source, zipfile.ZipFile(tmp_path / "there.pth", "w") as target:
+        for name in source.namelist():
+            content = source.read(name)
+            if name.endswith("data.pkl"):
+                assert here in content
+                content = content.replace(here, f"{package}.multiarray\n".encode())
+            target.writestr(name, content)
+    assert read_checkpoint(tmp_path / "there.pth")["logging"] == CHECKPOINT["logging"]
 
 
 def test_missing_file(tmp_path):
@@ -101,7 +116,10 @@ def test_what_a_job_killed_while_writing_left_is_removed_once_it_is_old(tmp_path
         (tmp_path / name).write_bytes(b"half")
         os.utime(tmp_path / name, (0, 0))
     (tmp_path / names[1]).touch()
+    gone = tmp_path / ".checkpoint_latest.pth.79.tmp"  # to another rank, between being listed and being looked at
+    gone.symlink_to(tmp_path / "nowhere")
     remove_what_killed_jobs_left(tmp_path)
+    gone.unlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names[1:])
 
 

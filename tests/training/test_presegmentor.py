@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -182,7 +183,14 @@ def ensure(place, lines):
 
 @pytest.mark.slow
 def test_half_trained_one_is_resumed_then_validated_then_left_alone(workplace, tmp_path, monkeypatch, validations):
-    begun = []
+    begun, trainers = [], []
+    make = presegmentor._make_trainer
+
+    def noted(*arguments):
+        trainers.append(weakref.ref(trainer := make(*arguments)))
+        return trainer
+
+    monkeypatch.setattr(presegmentor, "_make_trainer", noted)
     start = nnUNetTrainer.on_train_epoch_start
 
     def interrupted(self):
@@ -200,6 +208,7 @@ def test_half_trained_one_is_resumed_then_validated_then_left_alone(workplace, t
     assert not (folder / "checkpoint_final.pth").exists()
 
     final = ensure(workplace, lines)
+    assert trainers[1]() is None, "its memory is free for the denoiser's training"
     assert begun == [0, 1, 1]
     assert final == folder / "checkpoint_final.pth"
     saved = torch.load(final, weights_only=False)
