@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from nnunet_diffusion.cli.errors import CommandError
+from nnunet_diffusion.cli.folders import PRESEGMENTOR
 from nnunet_diffusion.cli.trainers_directory import with_trainers
 
 DATASET_ID = 901
@@ -80,8 +81,9 @@ class Workplace:
 
     def environment(self) -> dict[str, str]:
         """Variables of nnU-Net's commands: folders under the demo's own, never the user's."""
+        users = {name: value for name, value in os.environ.items() if name != PRESEGMENTOR}
         return {
-            **with_trainers(os.environ),
+            **with_trainers(users),
             **{f"nnUNet_{name}": str(self.folder / name) for name in ("raw", "preprocessed", "results")},
             "nnUNet_def_n_proc": "2",  # each worker imports torch, which takes longer than the work of so few images
             "nnUNet_compile": "f",  # compiling costs more than so short a training gains

@@ -112,7 +112,7 @@ def check_versions() -> Iterator[Finding]:
 
 
 def check_folders(environment: Mapping[str, str]) -> Iterator[Finding]:
-    """nnU-Net's three folders are set, exist and can be written."""
+    """nnU-Net's three folders are set, exist and can be written; raw data are often shared, and only read."""
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         folder = environment.get(name)
         if not folder:
@@ -120,7 +120,10 @@ def check_folders(environment: Mapping[str, str]) -> Iterator[Finding]:
         elif not Path(folder).is_dir():
             yield Finding(name, FAIL, f"{folder} is no folder", f"mkdir -p '{folder}', or correct the variable")
         elif not is_writable(Path(folder)):
-            yield Finding(name, FAIL, f"{folder} cannot be written", f"chmod u+w '{folder}', or choose another folder")
+            level, cure = FAIL, f"chmod u+w '{folder}', or choose another folder"
+            if name == "nnUNet_raw":
+                level, cure = WARN, "nothing to do, unless datasets are to be put there"
+            yield Finding(name, level, f"{folder} cannot be written", cure)
         else:
             free_gigabytes = shutil.disk_usage(folder).free / 1e9
             yield Finding(name, OK, f"{folder} ({free_gigabytes:.0f} GB free)")
@@ -188,7 +191,8 @@ def check_device() -> Iterator[Finding]:
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         yield Finding("GPU", OK, f"{properties.name}, {properties.total_memory / 1e9:.0f} GB")
-        if torch.cuda.is_bf16_supported():
+        # torch's is_bf16_supported counts GPUs that emulate it
+        if torch.cuda.get_device_capability(0)[0] >= 8:
             yield Finding("bfloat16", OK, "supported")
         else:
             yield Finding("bfloat16", WARN, "not supported", "training uses float16 instead; nothing to do")

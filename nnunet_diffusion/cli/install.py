@@ -74,7 +74,19 @@ def install(path: Path, results: Path, *, trust: bool = False) -> list[Path]:
         for model, target in zip(models, targets, strict=True):
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.move(model, target)
+        _move_rest(Path(aside), results)
     return targets
+
+
+def _move_rest(source: Path, results: Path) -> None:
+    """Move what lies beside the models (nnU-Net's choice of the best one, ensembles); say what is there already."""
+    for path in sorted(each for each in source.rglob("*") if each.is_file()):
+        target = results / path.relative_to(source)
+        if target.exists():
+            print(f"{target} is there already and stays as it is")
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(path, target)
 
 
 def _check_model(model: Path, path: Path, trust: bool) -> None:

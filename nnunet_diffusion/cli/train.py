@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_diffusion.cli.errors import CommandError
-from nnunet_diffusion.cli.folders import PREPROCESSED, RAW, RESULTS, dataset_prefix, datasets_in, folder_in
+from nnunet_diffusion.cli.folders import (
+    PREPROCESSED,
+    PRESEGMENTOR,
+    RAW,
+    RESULTS,
+    dataset_prefix,
+    datasets_in,
+    folder_in,
+)
 from nnunet_diffusion.cli.trainers_directory import with_trainers
 
 DEFAULT_TRAINER = "DiffusionTrainer"
@@ -39,7 +47,7 @@ def run(words: Sequence[str]) -> int:
             words += ["-tr", DEFAULT_TRAINER]
         check_input(options, os.environ)
         check_device(options.device)
-        if options.pretrained_weights is not None:
+        if options.pretrained_weights is not None and DEFAULT_TRAINER in (options.tr or DEFAULT_TRAINER):
             check_pretrained_weights(options.pretrained_weights)
     os.environ.update(with_trainers(os.environ))
     # nnU-Net reads its paths and nnUNet_extTrainer from the environment: import it only now.
@@ -182,5 +190,5 @@ def check_pretrained_weights(path: str) -> None:
     if DIFFUSION_KEY not in checkpoint:
         raise CommandError(
             f"-pretrained_weights is {path}, a checkpoint of {checkpoint.get('trainer_name')}, not of a diffusion trainer; "
-            "to start from a trained nnU-Net leave it out and export nnUNet_diffusion_presegmentor=MODEL_FOLDER"
+            f"to start from a trained nnU-Net leave it out and export {PRESEGMENTOR}=MODEL_FOLDER"
         )

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
 
 from nnunet_diffusion.denoiser import build_denoiser
 from nnunet_diffusion.losses import squared_error
 from nnunet_diffusion.networks.attention import ParameterSharedAttention, SelfAttention
 from nnunet_diffusion.networks.pgdiffseg import PGDiffSeg
+from nnunet_diffusion.planning.flops import CPU_ATTENTION_FLOPS
 from nnunet_diffusion.planning.steps import build_nnunet, nnunet_step
 from nnunet_diffusion.segmenter import evaluate_denoiser
 from nnunet_diffusion.settings import DiffusionSettings
@@ -193,7 +194,7 @@ class _Meter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = self.flops = 0
-        self._formulas = {**flop_registry, **_attention_flops()}
+        self._formulas = {**flop_registry, **CPU_ATTENTION_FLOPS}
         self._known: dict[int, int] = {}
 
     def add(self, tensor: Tensor) -> None:
@@ -336,19 +337,3 @@ class _Trace:
 
 def _bytes_of(network: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in (*network.parameters(), *network.buffers()))
-
-
-def _attention_flops() -> dict[Any, Any]:
-    """The CPU's attention kernel, which torch's counter does not know."""
-    aten = torch.ops.aten
-
-    def forward(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
-        return sdpa_flop_count(query.shape, key.shape, value.shape)
-
-    def backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
-        return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
-
-    return {
-        aten._scaled_dot_product_flash_attention_for_cpu: forward,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
-    }

@@ -35,7 +35,8 @@ def nnunet_seconds(
 ) -> float:
     """Return the fastest seconds of nnU-Net's training step; `patch` may be smaller than the configuration's."""
     network = build_nnunet(configuration, channels, heads).train().to(device)
-    return _seconds(nnunet_step(network, *_random_batch(batch, channels, heads, patch, device)), device)
+    # regions are timed as classes
+    return _seconds(nnunet_step(network, *_random_batch(batch, channels, heads, patch, device, False)), device)
 
 
 def denoiser_seconds(
@@ -50,7 +51,8 @@ def denoiser_seconds(
     """Return the fastest seconds of DiffusionTrainer's training step; `patch` may be smaller than the configuration's."""
     denoiser = build_denoiser(settings, configuration, channels, heads)
     segmenter = DiffusionSegmenter(build_nnunet(configuration, channels, heads), denoiser, settings).to(device)
-    return _seconds(diffusion_step(segmenter, *_random_batch(batch, channels, heads, patch, device)), device)
+    data = _random_batch(batch, channels, heads, patch, device, settings.regions)
+    return _seconds(diffusion_step(segmenter, *data), device)
 
 
 def probe_patch(patch: Sequence[int], strides: Sequence[Sequence[int] | int]) -> tuple[int, ...]:
@@ -81,11 +83,12 @@ def machine_name() -> str:
 
 
 def _random_batch(
-    batch: int, channels: int, heads: int, patch: Sequence[int], device: torch.device
+    batch: int, channels: int, heads: int, patch: Sequence[int], device: torch.device, regions: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(batch, channels, *patch, generator=generator)
-    target = torch.randint(0, heads, (batch, 1, *patch), generator=generator)
+    values, maps = (2, heads) if regions else (heads, 1)
+    target = torch.randint(0, values, (batch, maps, *patch), generator=generator)
     return image.to(device), target.to(device)
 
 

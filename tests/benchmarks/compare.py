@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from comparison_options import LENGTHS, diffusion_sections, read_options, sampling_settings
+from comparison_options import DEFAULT_SEED, LENGTHS, diffusion_sections, read_options, sampling_settings
 from comparison_plans import (
     REPOSITORY,
     STOCK_PLANS,
@@ -113,7 +113,8 @@ def output_folder(folders: Folders, options: argparse.Namespace) -> Path:
     if options.denoiser_epochs and options.denoiser_epochs != options.epochs:
         length += f"_{options.denoiser_epochs}epochs"
     mirrored = "_unmirrored" if options.no_mirroring else ""
-    name = f"{options.plans_name}_{options.configuration}_{length}_fold{options.fold}{mirrored}"
+    seed = "" if options.seed == DEFAULT_SEED else f"_seed{options.seed}"
+    name = f"{options.plans_name}_{options.configuration}_{length}_fold{options.fold}{mirrored}{seed}"
     return folders.work / "comparison" / folders.dataset / name
 
 
@@ -160,15 +161,15 @@ def start_from(model: Any, nnunet: Training, folders: Folders) -> None:
     """
     from nnunet_diffusion.training.checkpoints import read_checkpoint
 
-    settings = model.segmenter.settings
-    if settings.presegmentor_trainer == nnunet.trainer:
+    settings, own = model.segmenter.settings, model.segmenter.presegmentor.state_dict()
+    weights = read_checkpoint(nnunet.folder(folders) / "checkpoint_final.pth")["network_weights"]
+    if weights.keys() == own.keys() and all(bool((weights[key].to(own[key]) == own[key]).all()) for key in own):
         return
     if settings.presegmentation_start_probability > 0 or model.predictor.label_manager.has_ignore_label:
         raise ValueError(
-            f"{model.name} was trained on the segmentations of {settings.presegmentor_trainer}, so {nnunet.trainer} cannot "
-            "take its place: train it with that one (--epochs, --denoiser-epochs)"
+            f"{model.name} was trained on the segmentations of another {settings.presegmentor_trainer}, so {nnunet.trainer} "
+            "cannot take its place: train it with that one (--epochs, --denoiser-epochs)"
         )
-    weights = read_checkpoint(nnunet.folder(folders) / "checkpoint_final.pth")["network_weights"]
     model.segmenter.presegmentor.load_state_dict(weights)
     print(f"{model.name} starts from {nnunet.trainer} instead of {settings.presegmentor_trainer}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import os
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -75,10 +76,12 @@ class RowFile:
             groups.setdefault(row.key, []).append(row)
         self.rows = [row for group in groups.values() if len(group) == classes for row in group]
         self.done = {row.key for row in self.rows}
-        with path.open("w", newline="") as file:
+        aside = path.with_suffix(".tmp")
+        with aside.open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(field.name for field in dataclasses.fields(Row))
             writer.writerows(dataclasses.astuple(row) for row in self.rows)
+        os.replace(aside, path)  # hours of work: never half of it
 
     def append(self, rows: Sequence[Row]) -> None:
         """Add the classes of one setting."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from comparison_plans import STOCK_PLANS
 
+DEFAULT_SEED = 1234
 LENGTHS = {1: "_1epoch", 5: "_5epochs", 10: "_10epochs", 20: "_20epochs", 50: "_50epochs"}
 LENGTHS |= {100: "_100epochs", 250: "_250epochs", 1000: ""}
 
@@ -66,7 +67,7 @@ def read_options(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--no-mirroring", action="store_true")
     add("--tile-batch", type=int, default=16)
     add("--device", default="cuda", choices=["cuda", "cpu", "mps"])
-    add("--seed", type=int, default=1234, help="of the reverse processes, the bootstrap and the corruptions")
+    add("--seed", type=int, default=DEFAULT_SEED, help="of the reverse processes, the bootstrap and the corruptions")
     add("--processes", type=int, default=os.cpu_count() or 1, help="of the preprocessing")
     add("--time-limit", type=float, default=math.inf, help="seconds after which to stop cleanly")
     add("--train-only", action="store_true")

@@ -78,6 +78,7 @@ def enter_workdir(work: Path, dataset: str) -> Folders:
         os.environ[name] = str(folders.work / name)
     folders.control_trainers.mkdir(exist_ok=True)
     ours = [str(REPOSITORY / "trainers"), str(folders.control_trainers)]
+    os.environ.pop("nnUNet_diffusion_presegmentor", None)  # the user's, for trainings of their own
     given = os.environ.get(TRAINERS_VARIABLE, "").split(os.pathsep)
     os.environ[TRAINERS_VARIABLE] = os.pathsep.join(dict.fromkeys([*ours, *filter(None, given)]))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
@@ -131,9 +132,14 @@ def write_plans(folders: Folders, plans: Mapping[str, Any]) -> None:
     """
     path = folders.preprocessed / f"{plans['plans_name']}.json"
     text = json.dumps(plans, indent=2)
-    if path.is_file() and json.loads(path.read_text()) != json.loads(text):
-        raise ValueError(f"{path} holds other plans: choose another --plans-name or variant name, or remove it")
-    path.write_text(text)
+    if path.is_file():
+        if json.loads(path.read_text()) != json.loads(text):
+            raise ValueError(f"{path} holds other plans: choose another --plans-name or variant name, or remove it")
+        return
+    # other comparisons of the dataset may be reading it
+    aside = path.with_suffix(f".{os.getpid()}")
+    aside.write_text(text)
+    os.replace(aside, path)
 
 
 def read_plans(folders: Folders, name: str) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def entries(rows: Sequence[Row]) -> list[Entry]:
 
 
 def mean_rows(rows: Sequence[Row]) -> list[Row]:
-    """One row per case whose Dice is the mean over the classes with a Dice (others: as the case's first row)."""
+    """One row per case: mean Dice over the classes that it has, voxel counts summed over all classes."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
         groups.setdefault(row.key, []).append(row)
@@ -73,9 +73,9 @@ def mean_rows(rows: Sequence[Row]) -> list[Row]:
         Row(
             *group[0].key,
             label=MEAN,
-            dice=_mean([row.dice for row in group]),
+            dice=_mean([row.dice for row in group if row.reference_voxels]),
             hd95=float("nan"),
-            start_dice=_mean([row.start_dice for row in group]),
+            start_dice=_mean([row.start_dice for row in group if row.reference_voxels]),
             start_hd95=float("nan"),
             reference_voxels=sum(row.reference_voxels for row in group),
             predicted_voxels=sum(row.predicted_voxels for row in group),

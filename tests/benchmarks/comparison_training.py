@@ -115,6 +115,11 @@ def share_presegmentor(folders: Folders, presegmentor: Training, plans_name: str
     link = folders.model(presegmentor.trainer, plans_name, presegmentor.configuration)
     if not link.exists():
         link.symlink_to(source.name)
+    elif link.resolve() != source.resolve():
+        raise ValueError(
+            f"{link} is a training of its own, so a denoiser beside it would not start from {source.name}: name the two with "
+            "--trainers, or move that folder away"
+        )
 
 
 def epoch_seconds(folders: Folders, training: Training) -> list[float]:

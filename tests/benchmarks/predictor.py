@@ -27,12 +27,12 @@ from comparison_plans import set_up_folders
 from comparison_report import dice_table, hd95_table, mean_rows
 from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-from torch.utils.flop_counter import FlopCounterMode
 
 from nnunet_diffusion.evaluation.comparison import markdown_table
 from nnunet_diffusion.inference import DiffusionPredictor
 from nnunet_diffusion.inference.presegmentation import Presegmentation
 from nnunet_diffusion.inference.volume import Evaluations
+from nnunet_diffusion.planning.flops import count_flops
 from nnunet_diffusion.training.checkpoints import read_checkpoint
 
 WEAK = "weak nnU-Net"
@@ -107,10 +107,7 @@ class Bench:
                 "denoiser": lambda: network.denoiser(state, torch.zeros(1, device=image.device), condition),
             }
             for name, evaluate in parts.items():
-                counter = FlopCounterMode(display=False)
-                with counter:
-                    evaluate()
-                counted[name] = float(counter.get_total_flops())
+                counted[name] = float(count_flops(evaluate))
         return counted
 
     def presegment(self, data: torch.Tensor, way: Way) -> Presegmentation | None:
@@ -199,6 +196,13 @@ def cost_table(costs: Sequence[dict[str, Any]]) -> str:
     return markdown_table(header, lines)
 
 
+def refuse_other_section(path: Path, section: dict[str, Any]) -> None:
+    """Keep the settings that the folder's rows are made with; raise ValueError where those there are of other ones."""
+    if path.is_file() and json.loads(path.read_text()) != section:
+        raise ValueError(f"{path.parent} holds results with --section '{path.read_text()}': take another --out")
+    path.write_text(json.dumps(section))
+
+
 def main() -> None:
     """Measure what is missing and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -217,6 +221,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
+    refuse_other_section(options.out / "section.json", options.section)
     folders = set_up_folders(options.dataset, options.workdir)
     weak = folders.results / options.weak if options.weak else None
     bench = Bench(folders.results / options.model, folders.results / options.nnunet, weak, options.fold, options.device)

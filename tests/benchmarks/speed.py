@@ -2,9 +2,9 @@ r"""Cost of DiffusionTrainer beside nnU-Net at one plan: FLOPs, seconds and memo
 
     python tests/benchmarks/speed.py --plans nnUNetPlans.json --configuration 2d --classes 2 --device cpu --batch 2
 
-FLOPs are counted by `torch.utils.flop_counter` (2 per multiply-accumulate), seconds are medians, both networks in one
-run. `--section '{"features_per_stage": [32, 64, ...]}'` changes the diffusion settings, `--attention` adds the memory
-of parameter-shared attention at 1k to 65k tokens.
+FLOPs are counted by `torch.utils.flop_counter` (2 per multiply-accumulate; attention on a CPU too), seconds are medians,
+both networks in one run. `--section '{"features_per_stage": [32, 64, ...]}'` changes the diffusion settings,
+`--attention` adds the memory of parameter-shared attention at 1k to 65k tokens.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from torch.utils.flop_counter import FlopCounterMode
 
 from nnunet_diffusion.networks.attention import ParameterSharedAttention
+from nnunet_diffusion.planning.flops import count_flops
 from nnunet_diffusion.planning.steps import build_nnunet, diffusion_step, nnunet_step, precision_of
 from nnunet_diffusion.training import DiffusionTrainer
 
@@ -92,10 +92,7 @@ def inference(network: torch.nn.Module, image: torch.Tensor) -> None:
 def measure(step: Callable[[], None], options: argparse.Namespace, device: torch.device) -> tuple[float, float, float]:
     """Return FLOPs, median seconds and peak memory in GiB (0 on a CPU) of one call."""
     step()
-    counter = FlopCounterMode(display=False)
-    if not options.compile:
-        with counter:
-            step()
+    flops = 0 if options.compile else count_flops(step)
     times = []
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     if device.type == "cuda":
@@ -107,7 +104,7 @@ def measure(step: Callable[[], None], options: argparse.Namespace, device: torch
         synchronize()
         times.append(time.perf_counter() - begin)
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
-    return max(counter.get_total_flops(), 1), sorted(times)[len(times) // 2], peak
+    return max(flops, 1), sorted(times)[len(times) // 2], peak
 
 
 def attention_memory(device: torch.device) -> None:

@@ -229,13 +229,30 @@ def test_another_nnunet_takes_the_presegmentors_place_unless_the_denoiser_met_it
         )
         compare.start_from(model, training, folders)
 
-    before = shorter.weight.clone()
-    start(presegmentor_trainer="nnUNetTrainer_20epochs")
-    assert torch.equal(shorter.weight, before)
-    with pytest.raises(ValueError, match="was trained on the segmentations of nnUNetTrainer_10epochs"):
+    with pytest.raises(ValueError, match="was trained on the segmentations of another nnUNetTrainer_10epochs"):
         start(presegmentor_trainer="nnUNetTrainer_10epochs", presegmentation_start_probability=0.5)
     start(presegmentor_trainer="nnUNetTrainer_10epochs")
     assert torch.equal(shorter.weight, longer.weight)
+    # the same network, whatever its trainer is called
+    start(presegmentor_trainer="nnUNetTrainer_10epochs", presegmentation_start_probability=0.5)
+
+
+def test_a_presegmentor_of_its_own_is_not_taken_for_the_shared_one(tmp_path: Path) -> None:
+    folders = comparison_plans.Folders(tmp_path, "Dataset004_X")
+    training = comparison_training.Training("nnUNetTrainer_10epochs", "small", "2d", 0, "cpu")
+    folders.model(training.trainer, "small", "2d").mkdir(parents=True)
+    for _ in range(2):
+        comparison_training.share_presegmentor(folders, training, "small_x0")
+    assert folders.model(training.trainer, "small_x0", "2d").is_symlink()
+    folders.model(training.trainer, "small_logits", "2d").mkdir()
+    with pytest.raises(ValueError, match="is a training of its own"):
+        comparison_training.share_presegmentor(folders, training, "small_logits")
+
+
+def test_another_seed_has_a_folder_of_its_own(tmp_path: Path) -> None:
+    folders = comparison_plans.Folders(tmp_path, "Dataset004_X")
+    names = {compare.output_folder(folders, options(*words)).name for words in ([], ["--seed", "1"])}
+    assert names == {"nnUNetPlans_2d_10epochs_fold0", "nnUNetPlans_2d_10epochs_fold0_seed1"}
 
 
 def test_cases_are_evenly_spaced(tmp_path: Path) -> None:
@@ -279,9 +296,10 @@ def test_report_pairs_lesions_and_sets_normal_cases_apart() -> None:
 
 def test_mean_rows_average_the_classes_that_have_a_dice() -> None:
     rows = [row("logits", "a", "front", 0.4), row("logits", "a", "back", 0.8), row("logits", "b", "front", 0.2)]
-    rows += [row("logits", "b", "back", math.nan)]
+    rows += [row("logits", "b", "back", math.nan, reference_voxels=0), row("logits", "c", "front", 0.5)]
+    rows += [row("logits", "c", "back", 0.0, reference_voxels=0)]  # found where there is none
     means = {each.case: each for each in mean_rows(rows)}
-    assert means["a"].dice == pytest.approx(0.6) and means["b"].dice == pytest.approx(0.2)
+    assert [means[case].dice for case in "abc"] == pytest.approx([0.6, 0.2, 0.5])
     assert means["a"].corrected == 6
     assert "## Dice, mean of the classes" in write_report(
         [*rows, *(row(NNUNET, "a", c) for c in ("front", "back"))], "", 0

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError
+from types import SimpleNamespace
 
 import pytest
 
@@ -70,8 +71,20 @@ def test_folders(good, tmp_path):
 
 def test_read_only_folder(good, monkeypatch):
     monkeypatch.setattr(doctor, "is_writable", lambda folder: False)
-    findings = list(doctor.check_folders(good))
-    assert all(finding.level == doctor.FAIL and "chmod u+w" in finding.cure for finding in findings)
+    raw, *others = doctor.check_folders(good)
+    assert raw.level == doctor.WARN and "cannot be written" in raw.seen
+    assert len(others) == 2
+    assert all(finding.level == doctor.FAIL and "chmod u+w" in finding.cure for finding in others)
+
+
+@pytest.mark.parametrize(("capability", "level"), [((7, 5), "WARN"), ((8, 0), "OK"), ((12, 0), "OK")])
+def test_bfloat16_that_a_gpu_only_emulates_is_not_what_training_uses(monkeypatch, capability, level):
+    cuda = pytest.importorskip("torch").cuda
+    card = SimpleNamespace(name="card", total_memory=16e9)
+    monkeypatch.setattr(cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(cuda, "get_device_capability", lambda device: capability)
+    assert levels(doctor.check_device())["bfloat16"] == level
 
 
 def test_search_path(good, tmp_path):

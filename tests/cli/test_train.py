@@ -143,6 +143,15 @@ def test_pretrained_weights_of_nnunet_itself_and_of_no_checkpoint(folders, tmp_p
     assert "nnUNet_diffusion_presegmentor" in line
 
 
+def test_pretrained_weights_of_nnunets_own_trainer_are_nnunets_affair(folders, monkeypatch, tmp_path):
+    run_training = pytest.importorskip("nnunetv2.run.run_training")
+    reached = []
+    monkeypatch.setattr(run_training, "run_training_entry", lambda: reached.append(sys.argv[-1]))
+    words = ["7", "2d", "0", "-device", "cpu", "-tr", "nnUNetTrainer", "-pretrained_weights", str(tmp_path / "a.pth")]
+    assert main(["train", *words]) == 0
+    assert reached == [str(tmp_path / "a.pth")]
+
+
 def test_missing_words_are_named(folders, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["train", "7"])

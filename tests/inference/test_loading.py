@@ -135,9 +135,9 @@ def test_stock_model_is_refused_with_the_right_command(model):
         read_model(model, [0], NAME, trust=False)
 
 
-def zipped(model, path, *, extra=None):
+def zipped(model, path, *, extra=None, whole=False):
     with zipfile.ZipFile(path, "w") as content:
-        for file in model.rglob("*"):
+        for file in (model.parent if whole else model).rglob("*"):
             if file.is_file():
                 content.write(file, file.relative_to(model.parents[1]))
         if extra:
@@ -151,6 +151,21 @@ def test_zip_is_installed_once(model, tmp_path):
     assert read_model(installed, [0], NAME, trust=False).folds == ["0"]
     with pytest.raises(CommandError, match="there already"):
         install(path, tmp_path / "results")
+
+
+def test_what_nnunet_exports_beside_the_models_is_installed_too(model, tmp_path, capsys):
+    (model.parent / "inference_information.json").write_text("{}")
+    ensemble = model.parent / "ensembles" / "ensemble___a___b___0"
+    ensemble.mkdir(parents=True)
+    (ensemble / "postprocessing.pkl").write_bytes(b"steps")
+    results = tmp_path / "results"
+    kept = results / model.parent.name / "inference_information.json"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("mine")
+    install(zipped(model, tmp_path / "model.zip", whole=True), results)
+    place = results / ensemble.relative_to(model.parents[1]) / "postprocessing.pkl"
+    assert place.read_bytes() == b"steps"
+    assert kept.read_text() == "mine" and f"{kept} is there already" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["../outside.txt", "/tmp/outside.txt", "Dataset001_A/../../x", "..\\x", "C:\\x"])

@@ -6,6 +6,7 @@ import re
 from types import SimpleNamespace
 
 import pytest
+import torch
 from nnunet_diffusion.planners.DiffusionPlanner import DiffusionPlanner
 from nnunet_diffusion.planners.DiffusionPlannerResEncL import DiffusionPlannerResEncL
 from nnunet_diffusion.planners.DiffusionPlannerResEncM import DiffusionPlannerResEncM
@@ -310,6 +311,20 @@ def test_a_machine_too_slow_gets_the_smallest_plan_that_learns_and_is_told(finge
     assert topology_of(configuration)["features_per_stage"][0] == 8 and settings.features_per_stage[0] == 4
     assert record.denoiser_step_seconds > 0.01 < record.nnunet_step_seconds
     assert "s instead of 0.01 s" in summary(planner, plans)
+
+
+def test_regions_are_timed_too(fingerprint):
+    """Their targets are masks, one a region; the timings are real here."""
+    preprocessed = fingerprint((1, 64, 64), (999.0, 1.0, 1.0), labels=("background", "edema", "core", "active"))
+    description = preprocessed.parents[1] / "raw" / NAME / "dataset.json"
+    content = json.loads(description.read_text())
+    content |= {"labels": {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "active": 3}}
+    description.write_text(json.dumps({**content, "regions_class_order": [1, 2, 3]}))
+    planner = DiffusionPlanner(NAME, time_budget=TimeBudget(0.2))
+    plans = planner.plan_experiment()
+    _, settings, record = read(preprocessed)["2d"]
+    assert settings.regions and record.denoiser_step_seconds > 0
+    assert "denoiser" in explanation(planner, plans, torch.device("cpu"))
 
 
 def test_time_budget_must_be_positive():
