@@ -83,8 +83,7 @@ def control_group_bytes(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/
         else:
             continue
         inner = folder / group.lstrip("/")
-        # a container sees its own group as the root
-        for place in (inner, *inner.parents) if inner.is_relative_to(folder) else (folder,):
+        for place in (inner, *inner.parents):  # up to the root, which is the own group in a container
             found.append(_left_in_group(place, *names))
             if place == folder:
                 break

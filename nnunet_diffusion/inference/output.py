@@ -137,7 +137,8 @@ def _is_abandoned(path: Path) -> bool:
     """Whether the process that its name tells has ended; on another machine, whether it is a day old."""
     process, _, rest = path.name.removeprefix(UNFINISHED).partition("_")
     try:
-        if not (process.isdigit() and rest.startswith(f"{socket.gethostname()}_")):
+        # elsewhere than on POSIX, signal 0 is no question
+        if os.name != "posix" or not (process.isdigit() and rest.startswith(f"{socket.gethostname()}_")):
             return time.time() - path.stat().st_mtime > FOREIGN_SECONDS
         os.kill(int(process), 0)
     except (ProcessLookupError, PermissionError) as error:
