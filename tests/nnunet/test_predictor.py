@@ -278,12 +278,11 @@ def test_tile_wise_sampling_and_folds(place, tmp_path):
     # one step: the clean estimates are blended here, and there what they amount to after clamping
     for name, found in label_maps(joint).items():
         assert (found != label_maps(tile_wise)[name]).mean() < 0.02
-    fold_1 = place.results / MODEL / "fold_1"
-    shutil.copytree(place.results / MODEL / "fold_0", fold_1)
-    try:
-        twice = predict(place, tmp_path / "twice", "-f", 0, 1)
-    finally:
-        shutil.rmtree(fold_1)
+    # in a folder of its own: other tests may have trained fold 1
+    model = tmp_path / "model"
+    shutil.copytree(place.results / MODEL, model, ignore=shutil.ignore_patterns("fold_[1-9]"))
+    shutil.copytree(model / "fold_0", model / "fold_1")
+    twice = predict(place, tmp_path / "twice", "-m", model, "-f", 0, 1)
     for name, found in label_maps(joint).items():
         assert (found != label_maps(twice)[name]).mean() < 1e-3
 
