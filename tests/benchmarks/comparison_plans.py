@@ -156,7 +156,7 @@ def planned_before(folders: Folders, name: str, configuration: str) -> dict[str,
     path = folders.preprocessed / f"{name}.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: plan first, or give --patch, --batch or --features")
-    plans = json.loads(path.read_text())
+    plans = read_plans(folders, name)
     data = folders.preprocessed / plans["configurations"][configuration]["data_identifier"]
     if not data.is_dir():
         raise FileNotFoundError(
