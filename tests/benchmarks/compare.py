@@ -43,7 +43,7 @@ from comparison_training import (
     epoch_seconds,
     share_presegmentor,
     train,
-    write_control_trainer,
+    write_missing_trainer,
 )
 
 
@@ -71,7 +71,8 @@ def train_all(folders: Folders, options: argparse.Namespace, deadline: Deadline)
     plans = make_plans(folders, options)
     planned = plans["configurations"][options.configuration].get("diffusion", {})
     suffixes = LENGTHS[options.epochs], LENGTHS[options.denoiser_epochs or options.epochs]
-    nnunet, diffusion = options.trainers or (f"nnUNetTrainer{suffixes[0]}", f"DiffusionTrainer{suffixes[1]}")
+    names = options.trainers or (f"nnUNetTrainer{suffixes[0]}", f"DiffusionTrainer{suffixes[1]}")
+    nnunet, diffusion = (write_missing_trainer(folders, name) for name in names)
     rest = (options.configuration, options.fold, options.device)
     models = {"nnU-Net": Training(nnunet, options.plans_name, *rest)}
     train(folders, models["nnU-Net"], deadline, validate=True)
@@ -104,7 +105,8 @@ def _control(
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text(json.dumps(epochs))
     epochs = options.control_epochs or json.loads(kept.read_text())
-    return f"nnU-Net, {epochs} epochs", Training(write_control_trainer(folders, epochs), options.plans_name, *rest)
+    trainer = write_missing_trainer(folders, f"nnUNetTrainer_{epochs}epochs")
+    return f"nnU-Net, {epochs} epochs", Training(trainer, options.plans_name, *rest)
 
 
 def output_folder(folders: Folders, options: argparse.Namespace) -> Path:

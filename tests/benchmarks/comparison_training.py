@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -18,14 +19,15 @@ WORKER = Path(__file__).with_name("train_worker.py")
 GRACE_SECONDS = 30
 """After the time limit, for a worker that is in the middle of an epoch or a validation."""
 
-TRAINER_TEMPLATE = '''"""Written by tests/benchmarks/compare.py: nnU-Net for {epochs} epochs."""
+LENGTH = re.compile(r"(?P<base>\w+)_(?P<epochs>\d+)epochs?")
+TRAINER_TEMPLATE = '''"""Written by tests/benchmarks/compare.py: {base} for {epochs} epochs."""
 
 import torch
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from {module} import {base}
 
 
-class {name}(nnUNetTrainer):
-    """nnU-Net's own training, {epochs} epochs."""
+class {name}({base}):
+    """{base}, {epochs} epochs."""
 
     def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cuda")):
         super().__init__(plans, configuration, fold, dataset_json, device)
@@ -138,8 +140,26 @@ def control_epochs(nnunet: list[float], denoiser: list[float]) -> int:
     return len(nnunet) + math.ceil(len(denoiser) * statistics.median(denoiser) / statistics.median(nnunet))
 
 
-def write_control_trainer(folders: Folders, epochs: int) -> str:
-    """Write nnU-Net's trainer of that length where nnU-Net looks for trainers; return its name."""
-    name = f"nnUNetTrainer_{epochs}epochs"
-    (folders.control_trainers / f"{name}.py").write_text(TRAINER_TEMPLATE.format(name=name, epochs=epochs))
+def write_missing_trainer(folders: Folders, name: str) -> str:
+    """Write the trainer BASE_Nepochs, which trains as BASE does, where nnU-Net looks for it if nobody has it; return `name`.
+
+    Raises:
+        ValueError: nnU-Net finds neither this trainer nor BASE.
+    """
+    match = LENGTH.fullmatch(name)
+    if _find_trainer(name) is None:
+        base = _find_trainer(match["base"]) if match else None
+        if match is None or base is None:
+            raise ValueError(f"nnU-Net finds no trainer {name}, nor one that it would be a length of")
+        text = TRAINER_TEMPLATE.format(module=base.__module__, name=name, **match.groupdict())
+        (folders.control_trainers / f"{name}.py").write_text(text)
     return name
+
+
+def _find_trainer(name: str) -> type | None:
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    try:
+        return recursive_find_trainer_class_by_name(name)
+    except RuntimeError:
+        return None

@@ -4,6 +4,7 @@ import copy
 import csv
 import json
 import math
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -123,14 +124,39 @@ def test_control_trains_for_both_networks_time() -> None:
     assert comparison_training.control_epochs([2.0] * 10, [3.1] * 10) == 26
 
 
-def test_control_trainer_is_found_by_nnunet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "base"),
+    [
+        ("nnUNetTrainer_37epochs", "nnUNetTrainer"),
+        ("nnUNetTrainerNoMirroring_2epochs", "nnUNetTrainerNoMirroring"),
+        ("DiffusionTrainerNoMirroring_2epochs", "DiffusionTrainerNoMirroring"),
+    ],
+)
+def test_missing_length_is_written_and_found_by_nnunet(
+    name: str, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
     folders = comparison_plans.Folders(tmp_path, "Dataset004_X")
     folders.control_trainers.mkdir()
-    name = comparison_training.write_control_trainer(folders, 37)
-    monkeypatch.setenv("nnUNet_extTrainer", str(folders.control_trainers))
-    assert recursive_find_trainer_class_by_name(name).__name__ == "nnUNetTrainer_37epochs"
+    ours = comparison_plans.REPOSITORY / "trainers"
+    monkeypatch.setenv("nnUNet_extTrainer", f"{ours}{os.pathsep}{folders.control_trainers}")
+    assert comparison_training.write_missing_trainer(folders, name) == name
+    found = recursive_find_trainer_class_by_name(name)
+    assert found.__name__ == name
+    assert [parent.__name__ for parent in found.__mro__][1] == base
+
+
+def test_trainers_that_exist_are_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("nnUNet_extTrainer", str(comparison_plans.REPOSITORY / "trainers"))
+    folders = comparison_plans.Folders(tmp_path, "Dataset004_X")
+    folders.control_trainers.mkdir()
+    for name in ("nnUNetTrainer_20epochs", "DiffusionTrainer_10epochs", "nnUNetTrainerNoMirroring"):
+        assert comparison_training.write_missing_trainer(folders, name) == name
+    for name in ("nnUNetTrainerNoMiroring_5epochs", "nnUNetTrainerNoMiroring"):
+        with pytest.raises(ValueError, match=f"no trainer {name}"):
+            comparison_training.write_missing_trainer(folders, name)
+    assert not list(folders.control_trainers.iterdir())
 
 
 def test_deadline_stops() -> None:
