@@ -20,12 +20,7 @@ REPOSITORY = Path(__file__).parents[1]
 DATA = Path(os.environ.get("NNUNET_DIFFUSION_TEST_DATA", REPOSITORY / "../shared/data")).resolve()
 TINY_TRAINERS = REPOSITORY / "tests" / "nnunet" / "tiny_trainers"
 TRAINERS = REPOSITORY / "trainers"
-
-
-class Threads:
-    """Stands for multiprocessing's spawn context: each process of nnU-Net's many pools would import torch again."""
-
-    Pool = ThreadPool
+POOLS_OF_THREADS = REPOSITORY / "tests" / "nnunet" / "pools_of_threads"
 
 
 @dataclass(frozen=True)
@@ -70,8 +65,20 @@ class Workplace:
         words = self.words(command, *arguments)
         return subprocess.Popen(words, env=environment, stdout=stdout, stderr=subprocess.STDOUT, text=True, **options)
 
-    def run(self, command, *arguments, check=True, **variables):
-        """Run one of nnU-Net's console commands on the CPU; return the finished process."""
+    def run(self, command, *arguments, check=True, own_pools=False, **variables):
+        """Run one of nnU-Net's console commands on the CPU; return the finished process.
+
+        Args:
+            command: name of the console command.
+            arguments: its words.
+            check: the test fails if the command does.
+            own_pools: keep nnU-Net's pools of processes, as users have them; they become threads otherwise, to save time.
+            variables: of the environment.
+        """
+        if not own_pools:
+            variables["PYTHONPATH"] = os.pathsep.join(
+                filter(None, [str(POOLS_OF_THREADS), variables.get("PYTHONPATH", os.environ.get("PYTHONPATH"))])
+            )
         done = subprocess.run(
             self.words(command, *arguments),
             env={**os.environ, **self.environment, **variables},
@@ -127,7 +134,7 @@ class Workplace:
         (self.raw / "dataset.json").write_text(json.dumps(description))
         number = int(self.dataset[7:10])
         with self.in_process(results), pytest.MonkeyPatch.context() as patched:
-            patched.setattr(multiprocessing, "get_context", lambda *_: Threads)
+            patched.setattr(multiprocessing.get_context("spawn"), "Pool", ThreadPool)
             patched.setenv("nnUNet_n_proc_DA", "1")  # the planner takes it for its number of threads
             extract_fingerprints([number], num_processes=1, check_dataset_integrity=True)
             plan_experiments([number])
@@ -242,7 +249,8 @@ def hippocampus(hippocampus_data, tmp_path_factory):
 @pytest.fixture(scope="session")
 def trained_2d(hippocampus):
     """The 2d model trained by the one command a user types; its pre-segmentor is trained by it too."""
-    done = hippocampus.run("nnUNetv2_train", 4, "2d", 0, "-tr", "TinyDiffusionTrainer", "-p", "Tiny", "-device", "cpu")
+    words = [4, "2d", 0, "-tr", "TinyDiffusionTrainer", "-p", "Tiny", "-device", "cpu"]
+    done = hippocampus.run("nnUNetv2_train", *words, own_pools=True)
     return hippocampus, done.stdout
 
 

@@ -16,6 +16,7 @@ PACKAGE = "nnunet_diffusion"
 LAYERS = {
     "diffusion": 1,
     "networks": 1,
+    "environment": 1,
     "settings": 2,
     "labels": 2,
     "losses": 2,

@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from nnunet_diffusion.cli.errors import CommandError
-from nnunet_diffusion.cli.folders import PRESEGMENTOR
 from nnunet_diffusion.cli.trainers_directory import with_trainers
+from nnunet_diffusion.environment import PRESEGMENTOR_FOLDER
 
 DATASET_ID = 901
 DATASET_NAME = "Dataset901_DemoUltrasound"
@@ -81,7 +81,7 @@ class Workplace:
 
     def environment(self) -> dict[str, str]:
         """Variables of nnU-Net's commands: folders under the demo's own, never the user's."""
-        users = {name: value for name, value in os.environ.items() if name != PRESEGMENTOR}
+        users = {name: value for name, value in os.environ.items() if name != PRESEGMENTOR_FOLDER}
         return {
             **with_trainers(users),
             **{f"nnUNet_{name}": str(self.folder / name) for name in ("raw", "preprocessed", "results")},

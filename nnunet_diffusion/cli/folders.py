@@ -9,7 +9,6 @@ from pathlib import Path
 from nnunet_diffusion.cli.errors import CommandError
 
 RAW, PREPROCESSED, RESULTS = "nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"
-PRESEGMENTOR = "nnUNet_diffusion_presegmentor"
 
 
 def folder_in(environment: Mapping[str, str], name: str, otherwise: str = "") -> str:

@@ -13,7 +13,6 @@ from typing import Any
 from nnunet_diffusion.cli.errors import CommandError
 from nnunet_diffusion.cli.folders import (
     PREPROCESSED,
-    PRESEGMENTOR,
     RAW,
     RESULTS,
     dataset_prefix,
@@ -21,6 +20,7 @@ from nnunet_diffusion.cli.folders import (
     folder_in,
 )
 from nnunet_diffusion.cli.trainers_directory import with_trainers
+from nnunet_diffusion.environment import PRESEGMENTOR_FOLDER
 
 DEFAULT_TRAINER = "DiffusionTrainer"
 HELP = "nnUNetv2_train with DiffusionTrainer as default trainer (takes all of its arguments)"
@@ -190,5 +190,5 @@ def check_pretrained_weights(path: str) -> None:
     if DIFFUSION_KEY not in checkpoint:
         raise CommandError(
             f"-pretrained_weights is {path}, a checkpoint of {checkpoint.get('trainer_name')}, not of a diffusion trainer; "
-            f"to start from a trained nnU-Net leave it out and export {PRESEGMENTOR}=MODEL_FOLDER"
+            f"to start from a trained nnU-Net leave it out and export {PRESEGMENTOR_FOLDER}=MODEL_FOLDER"
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from tqdm import tqdm
 from nnunet_diffusion import labels
 from nnunet_diffusion.inference.ensemble import Members, VolumePrediction
 from nnunet_diffusion.inference.fusion import FUSIONS, fuse
+from nnunet_diffusion.inference.giving_way import run_group, tell, unless_out_of_memory
 from nnunet_diffusion.inference.loading import read_model
 from nnunet_diffusion.inference.memory import GIB, peak_bytes, plan_memory
 from nnunet_diffusion.inference.presegmentation import Presegmentation
@@ -291,7 +291,7 @@ class VolumePredictor(nnUNetPredictor):
             return labels.activate(logits[None], network.settings.regions)[0]
 
         try:
-            on_device = _unless_out_of_memory(lambda: probabilities(self.perform_everything_on_device), self.device)
+            on_device = unless_out_of_memory(lambda: probabilities(self.perform_everything_on_device), self.device)
             return probabilities(False) if on_device is None else on_device
         finally:
             self.network, self.allow_tqdm = network, bar
@@ -317,40 +317,14 @@ class VolumePredictor(nnUNetPredictor):
         plan = plan_memory(
             data.shape[1:], heads, settings.samples, settings.sampler, settings.steps, self.device, limit
         )
-        _tell(notes, plan.note)
+        tell(notes, plan.note)
         process = VolumeProcess(self.network, data, tiling, start, settings.seed, plan.device, on_tiles, evaluations)
         numbers = range(settings.samples)
         for first in range(0, settings.samples, plan.at_once):
             group = numbers[first : first + plan.at_once]
-            process, found = self._run_group(process, group, notes)
+            process, found = run_group(process, group, self.joint, notes)
             for number, probabilities in zip(group, found, strict=True):
                 members.add(probabilities, share / settings.samples, f"fold_{fold}_sample_{number}")
-
-    def _run_group(
-        self, process: VolumeProcess, group: Sequence[int], notes: list[str]
-    ) -> tuple[VolumeProcess, Tensor]:
-        """Run a group of samples; where the GPU's memory ends, with fewer patches at once, then with the state on the CPU.
-
-        Raises:
-            MemoryError: one patch at a time does not fit either.
-        """
-        while True:
-            run = process.run if self.joint else process.run_tile_wise
-            found = _unless_out_of_memory(partial(run, group), self.device)
-            if found is not None:
-                return process, found
-            batch, cpu = process.tiling.batch, torch.device("cpu")
-            if batch > 1:
-                _tell(notes, f"{batch} patches at once do not fit on {self.device}: {batch // 2}")
-                process = dataclasses.replace(process, tiling=dataclasses.replace(process.tiling, batch=batch // 2))
-            elif process.state_device != cpu:
-                _tell(notes, f"the state does not fit on {self.device} beside one patch: it is on the CPU")
-                process = dataclasses.replace(process, state_device=cpu)
-            else:
-                raise MemoryError(
-                    f"The denoiser does not fit on {self.device} for one patch of "
-                    f"{list(self.configuration_manager.patch_size)}: take a larger GPU, or -device cpu."
-                )
 
     def _finished(
         self, members: Members, unpad: Sequence[slice], evaluations: Evaluations, seconds: float, notes: list[str]
@@ -374,22 +348,6 @@ class VolumePredictor(nnUNetPredictor):
             peak_bytes(self.device),
             notes,
         )
-
-
-def _unless_out_of_memory(run: Callable[[], Tensor], device: torch.device) -> Tensor | None:
-    """Return what `run` returns, or None where the GPU's memory does not suffice; what it left there is given back."""
-    try:
-        return run()
-    except torch.cuda.OutOfMemoryError:  # its traceback keeps the tensors alive: nothing is tried again in here
-        pass
-    empty_cache(device)
-    return None
-
-
-def _tell(notes: list[str], note: str) -> None:
-    """Add a note unless it is empty or was said for another fold."""
-    if note and note not in notes:
-        notes.append(note)
 
 
 def _counted(evaluations: Evaluations) -> Callable:

@@ -20,6 +20,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from nnunet_diffusion.environment import PRESEGMENTOR_FOLDER
 from nnunet_diffusion.explain.figures import curves_figure
 from nnunet_diffusion.networks.pgdiffseg import PGDiffSeg
 from nnunet_diffusion.planning.excess import memory_warning
@@ -47,7 +48,6 @@ from nnunet_diffusion.training.checks import (
 )
 from nnunet_diffusion.training.network import build_segmenter
 from nnunet_diffusion.training.presegmentor import (
-    FOLDER_VARIABLE,
     ensure_presegmentor,
     given_presegmentor,
     load_presegmentor_weights,
@@ -250,7 +250,7 @@ class DiffusionTrainer(nnUNetTrainer):
     def _embed_presegmentor(self) -> None:
         if self._given is not None:
             checkpoint = self._given.checkpoint
-            self.print_to_log_file(f"Pre-segmentor: {checkpoint}, as {FOLDER_VARIABLE} wants it.")
+            self.print_to_log_file(f"Pre-segmentor: {checkpoint}, as {PRESEGMENTOR_FOLDER} wants it.")
         else:
             checkpoint = ensure_presegmentor(
                 self.settings.presegmentor_trainer,

@@ -19,6 +19,7 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.helpers import empty_cache
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
+from nnunet_diffusion.environment import PRESEGMENTOR_FOLDER
 from nnunet_diffusion.training.checkpoints import read_checkpoint, remove_what_killed_jobs_left, write_aside
 from nnunet_diffusion.training.checks import check_batch
 from nnunet_diffusion.training.other_jobs import (
@@ -31,7 +32,6 @@ from nnunet_diffusion.training.other_jobs import (
     wait_for_stock_training,
 )
 
-FOLDER_VARIABLE = "nnUNet_diffusion_presegmentor"
 # what must agree for one network's output to be another's start
 SAME_DATASET = ("labels", "regions_class_order", "channel_names")
 SAME_PLANS = ("dataset_name", "transpose_forward", "image_reader_writer")
@@ -185,13 +185,13 @@ def given_presegmentor(fold: int | str, patch_size: Sequence[int]) -> GivenPrese
         FileNotFoundError: the folder has no finished training of that fold.
         ValueError: the patch is not divisible by the network's strides.
     """
-    folder = os.environ.get(FOLDER_VARIABLE)
+    folder = os.environ.get(PRESEGMENTOR_FOLDER)
     if not folder:
         return None
     path = Path(folder) / f"fold_{fold}" / "checkpoint_final.pth"
     if not path.is_file():
         raise FileNotFoundError(
-            f"{FOLDER_VARIABLE} is {folder}, but {path} does not exist: name the folder of a model of nnU-Net's "
+            f"{PRESEGMENTOR_FOLDER} is {folder}, but {path} does not exist: name the folder of a model of nnU-Net's "
             "(TRAINER__PLANS__CONFIGURATION) whose training of this fold is finished, or unset the variable."
         )
     checkpoint = read_checkpoint(path)
@@ -201,7 +201,7 @@ def given_presegmentor(fold: int | str, patch_size: Sequence[int]) -> GivenPrese
         stride = math.prod(each[axis] for each in architecture["arch_kwargs"].get("strides", []))
         if size % stride:
             raise ValueError(
-                f"{FOLDER_VARIABLE} is {folder}, whose network halves axis {axis} to a {stride}th: the patch size "
+                f"{PRESEGMENTOR_FOLDER} is {folder}, whose network halves axis {axis} to a {stride}th: the patch size "
                 f"{list(patch_size)} of these plans is not divisible by that."
             )
     return GivenPresegmentor(path, checkpoint["trainer_name"], architecture)
@@ -249,7 +249,7 @@ def load_presegmentor_weights(
         differing.update({key: (other.get(key), mine.get(key)) for key in keys})
     for key, (other_value, own_value) in differing.items():
         if other_value != own_value:
-            cure = f"Unset {FOLDER_VARIABLE}" if given else "Move its folder away"
+            cure = f"Unset {PRESEGMENTOR_FOLDER}" if given else "Move its folder away"
             raise ValueError(
                 f"Pre-segmentor {path} does not fit: its {key} is {other_value!r}, this training has {own_value!r}. {cure} "
                 "and start again: a fitting one is then trained first."

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from torch import nn
 
 from nnunet_diffusion import labels
 from nnunet_diffusion.diffusion.samplers import SAMPLERS, timestep_grid
-from nnunet_diffusion.inference import DiffusionPredictor
+from nnunet_diffusion.inference.giving_way import run_group
 from nnunet_diffusion.inference.volume import NOISE_OF_START, Tiling, VolumeProcess
 from nnunet_diffusion.segmenter import DiffusionSegmenter
 from nnunet_diffusion.settings import DiffusionSettings
@@ -167,12 +166,6 @@ GPU = torch.device("cpu", 0)  # told apart from CPU, yet one memory
 VOLUME, PATCH = (24, 24), (16, 16)
 
 
-def predictor():
-    made = DiffusionPredictor(device=CPU)
-    made.configuration_manager = SimpleNamespace(patch_size=PATCH)
-    return made
-
-
 def failing(denoiser, times):
     """The same answers, but the first calls find no memory."""
     calls = iter(range(times))
@@ -196,11 +189,11 @@ def volume_process(denoiser):
 def test_what_does_not_fit_gives_way_and_the_result_stays(times, batch, device, notes):
     denoiser, told = local_denoiser(), []
     wanted = volume_process(denoiser).run([0, 1])
-    used, found = predictor()._run_group(volume_process(failing(denoiser, times)), [0, 1], told)
+    used, found = run_group(volume_process(failing(denoiser, times)), [0, 1], True, told)
     torch.testing.assert_close(found, wanted)
     assert (used.tiling.batch, used.state_device, len(told)) == (batch, device, notes)
 
 
 def test_one_patch_that_does_not_fit_is_refused_with_the_cure():
     with pytest.raises(MemoryError, match=r"one patch of \[16, 16\]: take a larger GPU, or -device cpu"):
-        predictor()._run_group(volume_process(failing(local_denoiser(), 4)), [0], [])
+        run_group(volume_process(failing(local_denoiser(), 4)), [0], True, [])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from nnunet_diffusion.training.presegmentor import FOLDER_VARIABLE
+from nnunet_diffusion.environment import PRESEGMENTOR_FOLDER
 
 pytestmark = [pytest.mark.nnunet, pytest.mark.slow]
 OURS = "TinyDiffusionTrainer"
@@ -83,7 +83,7 @@ def with_residual_presegmentor(hippocampus, tmp_path):
     place.run("nnUNetv2_train", *words, nnUNet_extTrainer=trainers)
     given = place.results / "CustomTrainer__TinyRes__2d"
     words = [4, "2d", 0, "-p", "TinyGiven", "-tr", OURS, "-device", "cpu"]
-    place.run("nnUNetv2_train", *words, nnUNet_extTrainer=trainers, **{FOLDER_VARIABLE: str(given)})
+    place.run("nnUNetv2_train", *words, nnUNet_extTrainer=trainers, **{PRESEGMENTOR_FOLDER: str(given)})
     yield place, trainers, given
     for name in (f"{OURS}__TinyGiven__2d", given.name):
         shutil.rmtree(place.results / name, ignore_errors=True)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from nnunet_diffusion.environment import PRESEGMENTOR_FOLDER
 from nnunet_diffusion.training import DiffusionTrainer, other_jobs, presegmentor
 from nnunet_diffusion.training.presegmentor import ensure_presegmentor, load_presegmentor_weights
 
@@ -122,7 +123,7 @@ def test_another_split_is_refused_naming_the_cases(stock):
 
 def test_given_one_of_another_architecture_is_built_into_the_checkpoint(workplace, stock, tmp_path, monkeypatch):
     stock[0].network.eval()
-    monkeypatch.setenv(presegmentor.FOLDER_VARIABLE, str(tmp_path / "model"))
+    monkeypatch.setenv(PRESEGMENTOR_FOLDER, str(tmp_path / "model"))
 
     def wider(plans):
         plans["configurations"]["2d"]["architecture"]["arch_kwargs"]["features_per_stage"] = [12, 12, 24]
@@ -136,7 +137,7 @@ def test_given_one_of_another_architecture_is_built_into_the_checkpoint(workplac
         assert torch.equal(trainer.segmenter.presegment(image), expected)
         trainer.save_checkpoint(str(tmp_path / "checkpoint_final.pth"))
         # a machine that has the checkpoint alone
-        monkeypatch.delenv(presegmentor.FOLDER_VARIABLE)
+        monkeypatch.delenv(PRESEGMENTOR_FOLDER)
         (tmp_path / "model").rename(tmp_path / "elsewhere")
         resumed = workplace.trainer(DiffusionTrainer, change=wider)
         resumed.load_checkpoint(str(tmp_path / "checkpoint_final.pth"))
@@ -144,13 +145,13 @@ def test_given_one_of_another_architecture_is_built_into_the_checkpoint(workplac
 
 
 def test_given_folder_without_the_fold_is_refused(workplace, stock, tmp_path, monkeypatch):
-    monkeypatch.setenv(presegmentor.FOLDER_VARIABLE, str(tmp_path / "model"))
+    monkeypatch.setenv(PRESEGMENTOR_FOLDER, str(tmp_path / "model"))
     with pytest.raises(FileNotFoundError, match=r"fold_1/checkpoint_final.pth does not exist"):
         workplace.trainer(DiffusionTrainer, fold=1)
 
 
 def test_given_network_that_the_patch_does_not_fit_is_refused(workplace, stock, tmp_path, monkeypatch):
-    monkeypatch.setenv(presegmentor.FOLDER_VARIABLE, str(tmp_path / "model"))
+    monkeypatch.setenv(PRESEGMENTOR_FOLDER, str(tmp_path / "model"))
 
     def odd(plans):
         plans["configurations"]["2d"]["patch_size"] = [30, 32]
