@@ -20,7 +20,7 @@ Three defaults follow the plans: `features_per_stage` is half of nnU-Net's width
 `batch` for batches of 8 or more and `instance` below; `corruption_probability` is 0 for the prediction types `epsilon`
 and `v`.
 
-What must fit together: `max_train_step` and `start_step` are at most `timesteps`; `steps` is at most `start_step`;
+What must fit together: `start_step` is at most `max_train_step`, and that at most `timesteps`; `steps` is at most `start_step`;
 `from_noise` needs `start_step` equal to `timesteps`; `corruption_probability` and `presegmentation_start_probability`
 add up to at most 1, to 0 with `epsilon` or `v`, and to 1 with `condition_on_presegmentation`. `linear` needs at least
 21 `timesteps`. `dpm_solver`, `dpm_solver++` and `unipc` need the extra `solvers`. `eta` matters to `ddim` only.

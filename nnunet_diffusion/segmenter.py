@@ -53,6 +53,8 @@ class DiffusionSegmenter(nn.Module):
             noise_schedule(settings.schedule, settings.timesteps),
             settings.prediction_type,
             activation=lambda logits: labels.activate(logits, settings.regions),
+            # near T its error is divided by sqrt(alpha_bar), with the cosine schedule up to 2e4 times (Ho et al. clip too)
+            clamp=settings.prediction_type == "epsilon",
         )
         self.ignore_label: int | None = None
         self.evaluations = 0
@@ -97,7 +99,7 @@ class DiffusionSegmenter(nn.Module):
             image: (B, C, *spatial) preprocessed patch.
             target: as nnU-Net's loader gives it, for training: (B, 1, *spatial) label map, or masks of regions.
             segmentation_loss: (logits, target) -> scalar, needed for `prediction_type` "logits".
-            generator: randomness of training, on the image's device.
+            generator: randomness of training, on the image's device; by default one seeded by torch's own.
 
         Returns:
             (B, K, *spatial) bounded logits, or a dictionary of scalars whose sum is the loss.
@@ -229,7 +231,10 @@ class DiffusionSegmenter(nn.Module):
     ) -> dict[str, Tensor]:
         """Return the weighted terms of the training loss: `denoising`, `presence`, `location`."""
         settings = self.settings
-        generator = generator or torch.Generator(image.device)
+        if generator is None:
+            # a fresh one always begins alike
+            seed = int(torch.randint(2**62, ()))
+            generator = torch.Generator(image.device).manual_seed(seed)
         truth = labels.read_target(target, self.denoiser.state_channels, settings.regions, self.ignore_label)
         clean = truth.state
         if truth.known is not None:

@@ -144,6 +144,7 @@ class DiffusionSettings:
                 object.__setattr__(self, entry.name, _checked(entry, getattr(self, entry.name)))
         _at_most(self, "max_train_step", "timesteps")
         _at_most(self, "start_step", "timesteps")
+        _at_most(self, "start_step", "max_train_step")
         _at_most(self, "steps", "start_step")
         if self.from_noise and self.start_step != self.timesteps:
             raise ValueError(

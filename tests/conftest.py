@@ -59,29 +59,35 @@ class Workplace:
         """Return what starts one of nnU-Net's console commands."""
         return [sys.executable, str(Path(sys.executable).parent / command), *map(str, arguments)]
 
-    def start(self, command, *arguments, stdout, variables, **options):
-        """Start one of nnU-Net's console commands, both outputs together; return the running process."""
-        environment = {**os.environ, **self.environment, **variables}
-        words = self.words(command, *arguments)
-        return subprocess.Popen(words, env=environment, stdout=stdout, stderr=subprocess.STDOUT, text=True, **options)
-
-    def run(self, command, *arguments, check=True, own_pools=False, **variables):
-        """Run one of nnU-Net's console commands on the CPU; return the finished process.
+    def variables(self, own_pools, **changes):
+        """Return the environment of a command of nnU-Net's.
 
         Args:
-            command: name of the console command.
-            arguments: its words.
-            check: the test fails if the command does.
             own_pools: keep nnU-Net's pools of processes, as users have them; they become threads otherwise, to save time.
-            variables: of the environment.
+            changes: variables that differ.
         """
+        variables = {**os.environ, **self.environment, **changes}
         if not own_pools:
-            variables["PYTHONPATH"] = os.pathsep.join(
-                filter(None, [str(POOLS_OF_THREADS), variables.get("PYTHONPATH", os.environ.get("PYTHONPATH"))])
-            )
+            folders = (str(POOLS_OF_THREADS), variables.get("PYTHONPATH"))
+            variables["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
+        return variables
+
+    def start(self, command, *arguments, stdout, variables, own_pools=False, **options):
+        """Start one of nnU-Net's console commands, both outputs together; return the running process."""
+        return subprocess.Popen(
+            self.words(command, *arguments),
+            env=self.variables(own_pools, **variables),
+            stdout=stdout,
+            stderr=subprocess.STDOUT,
+            text=True,
+            **options,
+        )
+
+    def run(self, command, *arguments, check=True, own_pools=False, **variables):
+        """Run one of nnU-Net's console commands on the CPU; return the finished process."""
         done = subprocess.run(
             self.words(command, *arguments),
-            env={**os.environ, **self.environment, **variables},
+            env=self.variables(own_pools, **variables),
             capture_output=True,
             text=True,
             timeout=800,

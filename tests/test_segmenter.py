@@ -1,6 +1,7 @@
 """The segmenter around small networks whose answer is known."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 
 import nnunet_diffusion.segmenter
 from nnunet_diffusion import labels
-from nnunet_diffusion.diffusion.samplers import timestep_grid
+from nnunet_diffusion.diffusion.samplers import sample, timestep_grid
 from nnunet_diffusion.networks.pgdiffseg import PGDiffSeg
 from nnunet_diffusion.segmenter import DiffusionSegmenter
 from nnunet_diffusion.settings import DiffusionSettings
@@ -274,3 +275,32 @@ def test_overfits_one_batch_from_noise():
     for label in (1, 2):
         mine, truth = found == label, target[:, 0] == label
         assert 2 * (mine & truth).sum() / (mine.sum() + truth.sum()) > 0.95
+
+
+def test_small_errors_of_epsilon_do_not_spoil_a_process_from_pure_noise():
+    """Near T the cosine schedule divides them by 5e-5: without clamping every voxel would end in one class."""
+    process = segmenter(
+        dataclasses.replace(SETTINGS, prediction_type="epsilon", schedule="cosine", corruption_probability=0.0)
+    ).process
+    share = 0.8  # of +1; the rest is -1
+    prior = 0.5 * math.log(share / (1 - share))
+
+    def predict(noisy, timestep):
+        alpha_bar = process.schedule.exact(timestep, noisy.ndim).to(noisy)
+        signal, variance = alpha_bar.sqrt(), 1 - alpha_bar
+        expected = torch.tanh(signal * noisy / variance + prior)
+        return (noisy - signal * expected) / variance.sqrt() + 0.02
+
+    noise = torch.randn((1, 1, 100, 100), generator=torch.Generator().manual_seed(0))
+    result = sample("ddim", predict, noise, 1000, 10, process)
+    assert (result > 0).float().mean() == pytest.approx(share, abs=0.1)
+
+
+def test_training_without_a_generator_draws_new_noise_each_time():
+    network, image, target = segmenter(), torch.randn(2, 1, 16, 16), torch.zeros(2, 1, 16, 16)
+    found = [network(image, target, cross_entropy)["denoising"].item() for _ in range(3)]
+    assert len(set(found)) == 3
+    torch.manual_seed(5)
+    one = network(image, target, cross_entropy)["denoising"].item()
+    torch.manual_seed(5)
+    assert network(image, target, cross_entropy)["denoising"].item() == one

@@ -62,6 +62,7 @@ def test_prediction_types_without_bounded_targets_train_on_the_truth_by_default(
         ({"start_step": 2000}, ["start_step", "2000", "timesteps", "1000"]),
         ({"start_step": 10, "steps": 11}, ["steps", "11", "start_step", "10"]),
         ({"max_train_step": 1001}, ["max_train_step", "1001", "timesteps"]),
+        ({"max_train_step": 50}, ["start_step", "100", "max_train_step", "50"]),
         ({"sampler": "euler"}, ["sampler", "euler", "ddim", "unipc"]),
         ({"prediction_type": "mu"}, ["prediction_type", "mu", "epsilon"]),
         ({"schedule": "quadratic"}, ["schedule", "quadratic", "linear", "cosine"]),

@@ -1,4 +1,7 @@
-"""Dice, HD95 and the count of corrected and broken voxels, for arrays of any number of dimensions."""
+"""Dice, HD95 and the count of corrected and broken voxels, for arrays of any number of dimensions.
+
+Where the reference has an ignore label, mask its voxels first (`known`), as nnU-Net's evaluation does.
+"""
 
 from __future__ import annotations
 
@@ -96,7 +99,11 @@ def hd95(prediction: ArrayLike, reference: ArrayLike, spacing_mm: Sequence[float
 
 
 def per_class_metrics(
-    prediction_labels: ArrayLike, reference_labels: ArrayLike, classes: Mapping[int, str], spacing_mm: Sequence[float]
+    prediction_labels: ArrayLike,
+    reference_labels: ArrayLike,
+    classes: Mapping[int, str],
+    spacing_mm: Sequence[float],
+    known: ArrayLike | None = None,
 ) -> dict[str, ClassMetrics]:
     """Dice and HD95 of each named class of two label maps.
 
@@ -105,6 +112,7 @@ def per_class_metrics(
         reference_labels: integer label map, (*spatial).
         classes: label -> name of the classes to measure; leave the background out.
         spacing_mm: voxel size in mm along each axis.
+        known: boolean mask, (*spatial), of the voxels that count; False where the reference has the ignore label.
 
     Returns:
         class name -> metrics, in the order of `classes`.
@@ -115,9 +123,10 @@ def per_class_metrics(
     if len(set(classes.values())) < len(classes):
         raise ValueError(f"classes must have distinct names, got {list(classes.values())}: rename the doubled one")
     predicted_labels, true_labels = np.asarray(prediction_labels), np.asarray(reference_labels)
+    counted = _counted(known, true_labels)
     metrics = {}
     for label, name in classes.items():
-        predicted, true = predicted_labels == label, true_labels == label
+        predicted, true = (predicted_labels == label) & counted, (true_labels == label) & counted
         metrics[name] = ClassMetrics(
             dice=dice(predicted, true),
             hd95=hd95(predicted, true, spacing_mm),
@@ -127,13 +136,16 @@ def per_class_metrics(
     return metrics
 
 
-def voxels_corrected_and_broken(start: ArrayLike, result: ArrayLike, reference: ArrayLike) -> VoxelChanges:
+def voxels_corrected_and_broken(
+    start: ArrayLike, result: ArrayLike, reference: ArrayLike, known: ArrayLike | None = None
+) -> VoxelChanges:
     """Count the voxels that a refinement put right and those it put wrong.
 
     Args:
         start: integer label map that the refinement began with, (*spatial).
         result: integer label map that it ended with, (*spatial).
         reference: true label map, (*spatial).
+        known: as for `per_class_metrics`.
 
     Returns:
         The two counts; a voxel that goes from one wrong class to another is in neither.
@@ -144,11 +156,19 @@ def voxels_corrected_and_broken(start: ArrayLike, result: ArrayLike, reference: 
     before, after, true = np.asarray(start), np.asarray(result), np.asarray(reference)
     _same_shape(before, true, "start")
     _same_shape(after, true, "result")
-    right_before, right_after = before == true, after == true
+    right_before, right_after, counted = before == true, after == true, _counted(known, true)
     return VoxelChanges(
-        corrected=int(np.count_nonzero(~right_before & right_after)),
-        broken=int(np.count_nonzero(right_before & ~right_after)),
+        corrected=int(np.count_nonzero(~right_before & right_after & counted)),
+        broken=int(np.count_nonzero(right_before & ~right_after & counted)),
     )
+
+
+def _counted(known: ArrayLike | None, reference: NDArray) -> NDArray[np.bool_]:
+    if known is None:
+        return np.ones(reference.shape, dtype=bool)
+    mask = np.asarray(known, dtype=bool)
+    _same_shape(mask, reference, "known")
+    return mask
 
 
 def _masks(prediction: ArrayLike, reference: ArrayLike) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:

@@ -58,6 +58,11 @@ class DiffusionPredictor(VolumePredictor):
         arguments = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
         if not 0 <= part_id < num_parts:
             raise ValueError(f"part_id is {part_id}; it must be 0 to num_parts - 1 = {num_parts - 1}")
+        if presegmentation_folder is not None and self.network.settings.from_noise:
+            raise ValueError(
+                f"The model starts from pure noise (from_noise in its plans), so what {presegmentation_folder} holds would not "
+                "be the start: give a start step too (--start_step)."
+            )
         previous = self.configuration_manager.previous_stage_name
         if previous is not None and folder_with_segs_from_prev_stage is None:
             raise ValueError(f"This configuration needs the segmentations of {previous}: give their folder.")
@@ -189,12 +194,13 @@ class DiffusionPredictor(VolumePredictor):
 
     def _report(self, case: CaseFiles, prepared: PreparedCase, prediction: VolumePrediction) -> dict[str, Any]:
         settings, given = self.network.settings, prepared.presegmentation
+        own = "noise" if settings.from_noise else settings.start_from
         return {
             "case": case.name,
             "images": [str(path) for path in case.images],
             "voxels": list(prepared.data.shape[1:]),
             **{key: getattr(settings, key) for key in (*OVERRIDES, "eta", "from_noise")},
-            "start": settings.start_from if given is None else given.source,
+            "start": own if given is None else given.source,
             "fusion": self.fusion,
             "joint": self.joint,
             "folds": self.folds,

@@ -76,6 +76,7 @@ class VolumeProcess:
         state_device: where the volume's state lives.
         on_tiles: called with the number of tiles done after each batch of them.
         evaluations: counted as they are made.
+        fold: of the weights; each has noise of its own, so that an ensemble averages over it too.
     """
 
     segmenter: DiffusionSegmenter
@@ -86,6 +87,7 @@ class VolumeProcess:
     state_device: torch.device
     on_tiles: Callable[[int], object] = lambda count: None
     evaluations: Evaluations = field(default_factory=Evaluations)
+    fold: int = 0
 
     def __post_init__(self) -> None:
         """Prepare what all samples share."""
@@ -140,7 +142,8 @@ class VolumeProcess:
 
     def _generator(self, *numbers: int) -> torch.Generator:
         """A source of its own for each purpose, on the CPU: neither order nor device changes what it gives."""
-        state = np.random.SeedSequence([self.seed, *numbers]).generate_state(1, np.uint64)[0]
+        branch = (self.fold,) if self.fold else ()
+        state = np.random.SeedSequence([self.seed, *numbers], spawn_key=branch).generate_state(1, np.uint64)[0]
         return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
     def _start(self, number: int) -> Tensor:

@@ -318,7 +318,10 @@ class VolumePredictor(nnUNetPredictor):
             data.shape[1:], heads, settings.samples, settings.sampler, settings.steps, self.device, limit
         )
         tell(notes, plan.note)
-        process = VolumeProcess(self.network, data, tiling, start, settings.seed, plan.device, on_tiles, evaluations)
+        number = int(fold) if fold.isdecimal() else 0
+        process = VolumeProcess(
+            self.network, data, tiling, start, settings.seed, plan.device, on_tiles, evaluations, number
+        )
         numbers = range(settings.samples)
         for first in range(0, settings.samples, plan.at_once):
             group = numbers[first : first + plan.at_once]

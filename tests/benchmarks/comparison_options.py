@@ -107,7 +107,7 @@ def sampling_settings(options: argparse.Namespace, defaults: Any) -> list[Any]:
 
     seed = {"seed": options.seed}
     found = {"default": Setting("default: " + _describe(defaults, {}), NNUNET, seed)}
-    for start_step in options.start_steps:
+    for start_step in (step for step in options.start_steps if step <= defaults.max_train_step):
         for weight in [0.0, *options.presegmentation_weights]:
             for steps in [min(options.steps)] if weight else options.steps:
                 for samples in options.samples:
@@ -115,9 +115,9 @@ def sampling_settings(options: argparse.Namespace, defaults: Any) -> list[Any]:
                     _add(found, defaults, changes | {"presegmentation_weight": weight}, seed)
     for steps in options.noise_steps if defaults.max_train_step == defaults.timesteps else []:
         changes = {"from_noise": True, "start_step": defaults.timesteps, "steps": steps, "samples": 1}
-        name = f"DDPM from noise, {steps} steps"
+        name = f"from noise, {defaults.sampler}, {steps} steps"
         if steps == defaults.timesteps:
-            name, changes["sampler"] = f"ancestral DDPM from noise, {steps} steps", "ddpm"
+            name, changes["sampler"] = f"from noise, ancestral DDPM, {steps} steps", "ddpm"
         found[name] = Setting(name, "noise", changes | {"presegmentation_weight": 0.0} | seed)
     settings = list(found.values())
     if not options.no_repair:

@@ -131,6 +131,20 @@ def test_per_class_metrics_name_every_class() -> None:
     assert (metrics["missed"].predicted_voxels, metrics["missed"].reference_voxels) == (0, 4)
 
 
+def test_what_the_reference_ignores_counts_for_nothing() -> None:
+    reference = np.zeros((8, 8), int)
+    reference[1:4, 1:4] = 1
+    prediction, known = reference.copy(), np.ones((8, 8), bool)
+    prediction[6:] = 1
+    known[6:] = False
+    (found,) = per_class_metrics(prediction, reference, {1: "front"}, (1.0, 1.0), known).values()
+    assert (found.dice, found.hd95, found.predicted_voxels, found.reference_voxels) == (1.0, 0.0, 9, 9)
+    (found,) = per_class_metrics(prediction, reference, {1: "front"}, (1.0, 1.0)).values()
+    assert found.dice < 0.6
+    assert voxels_corrected_and_broken(reference, prediction, reference, known).broken == 0
+    assert voxels_corrected_and_broken(reference, prediction, reference).broken == 16
+
+
 def test_bad_arguments_are_named() -> None:
     with pytest.raises(ValueError, match=r"prediction has shape \(3, 3\)"):
         dice(np.zeros((3, 3)), np.zeros((3, 4)))
@@ -140,5 +154,7 @@ def test_bad_arguments_are_named() -> None:
         hd95(np.ones((3, 3)), np.ones((3, 3)), (0, 1))
     with pytest.raises(ValueError, match="start has shape"):
         voxels_corrected_and_broken(np.zeros(3), np.zeros(4), np.zeros(4))
+    with pytest.raises(ValueError, match="known has shape"):
+        voxels_corrected_and_broken(np.zeros(3), np.zeros(3), np.zeros(3), np.ones(4))
     with pytest.raises(ValueError, match="distinct names"):
         per_class_metrics(np.zeros((2, 2)), np.zeros((2, 2)), {1: "a", 2: "a"}, (1, 1))

@@ -11,7 +11,7 @@ from torch import nn
 from nnunet_diffusion import labels
 from nnunet_diffusion.diffusion.samplers import SAMPLERS, timestep_grid
 from nnunet_diffusion.inference.giving_way import run_group
-from nnunet_diffusion.inference.volume import NOISE_OF_START, Tiling, VolumeProcess
+from nnunet_diffusion.inference.volume import NOISE_OF_START, NOISE_OF_STEPS, Tiling, VolumeProcess
 from nnunet_diffusion.segmenter import DiffusionSegmenter
 from nnunet_diffusion.settings import DiffusionSettings
 
@@ -147,6 +147,17 @@ def test_seed_decides():
     one, same, other = (process(local_denoiser(), image, tiles, seed=seed).run([0]) for seed in (1, 1, 2))
     assert torch.equal(one, same)
     assert not torch.allclose(one, other, atol=1e-2)
+
+
+def test_each_fold_has_noise_of_its_own():
+    processes = [process(local_denoiser(), torch.randn(1, 8, 8), tiling((8, 8), (8, 8), 0.5)) for _ in range(3)]
+    first, other, again = (
+        dataclasses.replace(each, fold=fold) for each, fold in zip(processes, (0, 3, 3), strict=True)
+    )
+    for numbers in ((0, NOISE_OF_START), (0, NOISE_OF_STEPS, 3)):
+        noises = [torch.randn(100, generator=each._generator(*numbers)) for each in (first, other, again)]
+        assert torch.equal(noises[1], noises[2])
+        assert abs(float(torch.corrcoef(torch.stack(noises[:2]))[0, 1])) < 0.5
 
 
 @pytest.mark.parametrize("joint", [True, False])

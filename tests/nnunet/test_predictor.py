@@ -1,6 +1,7 @@
 """`nnunet_diffusion predict` and DiffusionPredictor on real images, with the tiny trained model."""
 
 import contextlib
+import dataclasses
 import gzip
 import json
 import os
@@ -283,8 +284,20 @@ def test_tile_wise_sampling_and_folds(place, tmp_path):
     shutil.copytree(place.results / MODEL, model, ignore=shutil.ignore_patterns("fold_[1-9]"))
     shutil.copytree(model / "fold_0", model / "fold_1")
     twice = predict(place, tmp_path / "twice", "-m", model, "-f", 0, 1)
+    # the same weights, but each fold has noise of its own
     for name, found in label_maps(joint).items():
-        assert (found != label_maps(twice)[name]).mean() < 1e-3
+        assert (found != label_maps(twice)[name]).mean() < 0.02
+
+
+def test_a_given_start_is_refused_where_the_model_starts_from_noise(place, tmp_path):
+    predictor = loaded(place)
+    noise = {"from_noise": True, "start_step": 1000}
+    predictor.network.settings = dataclasses.replace(predictor.network.settings, **noise)
+    with pytest.raises(ValueError, match=r"starts from pure noise .*: give a start step too \(--start_step\)"):
+        predictor.predict_from_files(
+            str(place.raw / "imagesTs"), str(tmp_path / "out"), presegmentation_folder=str(tmp_path)
+        )
+    assert not (tmp_path / "out").exists()
 
 
 def test_autocast_ends_with_each_fold(place, monkeypatch):

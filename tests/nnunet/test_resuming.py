@@ -18,7 +18,7 @@ def killed_at(place, results, moment, arguments=()):
     variables = {"nnUNet_results": str(results), "PYTHONUNBUFFERED": "1"}
     words, lines = [*TRAIN, *arguments], []
     with place.start(
-        "nnUNetv2_train", *words, stdout=subprocess.PIPE, variables=variables, start_new_session=True
+        "nnUNetv2_train", *words, stdout=subprocess.PIPE, variables=variables, own_pools=True, start_new_session=True
     ) as job:
         for line in job.stdout:
             lines.append(line)
