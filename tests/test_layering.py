@@ -17,6 +17,7 @@ LAYERS = {
     "diffusion": 1,
     "networks": 1,
     "environment": 1,
+    "json_files": 1,
     "settings": 2,
     "labels": 2,
     "losses": 2,

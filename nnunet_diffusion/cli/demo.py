@@ -150,6 +150,8 @@ def claim(folder: Path, recipe: Recipe) -> Path:
     wanted = json.dumps(asdict(recipe), indent=2)
     if record.is_file() and record.read_text(encoding="utf-8") != wanted:
         raise CommandError(f"{folder} holds a demo of another version; remove it (rm -r '{folder}') or give --folder")
+    if folder.exists() and not folder.is_dir():
+        raise CommandError(f"{folder} is a file; give another --folder")
     if not record.is_file() and folder.exists() and any(folder.iterdir()):
         raise CommandError(f"{folder} holds something else than a demo; give another --folder")
     folder.mkdir(parents=True, exist_ok=True)

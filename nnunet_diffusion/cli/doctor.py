@@ -200,7 +200,7 @@ def check_device() -> Iterator[Finding]:
         cure = "install a build of torch for the driver's CUDA version (https://pytorch.org/get-started/locally/)"
         yield Finding("GPU", WARN, f"nvidia-smi is there, but torch {torch.__version__} finds no GPU", cure)
     elif torch.backends.mps.is_available():
-        yield Finding("GPU", OK, "Apple MPS: train and predict with -device mps")
+        yield Finding("GPU", WARN, "Apple MPS: nothing was tried on it; -device mps, or -device cpu")
     else:
         yield Finding("GPU", WARN, "none", "train and predict with -device cpu; real datasets want a CUDA GPU")
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path, PurePosixPath
 
 from nnunet_diffusion.cli.errors import CommandError
@@ -54,13 +55,21 @@ def install(path: Path, results: Path, *, trust: bool = False) -> list[Path]:
     """
     if not zipfile.is_zipfile(path):
         raise CommandError(f"{path} is no zip file, or is not there")
-    results.mkdir(parents=True, exist_ok=True)
+    try:
+        results.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CommandError(f"nnUNet_results is {results}, which is no folder and cannot be made ({error})") from error
     with tempfile.TemporaryDirectory(prefix=".installing_", dir=results) as aside, zipfile.ZipFile(path) as content:
         for name in content.namelist():
             parts = PurePosixPath(name.replace("\\", "/"))
-            if parts.is_absolute() or ".." in parts.parts or ":" in parts.parts[0]:
+            if parts.is_absolute() or ".." in parts.parts or ":" in "".join(parts.parts[:1]):
                 raise CommandError(f"{path} holds {name!r}, which lies outside of its folder: it is not installed")
-        content.extractall(aside)
+        try:
+            content.extractall(aside)
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+            raise CommandError(
+                f"{path} is damaged or does not fit on the disk ({error}): nothing is installed"
+            ) from error
         models = sorted({plans.parent for plans in Path(aside).glob("Dataset*/*/plans.json")})
         if not models:
             raise CommandError(

@@ -8,16 +8,27 @@ import importlib
 import io
 import os
 import pkgutil
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from nnunet_diffusion.cli.errors import CommandError
 from nnunet_diffusion.cli.folders import PREPROCESSED, RAW, dataset_prefix, datasets_in, folder_in
+from nnunet_diffusion.json_files import read_dictionary, read_plans
 
 CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
 DEFAULT_PROCESSES = {"2d": 8, "3d_fullres": 4, "3d_lowres": 8}
 DEFAULT_STEP_SECONDS = 1.0
+PLANS_NAME = re.compile(r"[\w.-]+")
+# what nnU-Net's planner reads
+RAW_KEYS = {"labels": dict, "numTraining": int, "file_ending": str}
+RAW_CURE = "correct it as nnU-Net's dataset_format.md describes it"
+FINGERPRINT_KEYS = {
+    "spacings": list,
+    "shapes_after_crop": list,
+    "foreground_intensity_properties_per_channel": dict,
+}
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -30,7 +41,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add("-pl", default="DiffusionPlanner", metavar="PLANNER", help=f"one of {', '.join(planner_names())}")
     add("-gpu_memory_target", type=float, metavar="GB", help="default: 8, of ResEncL 24")
     add("-preprocessor_name", default="DefaultPreprocessor", help="as nnU-Net's")
-    add("-overwrite_target_spacing", type=float, nargs=3, metavar="MM", help="of 3d_fullres, as nnU-Net's")
+    add(
+        "-overwrite_target_spacing",
+        type=float,
+        nargs=3,
+        metavar="MM",
+        help="of 3d_fullres; of 2D images: 999 MM MM",
+    )
     add("-overwrite_plans_name", metavar="NAME", help="default: the planner's own")
     add("-device", choices=("cuda", "cpu"), default="cuda", help="cpu: keep to a time budget, measured here and now")
     add("-step_seconds", type=float, help=f"with -device cpu: of a training step (default {DEFAULT_STEP_SECONDS:g})")
@@ -89,6 +106,14 @@ def check_options(options: argparse.Namespace) -> None:
     for edge in options.overwrite_target_spacing or ():
         if not 0 < edge < float("inf"):
             raise CommandError(f"-overwrite_target_spacing has {edge:g}, but must be three positive numbers")
+    if options.overwrite_plans_name is not None and not PLANS_NAME.fullmatch(options.overwrite_plans_name):
+        raise CommandError(
+            f"-overwrite_plans_name is '{options.overwrite_plans_name}', but must be a file's name without its ending "
+            "(letters, digits and _-.)"
+        )
+    for name in ("c", "np"):
+        if getattr(options, name) is not None and not options.preprocess:
+            raise CommandError(f"-{name} is for the preprocessing: add --preprocess, or leave it out")
     names = options.c or list(CONFIGURATIONS)
     if options.np is not None and len(options.np) not in (1, len(names)):
         raise CommandError(f"-np has {len(options.np)} numbers, but must have one, or one for each of -c {names}")
@@ -111,11 +136,18 @@ def find_raw_dataset(name_or_id: str, environment: Mapping[str, str]) -> str:
         raise CommandError(
             f"{raw / found[0]} has no dataset.json: nnU-Net's raw format has one, see its dataset_format.md"
         )
+    number = int(found[0][7:10])
+    fingerprint = f"nnUNetv2_extract_fingerprint -d {number} --verify_dataset_integrity"
     if not (preprocessed / found[0] / "dataset_fingerprint.json").is_file():
-        raise CommandError(
-            f"{preprocessed / found[0]} has no dataset_fingerprint.json; run: nnUNetv2_extract_fingerprint "
-            f"-d {int(found[0][7:10])} --verify_dataset_integrity"
-        )
+        raise CommandError(f"{preprocessed / found[0]} has no dataset_fingerprint.json; run: {fingerprint}")
+    try:
+        description = read_dictionary(raw / found[0] / "dataset.json", RAW_CURE, RAW_KEYS)
+        channels = "channel_names" if "channel_names" in description else "modality"
+        read_dictionary(raw / found[0] / "dataset.json", RAW_CURE, {channels: dict})
+        path = preprocessed / found[0] / "dataset_fingerprint.json"
+        read_dictionary(path, f"run: {fingerprint} --clean", FINGERPRINT_KEYS)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
     return found[0]
 
 
@@ -130,6 +162,7 @@ def plan(dataset: str, options: argparse.Namespace) -> dict[str, Any]:
     from nnunet_diffusion.planning.summary import summary
     from nnunet_diffusion.planning.time_budget import TimeBudget
 
+    check_preprocessor(options.preprocessor_name)
     planner_class = getattr(importlib.import_module(f"nnunet_diffusion.planners.{options.pl}"), options.pl)
     keywords = {"gpu_memory_target_in_gb": options.gpu_memory_target, "plans_name": options.overwrite_plans_name}
     budget = None
@@ -146,6 +179,9 @@ def plan(dataset: str, options: argparse.Namespace) -> dict[str, Any]:
                 time_budget=budget,
                 **{key: value for key, value in keywords.items() if value is not None},
             )
+            earlier = Path(os.environ[PREPROCESSED]) / dataset / f"{planner.plans_identifier}.json"
+            if earlier.is_file():  # nnU-Net keeps the configurations that users added
+                read_plans(earlier, "remove it, it is written again")
             plans = planner.plan_experiment()
     except ValueError as error:
         raise CommandError(str(error)) from error
@@ -154,6 +190,18 @@ def plan(dataset: str, options: argparse.Namespace) -> dict[str, Any]:
         usable = torch.device("cuda" if options.device == "cuda" and torch.cuda.is_available() else "cpu")
         print(explanation(planner, plans, usable))
     return plans
+
+
+def check_preprocessor(name: str) -> None:
+    """Raise CommandError if nnU-Net has no preprocessor of that name, which it would say only when it preprocesses."""
+    import nnunetv2
+    from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
+
+    folder = os.path.join(nnunetv2.__path__[0], "preprocessing", "preprocessors")
+    if recursive_find_python_class(folder, name, "nnunetv2.preprocessing.preprocessors") is None:
+        raise CommandError(
+            f"-preprocessor_name is {name}, which nnU-Net does not have; leave it out for DefaultPreprocessor"
+        )
 
 
 def preprocess(dataset: str, plans: Mapping[str, Any], options: argparse.Namespace) -> None:

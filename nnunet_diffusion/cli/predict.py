@@ -84,7 +84,12 @@ def _add_own_arguments(parser: argparse.ArgumentParser) -> None:
     add("--presegmentation", metavar="FOLDER", help="segmentations or .npz probabilities to start from")
     add("--tile_wise", action="store_true", help="one reverse process per tile, as stock prediction has it")
     add("--sequential", action="store_true", help="no further processes, as -npp 0 -nps 0")
-    add("--state_memory", type=float, metavar="GIB", help="GPU memory that a volume's state may take (what is free)")
+    add(
+        "--state_memory",
+        type=float,
+        metavar="GIB",
+        help="memory of the device that a volume's state may take (what is free)",
+    )
     add("--trust_checkpoint", action="store_true", help="load a checkpoint that may run code")
     add("--quiet", action="store_true", help="say nothing but errors")
 
@@ -116,6 +121,11 @@ def check_options(options: argparse.Namespace) -> None:
         raise CommandError(f"-part_id is {options.part_id}, but must be 0 to num_parts - 1 = {options.num_parts - 1}")
     if not 0 < options.step_size <= 1:
         raise CommandError(f"-step_size is {options.step_size}, but must be above 0 and at most 1")
+    for name in ("npp", "nps"):
+        if getattr(options, name) < 0:
+            raise CommandError(f"-{name} is {getattr(options, name)}, but must be 0 (no further process) or more")
+    if options.state_memory is not None and not 0 <= options.state_memory < float("inf"):
+        raise CommandError(f"--state_memory is {options.state_memory:g}, but must be a number of GiB, 0 or more")
     for fold in options.f:
         if fold != "all" and not fold.isdecimal():
             raise CommandError(f"-f has '{fold}', but folds are 0, 1, 2, ... or 'all'")
@@ -130,6 +140,8 @@ def _loaded_predictor(options: argparse.Namespace) -> Any:
 
     if options.device == "cuda" and not torch.cuda.is_available():
         raise CommandError("-device is cuda, but torch sees no GPU; run `nnunet_diffusion doctor`, or give -device cpu")
+    if options.device == "mps" and not torch.backends.mps.is_available():
+        raise CommandError("-device is mps, but torch finds none; give -device cpu")
     # as nnUNetv2_predict sets them
     torch.set_num_threads(multiprocessing.cpu_count() if options.device == "cpu" else 1)
     try:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
+import io
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,10 +20,12 @@ from nnunet_diffusion.cli.folders import (
     datasets_in,
     folder_in,
 )
-from nnunet_diffusion.cli.trainers_directory import with_trainers
+from nnunet_diffusion.cli.trainers_directory import trainers_directory, with_trainers
 from nnunet_diffusion.environment import PRESEGMENTOR_FOLDER
+from nnunet_diffusion.json_files import read_dictionary, read_plans
 
 DEFAULT_TRAINER = "DiffusionTrainer"
+DEVICES = ("cuda", "cpu", "mps")
 HELP = "nnUNetv2_train with DiffusionTrainer as default trainer (takes all of its arguments)"
 
 
@@ -41,7 +44,9 @@ def run(words: Sequence[str]) -> int:
         CommandError: Environment, dataset, plans or device are not ready for training.
     """
     words = list(words)
-    if not {"-h", "--help"} & set(words):
+    if {"-h", "--help"} & set(words):
+        print(f"As nnUNetv2_train, whose help follows, but without -tr the trainer is {DEFAULT_TRAINER}.\n", flush=True)
+    else:
         options = read_options(words)
         if options.tr is None:
             words += ["-tr", DEFAULT_TRAINER]
@@ -50,6 +55,8 @@ def run(words: Sequence[str]) -> int:
         if options.pretrained_weights is not None and DEFAULT_TRAINER in (options.tr or DEFAULT_TRAINER):
             check_pretrained_weights(options.pretrained_weights)
     os.environ.update(with_trainers(os.environ))
+    if {"-h", "--help"}.isdisjoint(words):
+        check_trainer(options.tr or DEFAULT_TRAINER)
     # nnU-Net reads its paths and nnUNet_extTrainer from the environment: import it only now.
     from nnunetv2.run.run_training import run_training_entry
 
@@ -60,7 +67,11 @@ def run(words: Sequence[str]) -> int:
 
 def read_options(words: Sequence[str]) -> argparse.Namespace:
     """What the checks need of nnUNetv2_train's arguments; flags that are not listed are left to nnU-Net."""
-    parser = argparse.ArgumentParser(prog="nnunet_diffusion train", add_help=False)
+    parser = argparse.ArgumentParser(
+        prog="nnunet_diffusion train",
+        usage="nnunet_diffusion train DATASET CONFIGURATION FOLD [-tr TRAINER] [-p PLANS] ... (see --help)",
+        add_help=False,
+    )
     parser.add_argument("dataset_name_or_id")
     parser.add_argument("configuration")
     parser.add_argument("fold")
@@ -78,15 +89,17 @@ def check_input(options: argparse.Namespace, environment: Mapping[str, str]) -> 
         environment: Variables of the process.
     """
     folders = check_folders(environment)
-    dataset = find_dataset(options.dataset_name_or_id, folders, options.configuration)
-    number, preprocessed = dataset[7:10], folders["nnUNet_preprocessed"] / dataset
+    dataset = find_dataset(options.dataset_name_or_id, folders, options.configuration, options.p)
+    number, preprocessed = int(dataset[7:10]), folders["nnUNet_preprocessed"] / dataset
+    extract = f"nnUNetv2_extract_fingerprint -d {number} && {planning_command(number, options.p)}"
     for name in ("dataset.json", "dataset_fingerprint.json"):
         if not (preprocessed / name).is_file():
-            raise CommandError(
-                f"{preprocessed} has no {name}; run: nnUNetv2_extract_fingerprint -d {int(number)} "
-                f"&& nnUNetv2_plan_experiment -d {int(number)}"
-            )
-    plans = read_plans(preprocessed, options.p, dataset)
+            raise CommandError(f"{preprocessed} has no {name}; run: {extract}")
+    try:
+        read_dictionary(preprocessed / "dataset.json", f"run: {planning_command(number, options.p)}")
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    plans = plans_of(preprocessed, options.p, dataset)
     check_configuration(plans, options.configuration, preprocessed, options.p)
     if options.fold != "all" and not options.fold.isdecimal():
         raise CommandError(f"fold is '{options.fold}', but must be 0, 1, 2, ... or 'all'")
@@ -105,7 +118,20 @@ def check_folders(environment: Mapping[str, str]) -> dict[str, Path]:
     return {name: Path(environment[name]) for name in names if environment.get(name)}
 
 
-def find_dataset(name_or_id: str, folders: Mapping[str, Path], configuration: str) -> str:
+def planning_command(number: int, plans_name: str, configuration: str | None = None) -> str:
+    """What writes plans of that name, as far as a name tells, and preprocesses a configuration of them."""
+    presets = {"nnUNetDiffusionPlans": "", "nnUNetDiffusionResEncUNetMPlans": " -pl DiffusionPlannerResEncM",
+               "nnUNetDiffusionResEncUNetLPlans": " -pl DiffusionPlannerResEncL"}  # fmt: skip
+    if plans_name in presets:
+        command = f"nnunet_diffusion plan -d {number}{presets[plans_name]}"
+        return command if configuration is None else f"{command} --preprocess -c {configuration}"
+    planner = "" if plans_name == "nnUNetPlans" else " -pl PLANNER"
+    if configuration is None:
+        return f"nnUNetv2_plan_experiment -d {number}{planner}"
+    return f"nnUNetv2_plan_and_preprocess -d {number}{planner} -c {configuration} --verify_dataset_integrity"
+
+
+def find_dataset(name_or_id: str, folders: Mapping[str, Path], configuration: str, plans_name: str) -> str:
     """Name of the preprocessed dataset that `name_or_id` means, such as Dataset004_Hippocampus."""
     prefix = dataset_prefix(name_or_id)
     preprocessed, raw = (datasets_in(folders.get(key), prefix) for key in (PREPROCESSED, RAW))
@@ -117,10 +143,11 @@ def find_dataset(name_or_id: str, folders: Mapping[str, Path], configuration: st
     if preprocessed:
         return preprocessed[0]
     if raw:
-        raise CommandError(
-            f"{raw[0]} is not preprocessed yet; run: nnUNetv2_plan_and_preprocess -d {int(raw[0][7:10])} "
-            f"-c {configuration} --verify_dataset_integrity"
-        )
+        number = int(raw[0][7:10])
+        command = planning_command(number, plans_name, configuration)
+        if command.startswith("nnunet_diffusion"):
+            command = f"nnUNetv2_extract_fingerprint -d {number} --verify_dataset_integrity && {command}"
+        raise CommandError(f"{raw[0]} is not preprocessed yet; run: {command}")
     places = " and ".join(str(folders[key]) for key in ("nnUNet_raw", "nnUNet_preprocessed") if key in folders)
     raise CommandError(
         f"dataset {name_or_id} is not in {places}; put it into nnUNet_raw in nnU-Net's format and run: "
@@ -128,37 +155,35 @@ def find_dataset(name_or_id: str, folders: Mapping[str, Path], configuration: st
     )
 
 
-def read_plans(preprocessed: Path, plans_name: str, dataset: str) -> dict[str, Any]:
+def plans_of(preprocessed: Path, plans_name: str, dataset: str) -> dict[str, Any]:
     """Plans `plans_name` of a dataset, refused if missing, unreadable or made for another dataset."""
     path = preprocessed / f"{plans_name}.json"
-    number = int(dataset[7:10])
+    command = planning_command(int(dataset[7:10]), plans_name)
     if not path.is_file():
         others = [other.stem for other in sorted(preprocessed.glob("*Plans*.json"))]
         choices = f"there are: {', '.join(others)} (choose with -p); or " if others else ""
-        cure = f"nnUNetv2_plan_experiment -d {number}" + ("" if plans_name == "nnUNetPlans" else " -pl PLANNER")
-        raise CommandError(f"{preprocessed} has no plans {plans_name}; {choices}run: {cure}")
+        raise CommandError(f"{preprocessed} has no plans {plans_name}; {choices}run: {command}")
     try:
-        plans = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        cure = f"nnUNetv2_plan_experiment -d {number}"
-        raise CommandError(f"{path} is no valid JSON ({error}); correct it or run: {cure}") from error
+        plans = read_plans(path, f"correct it or run: {command}")
+    except ValueError as error:
+        raise CommandError(str(error)) from error
     if plans.get("dataset_name") != dataset:
         raise CommandError(
             f"{path} was made for {plans.get('dataset_name')}, not for {dataset}; "
-            f"run: nnUNetv2_plan_experiment -d {number} (or nnUNetv2_move_plans_between_datasets)"
+            f"run: {command} (or nnUNetv2_move_plans_between_datasets)"
         )
     return plans
 
 
 def check_configuration(plans: Mapping[str, Any], configuration: str, preprocessed: Path, plans_name: str) -> None:
     """Raise CommandError unless `configuration` is in the plans and its data are preprocessed."""
-    configurations = plans.get("configurations", {})
+    configurations = plans["configurations"]
     if configuration not in configurations:
         raise CommandError(
             f"plans {plans_name} have no configuration '{configuration}'; choose one of: {', '.join(configurations)}"
         )
     section = configurations[configuration]
-    while "data_identifier" not in section and section.get("inherits_from") in configurations:
+    while "data_identifier" not in section and "inherits_from" in section:
         section = configurations[section["inherits_from"]]
     identifier = section.get("data_identifier", f"{plans_name}_{configuration}")
     folder = preprocessed / identifier
@@ -173,10 +198,27 @@ def check_device(device: str) -> None:
     """Raise CommandError if `device` is a GPU that this machine or this torch does not offer."""
     import torch
 
+    if device not in DEVICES:
+        raise CommandError(f"-device is {device}; choose one of: {', '.join(DEVICES)}")
     if device == "cuda" and not torch.cuda.is_available():
         raise CommandError("-device is cuda (the default), but torch finds no CUDA GPU; add: -device cpu")
     if device == "mps" and not torch.backends.mps.is_available():
         raise CommandError("-device is mps, but torch finds none; add: -device cpu")
+
+
+def check_trainer(name: str) -> None:
+    """Raise CommandError unless nnU-Net finds a trainer of that name."""
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # the search says where it looks
+            recursive_find_trainer_class_by_name(name)
+    except RuntimeError as error:
+        ours = sorted(path.stem for path in trainers_directory().glob("Diffusion*.py"))
+        raise CommandError(
+            f"-tr is {name}, which nnU-Net finds neither among its own trainers nor in nnUNet_extTrainer; of this package: "
+            f"{', '.join(ours)} (such as _1epoch, _10epochs)"
+        ) from error
 
 
 def check_pretrained_weights(path: str) -> None:

@@ -82,11 +82,6 @@ def prepare_case(case: CaseFiles, managers: Managers) -> PreparedCase:
     """
     plans_manager, configuration_manager, dataset_json = managers
     channels = len(dataset_json.get("channel_names") or dataset_json["modality"])
-    if len(case.images) != channels:
-        raise ValueError(
-            f"it has {len(case.images)} channels ({', '.join(Path(path).name for path in case.images)}), the model needs "
-            f"{channels} ({case.name}_0000{dataset_json['file_ending']} and so on)"
-        )
     missing = [path for path in (*case.images, case.previous_stage) if path is not None and not Path(path).is_file()]
     if missing:
         raise FileNotFoundError(f"{missing[0]} is missing")
@@ -95,7 +90,14 @@ def prepare_case(case: CaseFiles, managers: Managers) -> PreparedCase:
         image, properties = reader.read_images(list(case.images))
     except Exception as error:  # each reader raises what its library raises
         raise ValueError(f"{', '.join(case.images)} cannot be read: {error}") from error
-    for path, channel in zip(case.images, image, strict=False):
+    if len(image) != channels:  # a colour image has three in one file
+        names = ", ".join(Path(path).name for path in case.images)
+        raise ValueError(
+            f"it has {len(image)} channels ({names}), the model needs {channels}, as its training images "
+            f"({case.name}_0000{dataset_json['file_ending']} and so on)"
+        )
+    paths = case.images if len(case.images) == channels else [case.images[0]] * channels
+    for path, channel in zip(paths, image, strict=True):
         if not np.isfinite(channel).all():
             raise ValueError(f"{path} has NaN or infinite voxels: replace them and predict again")
     if image[0].size == 0 or not image.any():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pydoc
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,10 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from nnunet_diffusion.json_files import read_dictionary, read_plans
 from nnunet_diffusion.settings import PLANS_KEY
 from nnunet_diffusion.training.checkpoints import DIFFUSION_KEY, read_checkpoint
 
 ALLOWED_PACKAGES = ("torch.nn", "dynamic_network_architectures", "nnunetv2", "nnunet_diffusion")
+CURE = "bring it back from where the model was trained, nnU-Net writes it when a training begins."
 TRUST = "give --trust_checkpoint (trust_checkpoint=True) if you know where it comes from"
 
 
@@ -57,7 +58,8 @@ def read_model(folder: Path, folds: Sequence[int | str] | None, checkpoint_name:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no model folder {folder}: train first, or correct -d, -c, -tr, -p or -m.")
-    plans, dataset_json = _read_json(folder / "plans.json"), _read_json(folder / "dataset.json")
+    plans = read_plans(folder / "plans.json", CURE)
+    dataset_json = read_dictionary(folder / "dataset.json", CURE, {"labels": dict, "file_ending": str})
     refuse_foreign_classes(plans, folder / "plans.json", trust)
     found = sorted(path.parent.name.removeprefix("fold_") for path in folder.glob(f"fold_*/{checkpoint_name}"))
     wanted = [each for each in found if each != "all"] if folds is None else [str(fold) for fold in folds]
@@ -88,19 +90,10 @@ def _read(path: Path, trust: bool) -> dict[str, Any]:
             f"{path} is a checkpoint of {checkpoint.get('trainer_name')}, not of a diffusion trainer: predict with "
             "nnUNetv2_predict, or give -tr DiffusionTrainer."
         )
+    missing = [key for key in ("init_args", "trainer_name", "network_weights") if key not in checkpoint]
+    if missing or "configuration" not in checkpoint["init_args"]:
+        raise ValueError(f"{path} is no checkpoint of nnU-Net's: it has no {(missing or ['configuration'])[0]!r}.")
     return checkpoint
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: nnU-Net writes it when a training begins.")
-    try:
-        content = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged: {error}. Bring it back from where the model was trained.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not the dictionary that nnU-Net writes.")
-    return content
 
 
 def refuse_foreign_classes(plans: Mapping[str, Any], path: Path, trust: bool) -> None:

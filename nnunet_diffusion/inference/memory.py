@@ -156,11 +156,12 @@ def plan_memory(
             f"{needed(samples) / GIB:.2f} GiB do not fit on {device} ({available / GIB:.2f} free): state on the CPU"
         )
         available = free(cpu)
+    word = "are free" if limit_bytes is None or device.type != "cpu" else "are allowed (--state_memory)"
     fitting = [count for count in range(samples, 0, -1) if needed(count) <= available]
     if not fitting:
         raise MemoryError(
             f"One reverse process of {' x '.join(map(str, volume))} voxels and {heads} channels needs "
-            f"{_size(needed(1))}, {_size(available)} are free: take a machine with more memory, --steps 1, or a "
+            f"{_size(needed(1))}, {_size(available)} {word}: take a machine with more memory, --steps 1, or a "
             "configuration with a coarser spacing (3d_lowres)."
         )
     if fitting[0] < samples:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 SPACING_TOLERANCE = 1e-3  # relative
 ORIGIN_TOLERANCE_VOXELS = 0.1
 DIRECTION_TOLERANCE = 1e-3
+SUM_TOLERANCE = 0.05  # nnU-Net writes half precision
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +76,7 @@ def read_presegmentation(
         array = _read_label_map(path, properties, image_shape, plans_manager, label_manager)
         resample = configuration_manager.resampling_fn_seg
     else:
-        array = _read_probabilities(path, image_shape, label_manager.num_segmentation_heads)
+        array = _read_probabilities(path, image_shape, label_manager)
         resample = configuration_manager.resampling_fn_probabilities
     array = array.transpose([0, *[axis + 1 for axis in forward]])
     cropped = (slice(None), *[slice(*bounds) for bounds in properties["bbox_used_for_cropping"]])
@@ -99,6 +100,10 @@ def _read_label_map(
         found, theirs = plans_manager.image_reader_writer_class().read_seg(str(path))
     except Exception as error:  # each reader raises what its library raises
         raise ValueError(f"The pre-segmentation {path} cannot be read: {error}") from error
+    if len(found) != 1:
+        raise ValueError(
+            f"The pre-segmentation {path} has {len(found)} channels (a colour image?), but must be a label map with one."
+        )
     _check_shape(path, found.shape[1:], image_shape)
     _check_geometry(path, theirs, properties)
     known = set(map(int, label_manager.all_labels)) | {0}
@@ -111,7 +116,8 @@ def _read_label_map(
     return found.astype(np.int16)
 
 
-def _read_probabilities(path: Path, image_shape: Sequence[int], heads: int) -> NDArray:
+def _read_probabilities(path: Path, image_shape: Sequence[int], label_manager: LabelManager) -> NDArray:
+    heads = label_manager.num_segmentation_heads
     try:
         with np.load(path) as content:  # allow_pickle is False
             if "probabilities" not in content:
@@ -129,6 +135,12 @@ def _read_probabilities(path: Path, image_shape: Sequence[int], heads: int) -> N
         raise ValueError(
             f"The pre-segmentation {path} holds values from {probabilities.min()} to {probabilities.max()}, which are no "
             "probabilities."
+        )
+    total = probabilities.sum(0)
+    if not label_manager.has_regions and np.abs(total - 1).max() > SUM_TOLERANCE:
+        raise ValueError(
+            f"The pre-segmentation {path} has probabilities whose sum over the classes is {total.min():.3f} to "
+            f"{total.max():.3f} instead of 1."
         )
     return probabilities.clip(0, 1)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,8 @@ import numpy as np
 from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+
+from nnunet_diffusion.json_files import read_plans
 
 SAME_DATA = (
     "preprocessor_name",
@@ -49,7 +50,7 @@ def shared_identifier(dataset_name: str, plans: Mapping[str, Any], configuration
     """
     preprocessed, identifier = Path(nnUNet_preprocessed) / dataset_name, f"{plans['plans_name']}_{configuration}"
     for path in filter(Path.is_file, (preprocessed / name for name in STOCK_PLANS)):
-        theirs = json.loads(path.read_text())
+        theirs = read_plans(path, f"remove it, or run: nnUNetv2_plan_experiment -d {int(dataset_name[7:10])}")
         if not different_entries(theirs, plans, configuration):
             identifier = theirs["configurations"][configuration]["data_identifier"]
             break
@@ -73,7 +74,7 @@ def _refuse_other_preprocessing(folder: Path, plans: Mapping[str, Any], configur
     earlier = folder.parent / f"{plans['plans_name']}.json"
     if not earlier.is_file() or not finished_cases(folder):
         return
-    theirs = json.loads(earlier.read_text())
+    theirs = read_plans(earlier, f"remove it, or plan under another name; what lies in {folder} is of these plans")
     changed = different_entries(theirs, plans, configuration) if configuration in theirs["configurations"] else []
     if set(changed) - {"spacing"}:  # of the spacing the data themselves tell
         raise ValueError(f"{folder} holds data of another {', '.join(changed)} ({earlier.name} says). {CURE}")

@@ -61,8 +61,11 @@ def summary(planner: DiffusionPlanning, plans: Mapping[str, Any]) -> str:
     )
     if cases < FOLDS:
         notes.append(f"{cases} training cases are too few for {FOLDS} folds: train with fold all.")
-    notes.append(f"Next: nnUNetv2_preprocess -d {number} -plans_name {plans_name} -c CONFIG")
-    notes.append(f"      nnUNetv2_train {number} CONFIG FOLD -tr DiffusionTrainer -p {plans_name}")
+    device = "" if planner.time_budget is None else " -device cpu"
+    notes.append(
+        f"Next, for what is not preprocessed: nnUNetv2_preprocess -d {number} -plans_name {plans_name} -c CONFIG"
+    )
+    notes.append(f"Then: nnUNetv2_train {number} CONFIG FOLD -tr DiffusionTrainer -p {plans_name}{device}")
     head = (*HEAD, *(MEMORY if planner.time_budget is None else TIME))
     return "\n".join([markdown_table(head, rows), *notes])
 

@@ -12,6 +12,8 @@ from nnunet_diffusion.cli import plan
 from nnunet_diffusion.cli.main import main
 
 DATASET = "Dataset007_Toy"
+DESCRIPTION = {"labels": {"background": 0}, "channel_names": {"0": "MRI"}, "numTraining": 1, "file_ending": ".nii.gz"}
+FINGERPRINT = {"spacings": [], "shapes_after_crop": [], "foreground_intensity_properties_per_channel": {}}
 PLANNERS = ["DiffusionPlanner", "DiffusionPlannerResEncL", "DiffusionPlannerResEncM"]
 
 
@@ -22,9 +24,9 @@ def folders(tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
         monkeypatch.setenv(name, str(tmp_path / name))
     (tmp_path / "nnUNet_raw" / DATASET).mkdir()
-    (tmp_path / "nnUNet_raw" / DATASET / "dataset.json").write_text(json.dumps({}))
+    (tmp_path / "nnUNet_raw" / DATASET / "dataset.json").write_text(json.dumps(DESCRIPTION))
     (tmp_path / "nnUNet_preprocessed" / DATASET).mkdir()
-    (tmp_path / "nnUNet_preprocessed" / DATASET / "dataset_fingerprint.json").write_text(json.dumps({}))
+    (tmp_path / "nnUNet_preprocessed" / DATASET / "dataset_fingerprint.json").write_text(json.dumps(FINGERPRINT))
     return tmp_path
 
 
@@ -44,10 +46,12 @@ def error_of(capsys, *words: str) -> str:
         (("-d", "7", "-step_seconds", "2"), ["-step_seconds", "-device cpu"]),
         (("-d", "7", "-gpu_memory_target", "0"), ["-gpu_memory_target is 0", "positive"]),
         (("-d", "7", "-device", "cpu", "-step_seconds", "-1"), ["-step_seconds is -1", "positive"]),
-        (("-d", "7", "-c", "2d", "3d_fullres", "-np", "1", "2", "3"), ["-np has 3 numbers", "2d"]),
-        (("-d", "7", "-np", "0"), ["-np has 0", "at least 1"]),
+        (("-d", "7", "--preprocess", "-c", "2d", "3d_fullres", "-np", "1", "2", "3"), ["-np has 3 numbers", "2d"]),
+        (("-d", "7", "--preprocess", "-np", "0"), ["-np has 0", "at least 1"]),
         (("-d", "7", "-overwrite_target_spacing", "0", "1", "1"), ["-overwrite_target_spacing has 0", "positive"]),
         (("-d", "7", "-overwrite_target_spacing", "1", "-1", "1"), ["-overwrite_target_spacing has -1", "positive"]),
+        (("-d", "7", "-c", "2d"), ["-c is for the preprocessing", "--preprocess"]),
+        (("-d", "7", "-overwrite_plans_name", "a/b"), ["-overwrite_plans_name is 'a/b'"]),
         (("-d", "8"), ["dataset 8 is not in", "nnUNet_raw"]),
         (("-d", "seven"), ["'seven'", "Dataset004_Name"]),
     ],
@@ -141,3 +145,24 @@ def test_planning_without_augmentation_processes(monkeypatch):
     with plan.planning_threads():
         assert os.environ[name] == "1"
     assert os.environ[name] == "0"
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "cure"),
+    [
+        ("nnUNet_raw", "dataset.json", "dataset_format.md"),
+        ("nnUNet_preprocessed", "dataset_fingerprint.json", "nnUNetv2_extract_fingerprint -d 7"),
+    ],
+)
+@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+def test_damaged_files_are_named_with_the_cure(folders, capsys, part, name, cure, content):
+    path = folders / part / DATASET / name
+    path.write_text(content)
+    line = error_of(capsys, "-d", "7")
+    assert str(path) in line and cure in line
+
+
+def test_preprocessor_that_nnunet_lacks_is_refused():
+    plan.check_preprocessor("DefaultPreprocessor")
+    with pytest.raises(plan.CommandError, match="-preprocessor_name is Foo"):
+        plan.check_preprocessor("Foo")

@@ -172,3 +172,32 @@ def test_everything_reaches_nnunet_unchanged(folders, monkeypatch, trainer, conf
     assert train.run(words) == 0
     expected = words if trainer else [*words, "-tr", "DiffusionTrainer"]
     assert seen == [(expected, os.pathsep.join([str(trainers_directory()), "/elsewhere"]))]
+
+
+@pytest.mark.parametrize(
+    ("plans_name", "command"),
+    [
+        ("nnUNetPlans", "nnUNetv2_plan_experiment -d 7"),
+        ("nnUNetDiffusionPlans", "nnunet_diffusion plan -d 7"),
+        ("nnUNetDiffusionResEncUNetLPlans", "nnunet_diffusion plan -d 7 -pl DiffusionPlannerResEncL"),
+    ],
+)
+def test_the_cure_is_a_command_that_makes_these_plans(folders, capsys, plans_name, command):
+    (folders / "nnUNetPlans.json").unlink()
+    assert error_of(capsys, "7", "2d", "0", "-p", plans_name).endswith(f"run: {command}")
+    (folders / f"{plans_name}.json").write_text("{")
+    line = error_of(capsys, "7", "2d", "0", "-p", plans_name)
+    assert f"{plans_name}.json is damaged" in line and line.endswith(f"run: {command}")
+
+
+def test_unknown_trainer_and_device_are_named(folders, capsys):
+    line = error_of(capsys, "7", "2d", "0", "-device", "cpu", "-tr", "DiffusionTrainr")
+    assert "-tr is DiffusionTrainr" in line and "DiffusionTrainer, DiffusionTrainerNoMirroring" in line
+    assert "-device is gpu; choose one of: cuda, cpu, mps" in error_of(capsys, "7", "2d", "0", "-device", "gpu")
+
+
+def test_help_tells_the_default_trainer(folders, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["train", "--help"])
+    assert end.value.code == 0
+    assert "without -tr the trainer is DiffusionTrainer" in capsys.readouterr().out

@@ -50,7 +50,7 @@ def model(tmp_path):
     folder = tmp_path / "Dataset001_A" / "DiffusionTrainer__nnUNetPlans__2d"
     (folder / "fold_0").mkdir(parents=True)
     (folder / "plans.json").write_text(json.dumps(plans()))
-    (folder / "dataset.json").write_text("{}")
+    (folder / "dataset.json").write_text('{"labels": {}, "file_ending": ".nii.gz"}')
     torch.save(checkpoint(), folder / "fold_0" / NAME)
     return folder
 
@@ -197,3 +197,42 @@ def test_other_files_are_no_model(tmp_path):
         content.writestr("readme.txt", "x")
     with pytest.raises(CommandError, match="holds no model"):
         install(tmp_path / "b.zip", tmp_path / "results")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "reason"),
+    [
+        ("plans.json", "{}", "'configurations' is missing"),
+        ("plans.json", '{"configurations": {"2d": "text"}}', "configuration '2d' is text"),
+        ("dataset.json", "{}", "'labels' is missing"),
+    ],
+)
+def test_damaged_descriptions_are_named_and_not_installed(model, tmp_path, file, content, reason):
+    (model / file).write_text(content)
+    with pytest.raises(ValueError, match=reason):
+        read_model(model, None, NAME, trust=False)
+    with pytest.raises(CommandError, match=reason):
+        install(zipped(model, tmp_path / "a.zip"), tmp_path / "results")
+    assert not list((tmp_path / "results").iterdir())
+
+
+def test_checkpoint_without_what_nnunet_saves_is_refused(model):
+    damaged = checkpoint()
+    del damaged["init_args"]
+    torch.save(damaged, model / "fold_0" / NAME)
+    with pytest.raises(ValueError, match="no checkpoint of nnU-Net's: it has no 'init_args'"):
+        read_model(model, None, NAME, trust=False)
+
+
+def test_damaged_zip_and_results_that_are_no_folder_are_named(model, tmp_path):
+    path = zipped(model, tmp_path / "a.zip")
+    (tmp_path / "file").touch()
+    with pytest.raises(CommandError, match="is no folder and cannot be made"):
+        install(path, tmp_path / "file")
+    content = bytearray(path.read_bytes())
+    place = content.index(b"network_class_name")
+    content[place : place + 4] = b"xxxx"
+    path.write_bytes(content)
+    with pytest.raises(CommandError, match="is damaged"):
+        install(path, tmp_path / "results")
+    assert not list((tmp_path / "results").iterdir())

@@ -10,6 +10,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.run_training import run_training
 from PIL import Image
 
+from nnunet_diffusion.inference import DiffusionPredictor
 from nnunet_diffusion.training import DiffusionTrainer
 
 pytestmark = [
@@ -124,3 +125,11 @@ def test_trains_validates_and_predicts_in_the_images_own_format(trained, tmp_pat
     probabilities = np.load(tmp_path / "out" / "case_100.npz")["probabilities"]
     assert probabilities.shape[0] == len(labels)
     assert np.array_equal(probabilities.argmax(0).reshape(found.shape), found)
+
+    ours = DiffusionPredictor(perform_everything_on_device=False, device=CPU, allow_tqdm=False)
+    ours.initialize_from_trained_model_folder(str(model), (0,))
+    ours.predict_from_files_sequential(str(place.raw / "imagesTs"), str(tmp_path / "ours"))
+    other = tmp_path / "ours" / out.name
+    other = np.array(Image.open(other)) if ending == ".tif" else sitk.GetArrayFromImage(sitk.ReadImage(str(other)))
+    assert other.shape == found.shape
+    assert set(np.unique(other)) <= set(labels.values())

@@ -270,7 +270,7 @@ def test_memory_limit_is_kept_or_refused(place, tmp_path, capsys):
     for name, found in label_maps(whole).items():
         assert (found != label_maps(limited)[name]).mean() < 1e-3
     predict(place, tmp_path / "none", "--state_memory", 0.0001, code=1)
-    assert "MiB are free" in capsys.readouterr().err
+    assert "MiB are allowed (--state_memory)" in capsys.readouterr().err
 
 
 def test_tile_wise_sampling_and_folds(place, tmp_path):
