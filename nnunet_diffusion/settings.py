@@ -81,7 +81,7 @@ class DiffusionSettings:
         False, "The heads are overlapping regions, not classes; written by the trainer, as dataset.json has it."
     )
     # training
-    max_train_step: int = _setting(1000, "Training draws timesteps below this one; at most `timesteps`.", low=1)
+    max_train_step: int = _setting(1000, "Training draws timesteps below this one; `start_step` to `timesteps`.", low=1)
     corruption_probability: float = _setting(
         0.5,
         "Share of training samples whose noisy state is made from a corrupted truth (the target stays the truth).",
@@ -104,7 +104,7 @@ class DiffusionSettings:
     # inference
     sampler: str = _setting("ddim", "Sampler of the reverse process.", choices=tuple(SAMPLERS))
     start_step: int = _setting(
-        100, "T' of PD-DDPM: noising steps at the start of the reverse process, 1..timesteps.", low=1
+        100, "T' of PD-DDPM: noising steps at the start of the reverse process, 1..max_train_step.", low=1
     )
     steps: int = _setting(1, "Network evaluations of one reverse process, 1..start_step.", low=1)
     eta: float = _setting(0.0, "Randomness of DDIM: 0 deterministic, 1 as DDPM.", low=0, high=1)
@@ -284,6 +284,8 @@ def _legal(entry: dataclasses.Field) -> str:
         return "true, false"
     if entry.name in SPECIAL:
         return SPECIAL[entry.name][1]
+    if low is not None and low == high:
+        return f"{low}"
     return " and ".join(f"{sign} {limit}" for sign, limit in ((">=", low), ("<=", high)) if limit is not None)
 
 
