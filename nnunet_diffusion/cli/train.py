@@ -183,7 +183,7 @@ def check_configuration(plans: Mapping[str, Any], configuration: str, preprocess
             f"plans {plans_name} have no configuration '{configuration}'; choose one of: {', '.join(configurations)}"
         )
     section = configurations[configuration]
-    while "data_identifier" not in section and "inherits_from" in section:
+    while "data_identifier" not in section and section.get("inherits_from"):
         section = configurations[section["inherits_from"]]
     identifier = section.get("data_identifier", f"{plans_name}_{configuration}")
     folder = preprocessed / identifier
