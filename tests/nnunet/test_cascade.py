@@ -80,7 +80,7 @@ def test_missing_first_stage_is_refused_with_the_commands(trained):
 @pytest.mark.parametrize("plans", ["Cascade", "CascadeStart"])
 def test_prediction_needs_and_uses_the_previous_stage(trained, tmp_path, plans):
     place, _ = trained
-    common = ["-i", place.raw / "imagesTs", "-d", 44, "-f", 0, "-device", "cpu"]
+    common = ["-i", place.raw / "imagesTs", "-d", 44, "-f", 0, "-device", "cpu", "-npp", 1, "-nps", 1]
     first, second = tmp_path / "first", tmp_path / "second"
     place.run("nnUNetv2_predict", *common, "-o", first, "-c", "3d_lowres", "-p", "Cascade", "-tr", FIRST)
     words = [*common, "-c", CONFIGURATION, "-p", plans, "-tr", OURS]

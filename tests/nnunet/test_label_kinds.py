@@ -70,7 +70,7 @@ def test_stock_predict_exports_labels_without_the_ignored_one(trained, tmp_path)
     number = int(place.dataset[7:10])
     place.run(
         "nnUNetv2_predict", "-i", place.raw / "imagesTs", "-o", tmp_path, "-d", number, "-c", "2d", "-p", "Tiny",
-        "-tr", "TinyDiffusionTrainer", "-f", 0, "-device", "cpu", "--save_probabilities",
+        "-tr", "TinyDiffusionTrainer", "-f", 0, "-device", "cpu", "--save_probabilities", "-npp", 1, "-nps", 1,
     )  # fmt: skip
     description = json.loads((place.raw / "dataset.json").read_text())
     manager = LabelManager(description["labels"], description.get("regions_class_order"))

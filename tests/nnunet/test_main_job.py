@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.nnunet, pytest.mark.slow]
 def predict(place, out, *arguments, configuration="2d", plans="Tiny", trainer="TinyDiffusionTrainer"):
     place.run(
         "nnUNetv2_predict", "-i", place.raw / "imagesTs", "-o", out, "-d", 4, "-c", configuration, "-p", plans,
-        "-tr", trainer, "-f", 0, "-device", "cpu", *arguments,
+        "-tr", trainer, "-f", 0, "-device", "cpu", "-npp", 1, "-nps", 1, *arguments,
     )  # fmt: skip
     return {path.name: sitk.ReadImage(str(path)) for path in sorted(out.glob("*.nii.gz"))}
 

@@ -37,7 +37,7 @@ def test_fold_all_validates_every_case_and_predicts(trained, tmp_path):
     summary = json.loads((fold(results, place, NAME) / "validation" / "summary.json").read_text())
     assert len(summary["metric_per_case"]) == len(cases)
     words = ["-i", place.raw / "imagesTs", "-o", tmp_path, "-d", 4, "-c", "2d", "-p", "Tiny", "-tr", NAME, "-f", "all"]
-    place.run("nnUNetv2_predict", *words, "-device", "cpu", nnUNet_results=str(results))
+    place.run("nnUNetv2_predict", *words, "-device", "cpu", "-npp", 1, "-nps", 1, nnUNet_results=str(results))
     found = sorted(tmp_path.glob("*.nii.gz"))
     assert len(found) == 2
     for path in found:
