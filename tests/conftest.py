@@ -51,7 +51,7 @@ class Workplace:
             "nnUNet_extTrainer": os.pathsep.join((str(TRAINERS), str(TINY_TRAINERS))),
             "nnUNet_n_proc_DA": "0",
             "nnUNet_def_n_proc": "1",
-            "OMP_NUM_THREADS": "2",
+            "OMP_NUM_THREADS": "1",
         }
 
     @staticmethod
@@ -116,6 +116,7 @@ class Workplace:
         with pytest.MonkeyPatch.context() as patch:
             for key, value in {**self.environment, "nnUNet_results": str(results)}.items():
                 patch.setenv(key, value)
+            patch.setattr(multiprocessing, "cpu_count", lambda: 1)  # -device cpu sets the threads by it
             try:
                 yield self
             finally:

@@ -220,15 +220,72 @@ def test_training_returns_finite_terms_and_touches_every_trainable_parameter():
             assert (parameter.grad is not None) == name.startswith("denoiser."), name
 
 
+def with_prediction(network, prediction, noise, timestep):
+    """Let the denoiser's answer in training be `prediction(noisy)`, for known noise; returns what it saw."""
+    seen = []
+
+    def evaluate(denoiser, noisy, image, t):
+        seen.append(noisy)
+        foreground = 3 if network.settings.regions else 2
+        return prediction(noisy), torch.zeros(2, foreground), torch.zeros(2, foreground, 4, 4)
+
+    network._evaluate = evaluate
+    network._training_noise = lambda clean, generator: (timestep, noise)
+    return seen
+
+
 @pytest.mark.parametrize("gamma", [0.0, 5.0])
-def test_training_loss_of_a_perfect_denoiser_is_zero(gamma):
-    target = torch.randint(0, 3, (2, 1, 8, 8))
+@pytest.mark.parametrize("kind", ["x0", "epsilon", "v"])
+def test_training_loss_is_the_weighted_square_of_the_distance_from_the_target(kind, gamma):
+    target, noise = torch.randint(0, 3, (2, 1, 8, 8)), torch.randn(2, 3, 8, 8)
+    settings = dataclasses.replace(SETTINGS, prediction_type=kind, min_snr_gamma=gamma, corruption_probability=0.0)
+    network, timestep = known(None, settings), torch.tensor([20, 700])
     clean = labels.labels_to_state(target, 3)
-    settings = dataclasses.replace(SETTINGS, prediction_type="x0", min_snr_gamma=gamma)
-    network = known(lambda _: clean, settings)
-    network._evaluate = lambda denoiser, noisy, image, t: (clean, torch.zeros(2, 2), torch.zeros(2, 2, 4, 4))
-    terms = network(torch.randn(2, 1, 8, 8), target, None, torch.Generator().manual_seed(0))
-    assert terms["denoising"].item() == 0
+    alpha_bar = network.process.schedule.alpha_bar[timestep].float()
+    signal, spread = (root.sqrt().view(2, 1, 1, 1) for root in (alpha_bar, 1 - alpha_bar))
+    wanted = {"x0": clean, "epsilon": noise, "v": signal * noise - spread * clean}[kind]
+    distance = torch.tensor([0.3, 0.5]).view(2, 1, 1, 1)
+    seen = with_prediction(network, lambda _: wanted + distance, noise, timestep)
+    loss = network(torch.randn(2, 1, 8, 8), target, None, torch.Generator())["denoising"]
+    assert torch.allclose(seen[0], signal * clean + spread * noise, atol=1e-5)
+    # Hang et al. 2023: the same loss on x_0, whatever is predicted
+    snr = alpha_bar / (1 - alpha_bar)
+    weight = snr.clamp(max=gamma) / {"x0": 1, "epsilon": snr, "v": snr + 1}[kind] if gamma else torch.ones(2)
+    assert loss.item() == pytest.approx(float((weight * distance.flatten() ** 2).mean()), rel=1e-3)
+
+
+def test_training_draws_the_timesteps_it_is_asked_for():
+    network = segmenter(dataclasses.replace(SETTINGS, max_train_step=300))
+    timestep, noise = network._training_noise(torch.zeros(2000, 3, 1, 1), torch.Generator().manual_seed(0))
+    assert timestep.min() < 5 and 294 < timestep.max() < 300
+    assert noise.std().item() == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_ignored_voxels_start_from_the_presegmentation_and_change_neither_loss_nor_gradient(regions):
+    settings = dataclasses.replace(SETTINGS, prediction_type="x0", corruption_probability=0.0, regions=regions)
+    network, timestep = known(None, settings), torch.tensor([50, 300])
+    image = torch.randn(2, 1, 8, 8)
+    if regions:  # masks as nnU-Net's loader gives them, the last one marks what is ignored
+        target = torch.randint(0, 2, (2, 4, 8, 8)).float()
+        ignored = target[:, 3:] = (torch.rand(2, 1, 8, 8) < 0.3).float()
+        ignored = ignored.bool()
+    else:
+        target = torch.randint(0, 4, (2, 1, 8, 8))
+        ignored = target == 3
+    network.ignore_label = 3
+    prediction = torch.randn(2, 3, 8, 8, requires_grad=True)
+    seen = with_prediction(network, lambda _: prediction, torch.zeros(2, 3, 8, 8), timestep)
+    loss = network(image, target, None, torch.Generator())["denoising"]
+    (gradient,) = torch.autograd.grad(loss, prediction)
+    ignored = ignored.expand(2, 3, 8, 8)
+    assert ignored.any() and gradient[ignored].abs().max() == 0 and gradient[~ignored].abs().min() > 0
+    signal = network.process.schedule.alpha_bar[timestep].float().sqrt().view(2, 1, 1, 1)
+    expected = signal * labels.probabilities_to_state(network.presegment(image))
+    assert torch.allclose(seen[0][ignored], expected[ignored], atol=1e-6)
+    with torch.no_grad():
+        prediction[ignored] += 7
+    assert network(image, target, None, torch.Generator())["denoising"].item() == pytest.approx(loss.item(), rel=1e-6)
 
 
 def test_starts_are_truth_corrupted_or_presegmentation_in_the_asked_shares():

@@ -64,8 +64,11 @@ def trained(place):
     # the same first stage under the other plans' name
     name = f"{FIRST}__{{}}__3d_lowres"
     (place.results / name.format("CascadeStart")).symlink_to(place.results / name.format("Cascade"))
-    for plans in ("Cascade", "CascadeStart"):
-        train(place, plans, CONFIGURATION, 0, OURS)
+    train(place, "Cascade", CONFIGURATION, 0, OURS)
+    # and the same pre-segmentor
+    name = f"{FIRST}__{{}}__{CONFIGURATION}"
+    (place.results / name.format("CascadeStart")).symlink_to(place.results / name.format("Cascade"))
+    train(place, "CascadeStart", CONFIGURATION, 0, OURS)
     return place, refused
 
 
@@ -77,18 +80,24 @@ def test_missing_first_stage_is_refused_with_the_commands(trained):
     assert "each FOLD of 0 to 1" in refused.stderr
 
 
+COMMON = ["-d", 44, "-f", 0, "-device", "cpu", "-npp", 1, "-nps", 1]
+
+
+@pytest.fixture(scope="module")
+def first_stage(trained, tmp_path_factory):
+    """Folder of the test cases' segmentations by the first stage."""
+    place, out = trained[0], tmp_path_factory.mktemp("first")
+    words = [*COMMON, "-i", place.raw / "imagesTs", "-o", out, "-c", "3d_lowres", "-p", "Cascade", "-tr", FIRST]
+    place.run("nnUNetv2_predict", *words)
+    return out
+
+
 @pytest.mark.parametrize("plans", ["Cascade", "CascadeStart"])
-def test_prediction_needs_and_uses_the_previous_stage(trained, tmp_path, plans):
+def test_prediction_needs_the_previous_stage(trained, first_stage, tmp_path, plans):
     place, _ = trained
-    common = ["-i", place.raw / "imagesTs", "-d", 44, "-f", 0, "-device", "cpu", "-npp", 1, "-nps", 1]
-    first, second = tmp_path / "first", tmp_path / "second"
-    place.run("nnUNetv2_predict", *common, "-o", first, "-c", "3d_lowres", "-p", "Cascade", "-tr", FIRST)
-    words = [*common, "-c", CONFIGURATION, "-p", plans, "-tr", OURS]
-    place.run("nnUNetv2_predict", *words, "-o", second, "-prev_stage_predictions", first)
-    for path in sorted(first.glob("*.nii.gz")):
-        found = sitk.ReadImage(str(second / path.name))
-        assert found.GetSize() == sitk.ReadImage(str(path)).GetSize()
-        assert set(np.unique(sitk.GetArrayFromImage(found))) <= {0, 1, 2}
+    words = [*COMMON, "-i", place.raw / "imagesTs", "-o", tmp_path, "-c", CONFIGURATION, "-p", plans, "-tr", OURS]
+    place.run("nnUNetv2_predict", *words, "-prev_stage_predictions", first_stage)
+    place.assert_geometry_and_labels({path.name: sitk.ReadImage(str(path)) for path in tmp_path.glob("*.nii.gz")})
 
 
 @pytest.mark.parametrize("plans", ["Cascade", "CascadeStart"])
@@ -97,22 +106,32 @@ def test_predictor_takes_the_previous_stage_as_input_and_as_start(trained, tmp_p
     place, _ = trained
     previous = tmp_path / "previous"
     previous.mkdir()
+    nothing = tmp_path / "nothing"
+    nothing.mkdir()
     for path in sorted((place.raw / "imagesTs").iterdir()):  # a label map of that geometry
         image = sitk.ReadImage(str(path))
         bright = sitk.Cast(image > float(np.percentile(sitk.GetArrayFromImage(image), 90)), sitk.sitkUInt8)
         sitk.WriteImage(bright, str(previous / path.name.replace("_0000", "")))
+        sitk.WriteImage(bright * 0, str(nothing / path.name.replace("_0000", "")))
     model = str(place.results / f"{OURS}__{plans}__{CONFIGURATION}")
     words = ["predict", "-i", str(place.raw / "imagesTs"), "-m", model, "-f", "0", "-device", "cpu", "--sequential"]
     with place.in_process(place.root / "results"):
         assert main([*words, "-o", str(tmp_path / "none")]) == 2
+        words += ["--save_probabilities", "--disable_tta"]
         assert main([*words, "-o", str(tmp_path / "a"), "-prev_stage_predictions", str(previous)]) == 0
+        assert main([*words, "-o", str(tmp_path / "c"), "-prev_stage_predictions", str(nothing)]) == 0
         given = ["-prev_stage_predictions", str(previous), "--presegmentation", str(previous)]
         assert main([*words, "-o", str(tmp_path / "b"), *given]) == 0
     starts = [json.loads(next((tmp_path / name / "reports").iterdir()).read_text())["start"] for name in "ab"]
     assert starts[0] == ("previous_stage" if plans == "CascadeStart" else "presegmentor")
     assert starts[1].startswith(str(previous))
-    for name in "ab":
-        assert len(list((tmp_path / name).glob("*.nii.gz"))) == 2
+    found = {
+        name: [np.load(path)["probabilities"] for path in sorted((tmp_path / name).glob("*.npz"))] for name in "abc"
+    }
+    assert [len(each) for each in found.values()] == [2, 2, 2]
+    for other in "bc":  # what is given changes what comes out
+        for one, two in zip(found["a"], found[other], strict=True):
+            assert np.abs(one - two).max() > 1e-2
 
 
 def test_start_from_the_previous_stage_is_its_label_map(trained):

@@ -78,6 +78,8 @@ def test_best_configuration_ensemble_and_postprocessing(trained, tmp_path):
             "nnUNetv2_predict", "-i", place.raw / "imagesTs", "-o", members[-1], "-d", 4, "-c", "2d", "-p", "Tiny",
             "-tr", trainer, "-f", *FOLDS, "-device", "cpu", "--save_probabilities", "-npp", 0, "-nps", 0, **variables,
         )  # fmt: skip
+        found = {path.name: sitk.ReadImage(str(path)) for path in members[-1].glob("*.nii.gz")}
+        place.assert_geometry_and_labels(found)
     place.run("nnUNetv2_ensemble", "-i", *members, "-o", tmp_path / "ensemble", "-np", 1, **variables)
     postprocessing = Path(information["best_model_or_ensemble"]["postprocessing_file"])
     place.run(

@@ -1,6 +1,7 @@
 """Regions, the ignore label, and both: real trainings and predictions by nnU-Net's commands."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -105,7 +106,14 @@ def test_predictor_fuses_and_starts_from_label_maps(trained, tmp_path, fusion):
         assert len(files) == 2
         for path in files:
             assert set(np.unique(sitk.GetArrayFromImage(sitk.ReadImage(str(path))))) <= {0, 1, 2}
-    for path in (tmp_path / "b").glob("*.npz"):
+    reports = {name: json.loads(sorted((tmp_path / name / "reports").iterdir())[0].read_text()) for name in "abc"}
+    assert [Path(reports[name]["start"]).suffix for name in "bc"] == [".npz", ".gz"]
+    assert reports["a"]["network_evaluations"]["presegmentor"] > 0
+    assert reports["b"]["network_evaluations"]["presegmentor"] == 0
+    assert {report["fusion"] for report in reports.values()} == {fusion}
+    written = sorted((tmp_path / "b").glob("*.npz"))
+    assert len(written) == 2
+    for path in written:
         probabilities = np.load(path)["probabilities"]
         assert len(probabilities) == (3 if kind == "ignore" else 2)
         assert np.isfinite(probabilities).all()

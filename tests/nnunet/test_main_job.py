@@ -10,8 +10,6 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from torch._dynamo import OptimizedModule
 
-from nnunet_diffusion.cli.main import main
-
 pytestmark = [pytest.mark.nnunet, pytest.mark.slow]
 
 
@@ -101,44 +99,6 @@ def test_compiled_inference_gives_the_same(trained_2d, monkeypatch):
             assert isinstance(predictor.network, OptimizedModule) is (choice == "t")
             found[choice] = predictor.predict_single_npy_array(image[:, :4], properties | {"spacing": [1.0, 1.0, 1.0]})
     assert np.array_equal(found["f"], found["t"])
-
-
-def test_second_fold_and_prediction_by_both_folds(trained_2d, tmp_path):
-    place, _ = trained_2d
-    place.run("nnUNetv2_train", 4, "2d", 1, "-tr", "TinyDiffusionTrainer", "-p", "Tiny", "-device", "cpu")
-    place.assert_geometry_and_labels(predict(place, tmp_path, "-f", 0, 1))
-
-
-def test_3d_trains_and_predicts(hippocampus, tmp_path):
-    """Without mirroring, which takes eight times as long in 3D and is nnU-Net's own."""
-    trainer = "TinyDiffusionTrainerNoMirroring"
-    hippocampus.run("nnUNetv2_train", 4, "3d_fullres", 0, "-tr", trainer, "-p", "Tiny3d", "-device", "cpu", "--npz")
-    found = predict(hippocampus, tmp_path / "stock", configuration="3d_fullres", plans="Tiny3d", trainer=trainer)
-    hippocampus.assert_geometry_and_labels(found)
-    words = [
-        "predict",
-        "-i",
-        str(hippocampus.raw / "imagesTs"),
-        "-o",
-        str(tmp_path / "ours"),
-        "-d",
-        "4",
-        "-c",
-        "3d_fullres",
-    ]
-    words += ["-p", "Tiny3d", "-tr", trainer, "-f", "0", "-device", "cpu", "--sequential", "--samples", "2", "-m"]
-    with hippocampus.in_process(hippocampus.root / "results"):
-        assert main([*words, str(hippocampus.results / f"{trainer}__Tiny3d__3d_fullres")]) == 0
-    ours = {path.name: sitk.ReadImage(str(path)) for path in (tmp_path / "ours").glob("*.nii.gz")}
-    hippocampus.assert_geometry_and_labels(ours)
-
-
-def test_finished_training_continues_and_validates_again(trained_2d):
-    place, _ = trained_2d
-    done = place.run(
-        "nnUNetv2_train", 4, "2d", 0, "-tr", "TinyDiffusionTrainer", "-p", "Tiny", "-device", "cpu", "--val"
-    )
-    assert "Mean Validation Dice" in done.stdout
 
 
 def test_another_fold_with_other_settings_is_refused_by_key_and_value(trained_2d):

@@ -5,6 +5,8 @@ import json
 import numpy as np
 import pytest
 
+from nnunet_diffusion.training import DiffusionTrainer
+
 pytestmark = [pytest.mark.slow, pytest.mark.nnunet]
 
 CONFIGURATION = "2d"
@@ -99,9 +101,9 @@ def test_a_plan_edited_by_hand_is_refused(planned):
         edited["plans_name"] = "Edited"
         edited["configurations"][CONFIGURATION][key] |= value
         path.with_name("Edited.json").write_text(json.dumps(edited))
-        words_of_training = (4, CONFIGURATION, 0, "-tr", "TinyDiffusionTrainer", "-p", "Edited", "-device", "cpu")
-        done = place.run("nnUNetv2_train", *words_of_training, check=False)
-        assert done.returncode != 0 and all(word in done.stdout + done.stderr for word in words)
+        with place.in_process(place.root / "results"), pytest.raises(ValueError) as error:
+            place.trainer(DiffusionTrainer, "Edited", CONFIGURATION)
+        assert all(word in str(error.value) for word in words)
 
 
 def test_stock_plans_that_need_more_than_their_target_are_warned_about(planned):

@@ -47,6 +47,16 @@ def predict(place, out, *arguments, images=None, code=0):
     return {path.name: path for path in sorted(Path(out).glob("*.nii.gz"))}
 
 
+def test_the_model_may_be_named_as_for_nnunet(place, tmp_path):
+    """-d, -p, -tr and -c instead of its folder."""
+    by_folder = predict(place, tmp_path / "a")
+    arguments = words(place, tmp_path / "b", "--sequential")
+    start = arguments.index("-m")
+    arguments[start : start + 2] = ["-d", "4", "-p", "Tiny", "-tr", "TinyDiffusionTrainer", "-c", "2d"]
+    assert main(arguments) == 0
+    assert_same(by_folder, {path.name: path for path in (tmp_path / "b").glob("*.nii.gz")})
+
+
 def label_maps(files):
     return {name: sitk.GetArrayFromImage(sitk.ReadImage(str(path))) for name, path in files.items()}
 
@@ -253,7 +263,9 @@ def test_class_returns_what_nnunets_returns(place, tmp_path):
         predictor.predict_single_npy_array(np.where(image > image.mean(), np.nan, image), properties)
 
     listed = predictor.predict_from_files_sequential([[str(path)] for path in paths], None)
-    assert [np.array_equal(each, label_maps(found)[f"{name}.nii.gz"]) for each, name in zip(listed, names, strict=True)]
+    assert all(
+        np.array_equal(each, label_maps(found)[f"{name}.nii.gz"]) for each, name in zip(listed, names, strict=True)
+    )
     arrays = predictor.predict_from_list_of_npy_arrays([image], None, [properties], None, 1, False, 1)
     assert np.array_equal(arrays[0], segmentation)
     with pytest.raises(FailedCases, match="nothing_0000.nii.gz is missing") as failed:

@@ -49,5 +49,6 @@ def test_validation_by_the_best_checkpoint(trained):
     place, results = trained
     summary = fold(results, place, NAME) / "validation" / "summary.json"
     before = summary.stat().st_mtime
-    place.run("nnUNetv2_train", *TRAIN, "--val", "--val_best", nnUNet_results=str(results))
+    done = place.run("nnUNetv2_train", *TRAIN, "--val", "--val_best", nnUNet_results=str(results))
+    assert "Mean Validation Dice" in done.stdout
     assert summary.stat().st_mtime > before
