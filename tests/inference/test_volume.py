@@ -9,7 +9,9 @@ from nnunetv2.inference.sliding_window_prediction import compute_gaussian, compu
 from torch import nn
 
 from nnunet_diffusion import labels
+from nnunet_diffusion.diffusion.gaussian import PREDICTION_TYPES, GaussianDiffusion
 from nnunet_diffusion.diffusion.samplers import SAMPLERS, timestep_grid
+from nnunet_diffusion.diffusion.schedules import noise_schedule
 from nnunet_diffusion.inference.giving_way import run_group
 from nnunet_diffusion.inference.volume import NOISE_OF_START, NOISE_OF_STEPS, Tiling, VolumeProcess
 from nnunet_diffusion.segmenter import DiffusionSegmenter
@@ -90,6 +92,38 @@ def test_perfect_denoiser_leaves_no_seams(sampler, volume, patch, step):
     wanted = labels.state_to_probabilities(state[None])
     assert found.shape == (2, 3, *volume)
     assert (found - wanted).abs().max() < 1e-5
+
+
+class KnowsTheTruth(Denoiser):
+    """Predicts what its prediction type asks for, exactly; the image is the label map."""
+
+    def __init__(self, kind):
+        super().__init__(3, None)
+        self.kind, self.process = kind, GaussianDiffusion(noise_schedule("linear", 1000), "x0")
+
+    def forward(self, noisy, timestep, condition):
+        clean = labels.labels_to_state(condition.image[:, :1], 3)
+        noise = self.process.to_noise(clean, noisy, timestep)
+        alpha_bar = self.process.schedule.at(timestep, noisy)
+        return {
+            "x0": clean,
+            "epsilon": noise,
+            "v": alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * clean,
+            "logits": 20 * clean,
+        }[self.kind]
+
+
+@pytest.mark.parametrize("from_noise", [False, True])
+@pytest.mark.parametrize("kind", PREDICTION_TYPES)
+def test_every_prediction_type_gives_the_truth(kind, from_noise):
+    truth = torch.randint(0, 3, (1, 12, 10))
+    settings = dataclasses.replace(
+        SETTINGS, prediction_type=kind, from_noise=from_noise, start_step=1000 if from_noise else 300
+    )
+    joint = process(KnowsTheTruth(kind), truth.float(), tiling((12, 10), (8, 8), 0.5), settings)
+    wanted = labels.state_to_probabilities(labels.labels_to_state(truth[None], 3))
+    for found in (joint.run([0]), joint.run_tile_wise([0])):
+        assert (found - wanted).abs().max() < 1e-3
 
 
 def test_one_tile_is_the_same_jointly_and_tile_wise():

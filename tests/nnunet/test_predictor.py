@@ -285,6 +285,18 @@ def test_memory_limit_is_kept_or_refused(place, tmp_path, capsys):
     assert "MiB are allowed (--state_memory)" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 32, 32), (1, 2, 20, 24)])
+def test_the_presegmentor_counts_by_its_weight(place, shape):
+    """Also in a volume smaller than the patch, which is padded and cut again."""
+    data, found = torch.randn(shape), {}
+    for weight in (0.0, 0.3, 1.0):
+        logits = loaded(place, presegmentation_weight=weight).predict_volume(data).logits
+        assert logits.shape == (3, *shape[1:])
+        found[weight] = logits.softmax(0)
+    assert (found[0.0] - found[1.0]).abs().max() > 0.05
+    assert torch.allclose(found[0.3], 0.7 * found[0.0] + 0.3 * found[1.0], atol=1e-4)
+
+
 def test_tile_wise_sampling_and_folds(place, tmp_path):
     joint = predict(place, tmp_path / "joint", "--samples", 1)
     tile_wise = predict(place, tmp_path / "tiles", "--samples", 1, "--tile_wise")
