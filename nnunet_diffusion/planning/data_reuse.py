@@ -65,8 +65,8 @@ def different_entries(theirs: Mapping[str, Any], ours: Mapping[str, Any], config
     one, other = (plans["configurations"].get(configuration) for plans in (theirs, ours))
     if one is None or other is None:
         return ["configurations"]
-    different = [key for key in SAME_DATA if not _same(one.get(key), other.get(key))]
-    return different + [key for key in SAME_FOR_ALL if not _same(theirs.get(key), ours.get(key))]
+    different = [key for key in SAME_DATA if not same_entries(one.get(key), other.get(key))]
+    return different + [key for key in SAME_FOR_ALL if not same_entries(theirs.get(key), ours.get(key))]
 
 
 def _refuse_other_preprocessing(folder: Path, plans: Mapping[str, Any], configuration: str) -> None:
@@ -112,11 +112,15 @@ def refuse_other_spacing(folder: Path, plans: Mapping[str, Any], configuration: 
 
 
 def is_complete(folder: Path, cases: list[str]) -> bool:
-    """Whether all cases are preprocessed in `folder`, so that nothing has to be done again."""
-    return bool(cases) and set(cases) <= set(finished_cases(folder))
+    """Whether all cases are preprocessed in `folder`, and their labels are where nnU-Net's validation looks for them."""
+    names = [path.name.split(".") for path in (folder.parent / "gt_segmentations").glob("*")]
+    truths = {".".join(parts[:end]) for parts in names for end in range(1, len(parts))}  # a case's name may have dots
+    return bool(cases) and set(cases) <= set(finished_cases(folder)) & truths
 
 
-def _same(ours: Any, theirs: Any) -> bool:
+def same_entries(ours: Any, theirs: Any) -> bool:
+    """Whether two entries of plans mean the same: numbers up to six decimals, keys as text, as JSON and checkpoints differ."""
+
     def plain(value: Any) -> Any:
         if isinstance(value, Mapping):
             return {str(key): plain(entry) for key, entry in value.items()}

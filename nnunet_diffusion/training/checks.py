@@ -54,6 +54,12 @@ def explained(error: Exception, preprocessed: Path, epoch: int) -> Exception | N
         return FileNotFoundError(
             f"{preprocessed} is not there, or no more: mount or restore it, or run nnUNetv2_preprocess. {saved}"
         )
+    if "Some background workers" in str(error):  # nnU-Net's check of the processes that write a validation's cases
+        return RuntimeError(
+            "A process that writes the validation's segmentations has died. Its own message, if it had one, stands above; "
+            "without one it was killed, mostly for lack of memory: export nnUNet_def_n_proc with a smaller number and give the "
+            "same command again (with --c if this was the denoiser's validation)."
+        )
     if "background workers" in str(error):
         return RuntimeError(
             "A process that loads and augments cases has died. Its own message, if it had one, stands above; without one it "

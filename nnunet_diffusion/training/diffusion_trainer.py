@@ -269,6 +269,7 @@ class DiffusionTrainer(nnUNetTrainer):
             self.dataset_json,
             self.do_split()[1],
             given=self._given is not None,
+            mirrored=self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()[3],
         )
         self.segmenter.presegmentor.load_state_dict(weights)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import json
 import math
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +22,11 @@ from nnunetv2.utilities.helpers import empty_cache
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunet_diffusion.environment import PRESEGMENTOR_FOLDER
+from nnunet_diffusion.planning.data_reuse import SAME_DATA, same_entries
 from nnunet_diffusion.training.checkpoints import read_checkpoint, remove_what_killed_jobs_left, write_aside
 from nnunet_diffusion.training.checks import check_batch
 from nnunet_diffusion.training.other_jobs import (
+    LOCK_SECONDS,
     SUMMARY,
     StockTrainingBegan,
     agreed,
@@ -35,7 +39,8 @@ from nnunet_diffusion.training.other_jobs import (
 # what must agree for one network's output to be another's start
 SAME_DATASET = ("labels", "regions_class_order", "channel_names")
 SAME_PLANS = ("dataset_name", "transpose_forward", "image_reader_writer")
-SAME_PREPROCESSING = ("spacing", "normalization_schemes", "use_mask_for_norm", "previous_stage")
+SAME_PREPROCESSING = (*SAME_DATA, "previous_stage")
+INTENSITIES = "foreground_intensity_properties_per_channel"  # CT is normalised by them
 SAME_NETWORK = ("patch_size", "architecture")
 
 
@@ -65,8 +70,8 @@ def ensure_presegmentor(
         log: takes one line.
     """
     folder = Path(get_output_folder(dataset_name, trainer_name, plans_name, configuration, fold))
-    final, validated = folder / "checkpoint_final.pth", folder / SUMMARY
-    if agreed(final.is_file() and validated.is_file()):
+    final, summary = folder / "checkpoint_final.pth", folder / SUMMARY
+    if agreed(final.is_file() and _measured(summary) is not None):
         log(f"Pre-segmentor: {final} is trained already.")
         return final
     folder.mkdir(parents=True, exist_ok=True)
@@ -82,12 +87,15 @@ def ensure_presegmentor(
                 log(f"Pre-segmentor: nnU-Net's own training began in {folder}, so this one gives way to it.")
                 trainer = None
                 wait_for_stock_training(folder, log)
-        if not agreed(validated.is_file()):
+        if not agreed(_measured(summary) is not None):
             if trainer is None:
                 trainer = _make_trainer(trainer_name, dataset_name, configuration, fold, plans_name, True, device)
+                _refuse_other_plans(final, read_checkpoint(final), trainer)
                 trainer.load_checkpoint(str(final))
             log("Pre-segmentor: validation with probabilities.")
             trainer.perform_actual_validation(save_probabilities=True)
+            while trainer.local_rank != 0 and _measured(summary) is None:
+                time.sleep(LOCK_SECONDS)  # rank 0 measures all cases: a collective call would not wait that long
         if trainer is not None:
             _finish_loggers(trainer)
     # its wrapped methods hold it in cycles, and so its network, gradients and momentum on the GPU
@@ -137,11 +145,12 @@ def _save_often_and_whole(trainer: nnUNetTrainer) -> None:
 
 
 def _load_last_checkpoint(trainer: nnUNetTrainer, resumable: bool) -> None:
-    """Go on from the last checkpoint; raise ValueError, naming it and the cure, if it is damaged."""
+    """Go on from the last checkpoint; raise ValueError, naming it and the cure, if it is damaged or of other plans."""
     if resumable:
         folder = Path(trainer.output_folder)
         kinds = (folder / f"checkpoint_{kind}.pth" for kind in ("final", "latest", "best"))  # nnU-Net's order
-        read_checkpoint(next(path for path in kinds if path.is_file()))
+        path = next(path for path in kinds if path.is_file())
+        _refuse_other_plans(path, read_checkpoint(path), trainer)
     maybe_load_checkpoint(trainer, resumable, False)
 
 
@@ -216,6 +225,7 @@ def load_presegmentor_weights(
     validation_cases: Sequence[str],
     *,
     given: bool = False,
+    mirrored: Sequence[int] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Return the weights of a pre-segmentor after checking that it fits.
 
@@ -227,13 +237,42 @@ def load_presegmentor_weights(
         dataset_json: of this training.
         validation_cases: of this training's fold.
         given: whether the user named it; it may then have another architecture, patch size and configuration name.
+        mirrored: axes along which this training mirrors.
 
     Raises:
         ValueError: naming what differs, if it was trained on another dataset, fold, split, labels, channels,
-            preprocessing or (unless given) architecture.
+            preprocessing or (unless given) architecture, or never mirrored along one of these axes.
     """
     checkpoint = read_checkpoint(path)
     init = checkpoint["init_args"]
+    _refuse_misfit(path, init, plans, configuration, fold, dataset_json, given)
+    _refuse_other_split(path, validation_cases, init["dataset_json"]["file_ending"])
+    untrained = sorted(set(mirrored or ()) - set(checkpoint.get("inference_allowed_mirroring_axes") or ()))
+    if untrained:
+        raise ValueError(
+            f"Pre-segmentor {path} ({checkpoint.get('trainer_name')}) never saw images mirrored along axis "
+            f"{', '.join(map(str, untrained))}, but this training mirrors them, in prediction too: take "
+            "-tr DiffusionTrainerNoMirroring, or a pre-segmentor that was trained with mirroring."
+        )
+    return {key.removeprefix("module."): value for key, value in checkpoint["network_weights"].items()}
+
+
+def _refuse_other_plans(path: Path, checkpoint: Mapping[str, Any], trainer: nnUNetTrainer) -> None:
+    """Raise ValueError if a pre-segmentor's training cannot go on from its checkpoint, as the plans are others now."""
+    plans, configuration = trainer.plans_manager.plans, trainer.configuration_name
+    _refuse_misfit(path, checkpoint["init_args"], plans, configuration, trainer.fold, trainer.dataset_json, False)
+
+
+def _refuse_misfit(
+    path: Path,
+    init: Mapping[str, Any],
+    plans: Mapping[str, Any],
+    configuration: str,
+    fold: int | str,
+    dataset_json: Mapping[str, Any],
+    given: bool,
+) -> None:
+    """Raise ValueError, naming what differs, unless a checkpoint's `init_args` are of this dataset, fold and network."""
     theirs, ours = PlansManager(init["plans"]), PlansManager(dict(plans))
     differing = {
         "fold": (str(init["fold"]), str(fold)),
@@ -247,23 +286,30 @@ def load_presegmentor_weights(
         other = theirs.get_configuration(init["configuration"]).configuration
         keys = SAME_PREPROCESSING if given else SAME_PREPROCESSING + SAME_NETWORK
         differing.update({key: (other.get(key), mine.get(key)) for key in keys})
+        if "CTNormalization" in mine.get("normalization_schemes", ()):
+            differing[INTENSITIES] = (theirs.plans.get(INTENSITIES), ours.plans.get(INTENSITIES))
     for key, (other_value, own_value) in differing.items():
-        if other_value != own_value:
+        if not same_entries(other_value, own_value):
             cure = f"Unset {PRESEGMENTOR_FOLDER}" if given else "Move its folder away"
             raise ValueError(
                 f"Pre-segmentor {path} does not fit: its {key} is {other_value!r}, this training has {own_value!r}. {cure} "
                 "and start again: a fitting one is then trained first."
             )
-    _refuse_other_split(path, validation_cases, init["dataset_json"]["file_ending"])
-    return {key.removeprefix("module."): value for key, value in checkpoint["network_weights"].items()}
+
+
+def _measured(summary: Path) -> list[Any] | None:
+    """Return the cases of a validation's summary; None if it is not there or not whole, as nnU-Net writes it in place."""
+    if not summary.is_file():
+        return None
+    try:
+        return json.loads(summary.read_text())["metric_per_case"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return None
 
 
 def _refuse_other_split(path: Path, validation_cases: Sequence[str], file_ending: str) -> None:
     """Raise ValueError if the pre-segmentor's own validation had other cases; without one there is nothing to compare."""
-    summary = path.parent / SUMMARY
-    if not summary.is_file():
-        return
-    measured = json.loads(summary.read_text()).get("metric_per_case", [])
+    measured = _measured(path.parent / SUMMARY)
     if not measured:
         return
     theirs = {Path(case["prediction_file"]).name.removesuffix(file_ending) for case in measured}
@@ -314,6 +360,16 @@ def build_presegmentor(
         configuration_manager = ConfigurationManager(
             {**configuration_manager.configuration, "architecture": dict(architecture)}
         )
+    if "plans_manager" in inspect.signature(trainer.build_network_architecture).parameters:
+        return trainer.build_network_architecture(
+            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision=False
+        )
+    # trainers written for nnU-Net before 2.8, which it still supports
     return trainer.build_network_architecture(
-        plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision=False
+        configuration_manager.network_arch_class_name,
+        configuration_manager.network_arch_init_kwargs,
+        configuration_manager.network_arch_init_kwargs_req_import,
+        num_input_channels,
+        num_output_channels,
+        enable_deep_supervision=False,
     )

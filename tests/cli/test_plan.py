@@ -122,8 +122,14 @@ def test_only_cases_that_were_written_whole_are_left_alone(folders, preprocessed
     folder.mkdir()
     for name in files:
         (folder / name).touch()
+    truths = folder.parent / "gt_segmentations"
+    truths.mkdir()
+    (truths / "case0.nii.gz").touch()
     plan.preprocess(DATASET, PLANS, options_of("-c", "2d"))
     assert preprocessed_names == ([] if complete else ["2d"])
+    (truths / "case0.nii.gz").unlink()  # nnU-Net copies the labels at the end, for its validation
+    plan.preprocess(DATASET, PLANS, options_of("-c", "2d"))
+    assert preprocessed_names == (["2d"] if complete else ["2d", "2d"])
 
 
 def test_unset_folder_and_ambiguous_number(folders, capsys, monkeypatch):

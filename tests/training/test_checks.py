@@ -53,4 +53,6 @@ def test_only_errors_that_come_from_loading_are_explained(tmp_path):
     assert "from epoch 3 on" in str(gone)
     dead = RuntimeError("One or more background workers are no longer alive. Exiting.")
     assert "nnUNet_n_proc_DA" in str(explained(dead, tmp_path, 0))
+    writing = RuntimeError("Some background workers are no longer alive")
+    assert "nnUNet_def_n_proc" in str(explained(writing, tmp_path, 0))
     assert explained(RuntimeError("CUDA out of memory"), tmp_path, 0) is None

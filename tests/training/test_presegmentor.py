@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -28,6 +29,7 @@ def stock(workplace, tmp_path):
     torch.manual_seed(0)
     trainer = workplace.trainer(nnUNetTrainer)
     trainer.initialize()
+    trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()  # as a training does, before it saves
     (tmp_path / "model" / "fold_0").mkdir(parents=True)
     trainer.save_checkpoint(str(tmp_path / "model" / "fold_0" / "checkpoint_final.pth"))
     return trainer, tmp_path / "model" / "fold_0" / "checkpoint_final.pth"
@@ -106,6 +108,55 @@ def test_other_fold_configuration_labels_and_channels_are_refused_naming_both_va
         load(stock, description=description | {"channel_names": {"0": "T9"}})
 
 
+def test_one_that_never_saw_mirrored_images_is_refused_where_they_are_mirrored(workplace, stock):
+    assert load(stock, mirrored=(0, 1)) and load(stock, mirrored=None)
+    trainer, path = stock
+    trainer.inference_allowed_mirroring_axes = (1,)
+    trainer.save_checkpoint(str(path))
+    assert load(stock, mirrored=(1,))
+    with pytest.raises(ValueError, match="never saw images mirrored along axis 0, .*DiffusionTrainerNoMirroring"):
+        load(stock, mirrored=(0, 1))
+
+
+def test_intensities_count_where_ct_is_normalised_by_them(stock):
+    name = "foreground_intensity_properties_per_channel"
+    plans = changed(stock[0].plans_manager.plans, name, "0", "mean", value=-777.0)
+    assert load(stock, plans)  # MRI: each case by its own
+    trainer, path = stock
+    section = trainer.plans_manager.plans["configurations"]["2d"]
+    section["normalization_schemes"] = ["CTNormalization"]
+    trainer.save_checkpoint(str(path))
+    assert load(stock)
+    with pytest.raises(ValueError, match=f"its {name} is .*-777"):
+        load(stock, changed(trainer.plans_manager.plans, name, "0", "mean", value=-777.0))
+
+
+def test_a_summary_that_is_not_whole_counts_as_none(tmp_path):
+    path = tmp_path / "summary.json"
+    assert presegmentor._measured(path) is None
+    for text in ("", '{"metric_per_case": [', "{}", "[]"):
+        path.write_text(text)
+        assert presegmentor._measured(path) is None
+    path.write_text('{"metric_per_case": [1]}')
+    assert presegmentor._measured(path) == [1]
+
+
+@pytest.mark.parametrize("kind", ["latest", "final"])
+def test_a_half_trained_one_of_other_plans_is_not_gone_on_with(workplace, stock, tmp_path, kind):
+    folder = tmp_path / "results" / workplace.dataset / "TinynnUNetTrainer__Tiny__2d" / "fold_0"
+    folder.mkdir(parents=True)
+    shutil.copy(stock[1], folder / f"checkpoint_{kind}.pth")
+    before = (workplace.preprocessed / "Tiny.json").read_text()
+    try:
+        workplace.write_plans("Tiny", "2d", patch=[64, 32])
+        with pytest.raises(
+            ValueError, match=r"its patch_size is \[32, 32\], this training has \[64, 32\]. Move its folder"
+        ):
+            ensure(workplace, [])
+    finally:
+        (workplace.preprocessed / "Tiny.json").write_text(before)
+
+
 def test_another_split_is_refused_naming_the_cases(stock):
     trainer, path = stock
     training, validation = trainer.do_split()
@@ -173,7 +224,7 @@ def validations(monkeypatch):
         calls.append((self.current_epoch, save_probabilities))
         folder = Path(self.output_folder) / "validation"
         folder.mkdir(exist_ok=True)
-        (folder / "summary.json").write_text("{}")
+        (folder / "summary.json").write_text('{"metric_per_case": []}')
 
     monkeypatch.setattr(nnUNetTrainer, "perform_actual_validation", validate)
     return calls
@@ -246,7 +297,7 @@ folder = Path(sys.argv[1])
 with FileLock(folder / sys.argv[2]):
     print("locked", flush=True)
     time.sleep(2)
-    (folder / "validation" / "summary.json").write_text("{}")
+    (folder / "validation" / "summary.json").write_text('{"metric_per_case": []}')
 """
 
 
@@ -285,7 +336,7 @@ print("began", flush=True)
 time.sleep(2)
 (folder / "validation").mkdir()
 (folder / "checkpoint_final.pth").touch()
-(folder / "validation" / "summary.json").write_text("{}")
+(folder / "validation" / "summary.json").write_text('{"metric_per_case": []}')
 """
 
 
@@ -322,7 +373,7 @@ def test_an_nnunet_that_begins_while_ours_trains_is_given_way_to(workplace, tmp_
             assert own_files == {path.name: path.stat().st_mtime_ns for path in folder.glob("*.pth")}
             (folder / "checkpoint_final.pth").write_text("of nnU-Net's own job")
             (folder / "validation").mkdir()
-            (folder / "validation" / "summary.json").write_text("{}")
+            (folder / "validation" / "summary.json").write_text('{"metric_per_case": []}')
 
     monkeypatch.setattr(nnUNetTrainer, "on_train_epoch_start", with_another_job)
     monkeypatch.setattr(presegmentor, "wait_for_stock_training", finished)
