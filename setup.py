@@ -47,7 +47,7 @@ if __name__ == "__main__":
             "dynamic-network-architectures",
             "acvl-utils",
             "batchgenerators",
-            "filelock",
+            "filelock>=3.30",
             "matplotlib",
             "numpy",
             "scipy",

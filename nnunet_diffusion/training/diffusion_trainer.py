@@ -304,7 +304,8 @@ class DiffusionTrainer(nnUNetTrainer):
     def _warn_about_memory(self) -> None:
         resolved, segmenter = self.configuration_manager.configuration, self.segmenter
         heads, plans = segmenter.denoiser.state_channels, self.plans_manager.plans
-        warning = memory_warning(plans, resolved, self.settings, self.num_input_channels, heads)
+        own = {**resolved, "batch_size": self.batch_size}  # in distributed training each GPU has a part of it
+        warning = memory_warning(plans, own, self.settings, self.num_input_channels, heads)
         if warning is not None:
             self.print_to_log_file(warning)
 

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_diffusion.environment import PRESEGMENTOR_FOLDER
@@ -392,6 +394,25 @@ def test_a_dead_jobs_log_and_our_own_are_not_waited_for(workplace, tmp_path):
     assert 5 < other_jobs.seconds_until_silent(log.parent) < 11
     other_jobs.claim_log(log)
     other_jobs.wait_for_stock_training(log.parent, pytest.fail)
+
+
+KILLED_WITH_A_WORKER_LEFT = """
+import os, signal, sys, time
+from pathlib import Path
+from nnunet_diffusion.training.other_jobs import locked
+with locked(Path(sys.argv[1]), print):
+    if os.fork() == 0:  # a worker, as nnU-Net's loaders are, which does not notice
+        time.sleep(30)
+        os._exit(0)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="workers are not forked here")
+def test_the_lock_ends_with_its_job_though_a_worker_lives_on(tmp_path):
+    job = subprocess.run([sys.executable, "-c", KILLED_WITH_A_WORKER_LEFT, tmp_path], stdout=subprocess.DEVNULL)
+    assert job.returncode == -signal.SIGKILL
+    FileLock(tmp_path / other_jobs.LOCK_NAME).acquire(timeout=0)
 
 
 @pytest.mark.parametrize(
