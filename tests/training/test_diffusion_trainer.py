@@ -168,6 +168,7 @@ def test_pretrained_weights_reach_the_denoiser_and_its_average_but_not_the_prese
     torch.manual_seed(1)
     own = workplace.trainer(nnUNetTrainer)
     own.initialize()
+    own.configure_rotation_dummyDA_mirroring_and_inital_patch_size()  # as a training does, before it saves
     own.save_checkpoint(str(tmp_path / "own.pth"))
 
     trainer = workplace.trainer(DiffusionTrainer)
