@@ -31,11 +31,16 @@ def read_dictionary(path: Path, cure: str, kinds: Mapping[str, type] | None = No
         raise ValueError(f"{path} is damaged, it is no valid JSON ({error}); {cure}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {_word(content)}, not a dictionary; {cure}")
-    for key, kind in (kinds or {}).items():
+    require(content, kinds or {}, path, cure)
+    return content
+
+
+def require(content: Mapping[str, Any], kinds: Mapping[str, type], path: Path, cure: str) -> None:
+    """Raise ValueError, as `read_dictionary` does, if a key of `kinds` is missing or of another type."""
+    for key, kind in kinds.items():
         if not isinstance(content.get(key), kind):
             found = _word(content[key]) if key in content else "missing"
             raise ValueError(f"{path}: '{key}' is {found}, but must be {WORDS[kind]}; {cure}")
-    return content
 
 
 def read_plans(path: Path, cure: str) -> dict[str, Any]:

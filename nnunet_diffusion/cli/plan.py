@@ -15,7 +15,7 @@ from typing import Any
 
 from nnunet_diffusion.cli.errors import CommandError
 from nnunet_diffusion.cli.folders import PREPROCESSED, RAW, dataset_prefix, datasets_in, folder_in
-from nnunet_diffusion.json_files import read_dictionary, read_plans
+from nnunet_diffusion.json_files import read_dictionary, read_plans, require
 
 CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
 DEFAULT_PROCESSES = {"2d": 8, "3d_fullres": 4, "3d_lowres": 8}
@@ -141,9 +141,9 @@ def find_raw_dataset(name_or_id: str, environment: Mapping[str, str]) -> str:
     if not (preprocessed / found[0] / "dataset_fingerprint.json").is_file():
         raise CommandError(f"{preprocessed / found[0]} has no dataset_fingerprint.json; run: {fingerprint}")
     try:
-        description = read_dictionary(raw / found[0] / "dataset.json", RAW_CURE, RAW_KEYS)
-        channels = "channel_names" if "channel_names" in description else "modality"
-        read_dictionary(raw / found[0] / "dataset.json", RAW_CURE, {channels: dict})
+        path = raw / found[0] / "dataset.json"
+        description = read_dictionary(path, RAW_CURE, RAW_KEYS)
+        require(description, {"channel_names" if "channel_names" in description else "modality": dict}, path, RAW_CURE)
         path = preprocessed / found[0] / "dataset_fingerprint.json"
         read_dictionary(path, f"run: {fingerprint} --clean", FINGERPRINT_KEYS)
     except ValueError as error:

@@ -90,7 +90,7 @@ def ensure_presegmentor(
         if not agreed(_measured(summary) is not None):
             if trainer is None:
                 trainer = _make_trainer(trainer_name, dataset_name, configuration, fold, plans_name, True, device)
-                _refuse_other_plans(final, read_checkpoint(final), trainer)
+                _refuse_other_plans(final, trainer)
                 trainer.load_checkpoint(str(final))
             log("Pre-segmentor: validation with probabilities.")
             trainer.perform_actual_validation(save_probabilities=True)
@@ -149,8 +149,7 @@ def _load_last_checkpoint(trainer: nnUNetTrainer, resumable: bool) -> None:
     if resumable:
         folder = Path(trainer.output_folder)
         kinds = (folder / f"checkpoint_{kind}.pth" for kind in ("final", "latest", "best"))  # nnU-Net's order
-        path = next(path for path in kinds if path.is_file())
-        _refuse_other_plans(path, read_checkpoint(path), trainer)
+        _refuse_other_plans(next(path for path in kinds if path.is_file()), trainer)
     maybe_load_checkpoint(trainer, resumable, False)
 
 
@@ -257,10 +256,11 @@ def load_presegmentor_weights(
     return {key.removeprefix("module."): value for key, value in checkpoint["network_weights"].items()}
 
 
-def _refuse_other_plans(path: Path, checkpoint: Mapping[str, Any], trainer: nnUNetTrainer) -> None:
-    """Raise ValueError if a pre-segmentor's training cannot go on from its checkpoint, as the plans are others now."""
+def _refuse_other_plans(path: Path, trainer: nnUNetTrainer) -> None:
+    """Raise ValueError if a pre-segmentor's training cannot go on from its checkpoint: damaged, or of other plans."""
+    init = read_checkpoint(path)["init_args"]
     plans, configuration = trainer.plans_manager.plans, trainer.configuration_name
-    _refuse_misfit(path, checkpoint["init_args"], plans, configuration, trainer.fold, trainer.dataset_json, False)
+    _refuse_misfit(path, init, plans, configuration, trainer.fold, trainer.dataset_json, False)
 
 
 def _refuse_misfit(
