@@ -33,6 +33,7 @@ class Recipe:
         test_images: Images to report on.
         trainer: Trained and compared; it trains `presegmentor` first.
         presegmentor: nnU-Net's trainer of the same length.
+        spacing: To which the images (1 pixel) are brought, so that a patch holds a whole one even on a CPU.
         step_seconds: What a training step may take on a CPU; the plans are made for that.
         memory_target_gb: What both networks may take on a GPU, there.
         ddpm_steps: Network evaluations of the DDPM from pure noise.
@@ -42,6 +43,7 @@ class Recipe:
     test_images: int = 20
     trainer: str = "DiffusionTrainer_5epochs"
     presegmentor: str = "nnUNetTrainer_5epochs"
+    spacing: float = 2.0
     step_seconds: float = 0.2
     memory_target_gb: float = 4
     ddpm_steps: int = 10
@@ -208,6 +210,8 @@ def plan_and_preprocess(place: Workplace) -> None:
         target = ["-device", "cpu", "-step_seconds", f"{recipe.step_seconds:g}"]
     else:
         target = ["-gpu_memory_target", f"{recipe.memory_target_gb:g}"]
+    # in 2D the first of nnU-Net's three numbers stands for the missing axis
+    target += ["-overwrite_target_spacing", "999", *2 * [f"{recipe.spacing:g}"]]
     run_command(["nnunet_diffusion", "plan", "-d", number, *target, "--preprocess", "-c", "2d", "-np", "2"], place)
 
 

@@ -43,8 +43,8 @@ stock prediction with mirroring. In PD-DDPM nnU-Net's own probabilities count wi
 
 ![Reverse process](report.png)
 
-From nnU-Net's segmentation noised to T' = {start_step} down to 0, here in {figure_steps} steps over the whole image and
-without nnU-Net's probabilities in the result.
+From nnU-Net's segmentation noised to T' = {start_step} down to 0, here in {figure_steps} steps over the whole image, at the
+network's resolution, and without nnU-Net's probabilities in the result.
 Error map: white right, red missed, blue too much.
 """
 
@@ -150,11 +150,15 @@ def time_method(
         began = time.perf_counter()
         for case in tqdm(images, desc=name):
             image = images[case][None, None].astype(np.float32)
-            properties = {"spacing": (999, *SPACING_PIXELS)}
-            segmentations[case] = predictor.predict_single_npy_array(image, properties, None, None, False)[0]
+            segmentations[case] = predictor.predict_single_npy_array(image, image_properties(), None, None, False)[0]
         seconds = time.perf_counter() - began
     count = len(images)
     return MethodResult(name, segmentations, len(calls) / count, network.evaluations / count, seconds / count)
+
+
+def image_properties() -> dict[str, Any]:
+    """What nnU-Net's reader says of a PNG: 999 stands for the missing axis."""
+    return {"spacing": (999, *SPACING_PIXELS)}
 
 
 @contextlib.contextmanager
@@ -199,52 +203,59 @@ def draw_figure(
         case = next((name for name in images if name.startswith(kind)), None)
         if case is None:
             continue
-        given = images[case][None, None].astype(np.float32), {"spacing": (999, *SPACING_PIXELS)}
-        start, probabilities = plain.predict_single_npy_array(*given, None, None, True)
-        process, result = reverse_process(diffusion, *given, probabilities[:, 0])
-        rows.append(ReportRow(case, images[case], truth[case], start[0], process, result))
+        start, process, result = reverse_process(plain, diffusion, images[case])
+        rows.append(ReportRow(case, images[case], truth[case], start, process, result))
     report_figure(rows, path)
 
 
 def reverse_process(
-    predictor: nnUNetPredictor, image: NDArray, properties: dict[str, Any], presegmentation: NDArray
-) -> tuple[list[tuple[int, NDArray]], Labels]:
-    """States of one reverse process over the whole image, and the label map it ends with.
+    plain: nnUNetPredictor, diffusion: nnUNetPredictor, image: Labels
+) -> tuple[Labels, list[tuple[int, NDArray]], Labels]:
+    """States of one reverse process over the whole image, at the network's resolution, and the label maps at its ends.
 
     Args:
-        predictor: Holds a DiffusionSegmenter.
-        image: Grey values (1, 1, height, width).
-        properties: As nnU-Net's reader gives them.
-        presegmentation: Probabilities (classes, height, width) to start from.
+        plain: Holds nnU-Net, whose stock prediction is the start.
+        diffusion: Holds the DiffusionSegmenter.
+        image: Grey values (height, width).
 
     Returns:
-        (timestep, state of class 1) pairs, the last one clean with timestep -1; label map.
+        Label map (height, width) of the start; (timestep, state of class 1) pairs, the last one clean with timestep -1;
+        label map of the result.
     """
     import torch
+    from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 
-    from nnunet_diffusion.labels import probabilities_to_state
+    from nnunet_diffusion.labels import probabilities_to_logits, probabilities_to_state
 
-    network, (height, width) = predictor.network, image.shape[2:]
-    preprocessor = predictor.configuration_manager.preprocessor_class(verbose=False)
-    managers = predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json
-    data = preprocessor.run_case_npy(image, None, properties, *managers)[0]
+    network, managers = diffusion.network, (diffusion.plans_manager, diffusion.configuration_manager)
+    preprocessor = managers[1].preprocessor_class(verbose=False)
+    given = image[None, None].astype(np.float32), None, image_properties()
+    data, _, properties = preprocessor.run_case_npy(*given, *managers, diffusion.dataset_json)
+    data = torch.from_numpy(data)
+    height, width = data.shape[2:]
     divisor = 2 ** len(network.settings.features_per_stage)
 
-    def padded(array: NDArray) -> torch.Tensor:
-        tensor = torch.as_tensor(np.asarray(array), dtype=torch.float32, device=predictor.device)[None]
+    def padded(tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.float().to(diffusion.device)[None]
         return torch.nn.functional.pad(tensor, (0, -width % divisor, 0, -height % divisor), mode="replicate")
+
+    def labels(logits: torch.Tensor) -> Labels:
+        return convert_predicted_logits_to_segmentation_with_correct_shape(
+            logits, *managers, diffusion.label_manager, properties
+        )[0]
 
     states: list[tuple[int, NDArray]] = []
 
     def keep(timestep: int, noisy: Any, clean: Any) -> None:
         states.append((timestep, noisy[0, 1, :height, :width].float().cpu().numpy()))
 
+    logits = plain.predict_logits_from_preprocessed_data(data).cpu().float()
     steps = min(FIGURE_STEPS, network.settings.start_step)
     with network.overridden(steps=steps, samples=1, presegmentation_weight=0.0):
-        probabilities = network.sample(padded(data[:, 0]), padded(presegmentation), on_step=keep)
-    probabilities = probabilities[:, :, :height, :width]
-    states.append((-1, probabilities_to_state(probabilities)[0, 1].cpu().numpy()))
-    return states, probabilities[0].argmax(0).cpu().numpy().astype(np.uint8)
+        probabilities = network.sample(padded(data[:, 0]), padded(logits[:, 0].softmax(0)), on_step=keep)
+    probabilities = probabilities[:, :, :height, :width].float().cpu()
+    states.append((-1, probabilities_to_state(probabilities)[0, 1].numpy()))
+    return labels(logits), states, labels(probabilities_to_logits(probabilities)[0, :, None])
 
 
 def report_text(

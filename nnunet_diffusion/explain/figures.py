@@ -34,14 +34,15 @@ LOG_SCALE_FROM_RATIO = 100.0
 
 @dataclass(frozen=True, eq=False)
 class ReportRow:
-    """One case of the report figure; all arrays are 2D of one shape (H, W).
+    """One case of the report figure; all arrays are 2D, all but the process's states of one shape (H, W).
 
     Attributes:
         name: written at the left.
         image: any intensity range.
         truth: integer label map.
         nnunet: nnU-Net's label map, the start of the process.
-        process: (timestep, state of one class in [-1, 1]) from T' - 1 downwards; timestep -1 is the clean state.
+        process: (timestep, state of one class in [-1, 1]) from T' - 1 downwards, on the image's or the network's grid;
+            timestep -1 is the clean state.
         result: the label map that the process ended with.
     """
 
@@ -91,7 +92,8 @@ def report_figure(rows: Sequence[ReportRow], path: str | Path) -> None:
         path: where to write; the ending chooses the format.
 
     Raises:
-        ValueError: no rows, processes of different length, or arrays of one row that are not 2D of one shape.
+        ValueError: no rows, processes of different length, or arrays of one row, or states of one process, that are
+            not 2D of one shape.
     """
     _check_rows(rows)
     steps = len(rows[0].process)
@@ -140,10 +142,10 @@ def _check_rows(rows: Sequence[ReportRow]) -> None:
     if len({len(row.process) for row in rows}) > 1:
         raise ValueError(f"all rows need a process of one length, got {[len(row.process) for row in rows]} states")
     for row in rows:
-        shapes = [np.shape(array) for array in (row.image, row.truth, row.nnunet, row.result)]
-        shapes += [np.shape(state) for _, state in row.process]
-        if len(set(shapes)) > 1 or len(shapes[0]) != 2:
-            raise ValueError(f"row {row.name!r}: all arrays must be 2D of one shape, got {sorted(set(shapes))}")
+        maps = {np.shape(array) for array in (row.image, row.truth, row.nnunet, row.result)}
+        for what, shapes in (("maps", maps), ("states", {np.shape(state) for _, state in row.process})):
+            if len(shapes) > 1 or any(len(shape) != 2 for shape in shapes):
+                raise ValueError(f"row {row.name!r}: all {what} must be 2D of one shape, got {sorted(shapes)}")
 
 
 def _aspect(row: ReportRow) -> float:

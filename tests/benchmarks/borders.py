@@ -1,4 +1,4 @@
-r"""Measure the jumps across tile borders of a trained model and of the nnU-Net inside it, at stock inference.
+r"""Measure the jumps across tile borders of a trained model and of the nnU-Net it starts from, at stock inference.
 
     python tests/benchmarks/borders.py --model RESULTS/Dataset004_Hippocampus/DiffusionTrainer_10epochs__P__3d_fullres \
         --dataset DATA/Dataset004_Hippocampus --cases 10 --device cpu
@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from comparison_evaluation import Model
+from comparison_evaluation import Model, start_from
 from nnunetv2.paths import nnUNet_preprocessed
 
 from nnunet_diffusion.evaluation.seams import Jumps, border_jumps
@@ -25,6 +25,7 @@ def main() -> None:
     """Read the options, measure, print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="model folder of a diffusion trainer")
+    parser.add_argument("--nnunet", type=Path, help="model folder of the nnU-Net to start from (default: the one inside)")
     parser.add_argument("--dataset", type=Path, required=True, help="raw dataset folder")
     parser.add_argument("--fold", type=int, default=0)
     parser.add_argument("--cases", type=int, default=10, help="validation cases, evenly spaced")
@@ -34,6 +35,8 @@ def main() -> None:
     # one tile at a time, so that each draws the noise that stock prediction gives it
     model = Model("ours", options.model, options.fold, options.device, mirror=True, tile_batch=1)
     assert isinstance(model.segmenter, DiffusionSegmenter), "--model is not a diffusion model"
+    if options.nnunet:
+        start_from(model, options.nnunet / f"fold_{options.fold}")
     split = Path(nnUNet_preprocessed or ".") / options.dataset.name / "splits_final.json"
     names = sorted(json.loads(split.read_text())[options.fold]["val"])
     places = np.linspace(0, len(names) - 1, min(options.cases, len(names)))

@@ -124,7 +124,7 @@ def evaluate_all(
     folders: Folders, options: argparse.Namespace, models: dict[str, Training], deadline: Deadline
 ) -> None:
     """Measure every model, then write the report; it is written too, from what there is, when time is up."""
-    from comparison_evaluation import NNUNET, Model, RowFile, Setting, evaluate
+    from comparison_evaluation import NNUNET, Model, RowFile, Setting, evaluate, start_from
     from comparison_report import write_report
 
     output = output_folder(folders, options)
@@ -144,36 +144,13 @@ def evaluate_all(
             )
             settings = [Setting("", NNUNET, {})]
             if hasattr(model.segmenter, "settings"):
-                start_from(model, models["nnU-Net"], folders)
+                start_from(model, models["nnU-Net"].folder(folders))
                 settings = sampling_settings(options, model.segmenter.settings)
             evaluate(model, settings, cases, folders.raw, output / NNUNET, rows, deadline.check, options.seed)
     finally:
         if rows.rows:
             (output / "report.md").write_text(write_report(rows.rows, _heading(folders, options, models), options.seed))
             print(f"Report: {output / 'report.md'}")
-
-
-def start_from(model: Any, nnunet: Training, folders: Folders) -> None:
-    """Put the comparison's nnU-Net in the place of the pre-segmentor if the denoiser was trained beside another one.
-
-    A denoiser that never met its pre-segmentor in training works with any; `--trainers` names the two apart.
-
-    Raises:
-        ValueError: it did meet it, so that the exchange would change what it was trained for.
-    """
-    from nnunet_diffusion.training.checkpoints import read_checkpoint
-
-    settings, own = model.segmenter.settings, model.segmenter.presegmentor.state_dict()
-    weights = read_checkpoint(nnunet.folder(folders) / "checkpoint_final.pth")["network_weights"]
-    if weights.keys() == own.keys() and all(bool((weights[key].to(own[key]) == own[key]).all()) for key in own):
-        return
-    if settings.presegmentation_start_probability > 0 or model.predictor.label_manager.has_ignore_label:
-        raise ValueError(
-            f"{model.name} was trained on the segmentations of another {settings.presegmentor_trainer}, so {nnunet.trainer} "
-            "cannot take its place: train it with that one (--epochs, --denoiser-epochs)"
-        )
-    model.segmenter.presegmentor.load_state_dict(weights)
-    print(f"{model.name} starts from {nnunet.trainer} instead of {settings.presegmentor_trainer}")
 
 
 def validation_cases(folders: Folders, options: argparse.Namespace) -> list[str]:

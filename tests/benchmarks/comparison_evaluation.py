@@ -26,6 +26,7 @@ from nnunet_diffusion import labels
 from nnunet_diffusion.evaluation.corruptions import dilate, erase_half, erode
 from nnunet_diffusion.evaluation.metrics import per_class_metrics, voxels_corrected_and_broken
 from nnunet_diffusion.segmenter import DiffusionSegmenter
+from nnunet_diffusion.training.checkpoints import read_checkpoint
 
 NNUNET = "nnU-Net"
 CORRUPTIONS: dict[str, Callable[[NDArray, int], NDArray]] = {
@@ -240,6 +241,32 @@ class Model:
             logits, self.plans, self.configuration, self.predictor.label_manager, case.properties
         )
         return np.asarray(segmentation, dtype=np.int16), time.perf_counter() - begin
+
+
+def start_from(model: Any, nnunet: Path) -> None:
+    """Put another trained nnU-Net in the place of the pre-segmentor, if it is another.
+
+    A denoiser that never met its pre-segmentor in training works with any of the same architecture.
+
+    Args:
+        model: a Model of a diffusion trainer.
+        nnunet: fold's folder of a trained nnU-Net.
+
+    Raises:
+        ValueError: the denoiser did meet its own, so that the exchange would change what it was trained for.
+    """
+    settings, own = model.segmenter.settings, model.segmenter.presegmentor.state_dict()
+    weights = read_checkpoint(nnunet / "checkpoint_final.pth")["network_weights"]
+    if weights.keys() == own.keys() and all(bool((weights[key].to(own[key]) == own[key]).all()) for key in own):
+        return
+    trainer = nnunet.parent.name.split("__")[0]
+    if settings.presegmentation_start_probability > 0 or model.predictor.label_manager.has_ignore_label:
+        raise ValueError(
+            f"{model.name} was trained on the segmentations of another {settings.presegmentor_trainer}, so {trainer} "
+            "cannot take its place: train it with that one (--epochs, --denoiser-epochs)"
+        )
+    model.segmenter.presegmentor.load_state_dict(weights)
+    print(f"{model.name} starts from {trainer} instead of {settings.presegmentor_trainer}")
 
 
 def evaluate(

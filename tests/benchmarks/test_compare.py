@@ -238,6 +238,7 @@ def test_planned_plans_are_taken_as_they_are(tmp_path: Path) -> None:
 
 def test_another_nnunet_takes_the_presegmentors_place_unless_the_denoiser_met_its_own(tmp_path: Path) -> None:
     import torch
+    from comparison_evaluation import start_from
 
     folders = comparison_plans.Folders(tmp_path, "Dataset004_X")
     training = comparison_training.Training("nnUNetTrainer_20epochs", "small", "2d", 0, "cpu")
@@ -253,7 +254,7 @@ def test_another_nnunet_takes_the_presegmentors_place_unless_the_denoiser_met_it
             segmenter=SimpleNamespace(settings=settings, presegmentor=shorter),
             predictor=SimpleNamespace(label_manager=manager),
         )
-        compare.start_from(model, training, folders)
+        start_from(model, training.folder(folders))
 
     with pytest.raises(ValueError, match="was trained on the segmentations of another nnUNetTrainer_10epochs"):
         start(presegmentor_trainer="nnUNetTrainer_10epochs", presegmentation_start_probability=0.5)

@@ -69,6 +69,8 @@ def test_plans_are_made_for_the_device(tmp_path, monkeypatch, device, target):
     demo.plan_and_preprocess(demo.Workplace(tmp_path, device, TINY))
     assert [words[0] for words in commands] == ["nnUNetv2_extract_fingerprint", "nnunet_diffusion"]
     assert commands[1][1:6] == ["plan", "-d", "901", *target[:2]] and set(target) <= set(commands[1])
+    place = commands[1].index("-overwrite_target_spacing")
+    assert commands[1][place + 1 : place + 4] == ["999", "2", "2"]
 
 
 def test_environment_keeps_to_the_demos_folders(tmp_path, monkeypatch):

@@ -47,6 +47,16 @@ def test_report_figure_shows_viridis_and_error_colours(tmp_path: Path) -> None:
     assert {(68, 1, 84), (253, 231, 36), (225, 30, 30), (30, 90, 235), (200, 40, 200)} <= colours
 
 
+def test_states_may_have_the_networks_grid(tmp_path: Path) -> None:
+    generator = np.random.default_rng(1)
+    coarse = [(timestep, generator.choice([-1.0, 1.0], (12, 16))) for timestep in (299, -1)]
+    fine = [(timestep, state.repeat(2, 0).repeat(2, 1)) for timestep, state in coarse]
+    for name, process in (("coarse", coarse), ("fine", fine)):
+        report_figure([replace(row(), process=process)], tmp_path / f"{name}.png")
+    differing = (imread(tmp_path / "coarse.png") != imread(tmp_path / "fine.png")).any(-1)
+    assert differing.mean() < 0.01, "a coarse state fills its panel as a fine one does"
+
+
 def test_report_figure_of_one_empty_case(tmp_path: Path) -> None:
     empty = np.zeros((16, 16), np.uint8)
     report_figure([ReportRow("normal", np.ones((16, 16)), empty, empty, [], empty)], tmp_path / "empty.png")
@@ -58,8 +68,10 @@ def test_report_figure_names_what_is_wrong(tmp_path: Path) -> None:
         report_figure([], tmp_path / "x.png")
     with pytest.raises(ValueError, match=r"process of one length, got \[3, 0\]"):
         report_figure([row(), replace(row(), process=[])], tmp_path / "x.png")
-    with pytest.raises(ValueError, match="row 'case': all arrays must be 2D"):
+    with pytest.raises(ValueError, match="row 'case': all maps must be 2D"):
         report_figure([replace(row(), image=np.zeros((1, 24, 32)))], tmp_path / "x.png")
+    with pytest.raises(ValueError, match="row 'case': all states must be 2D of one shape"):
+        report_figure([replace(row(), process=[(9, np.zeros((24, 32))), (-1, np.zeros((12, 16)))])], tmp_path / "x.png")
 
 
 @pytest.mark.parametrize("epochs", [0, 1, 12, 1000])
