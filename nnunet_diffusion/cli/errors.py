@@ -2,6 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 
 class CommandError(Exception):
     """Wrong input or environment; its text is one line that names what is wrong and the cure."""
+
+
+@contextlib.contextmanager
+def named_for_the_user(*kinds: type[Exception]) -> Iterator[None]:
+    """Turn exceptions of `kinds`, whose text already names what is wrong and the cure, into CommandError."""
+    try:
+        yield
+    except kinds as error:
+        raise CommandError(str(error)) from error

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from nnunet_diffusion.cli.errors import CommandError
+from nnunet_diffusion.cli.errors import CommandError, named_for_the_user
 from nnunet_diffusion.cli.folders import PREPROCESSED, RAW, dataset_prefix, datasets_in, folder_in
 from nnunet_diffusion.json_files import read_dictionary, read_plans, require
 
@@ -140,14 +140,12 @@ def find_raw_dataset(name_or_id: str, environment: Mapping[str, str]) -> str:
     fingerprint = f"nnUNetv2_extract_fingerprint -d {number} --verify_dataset_integrity"
     if not (preprocessed / found[0] / "dataset_fingerprint.json").is_file():
         raise CommandError(f"{preprocessed / found[0]} has no dataset_fingerprint.json; run: {fingerprint}")
-    try:
+    with named_for_the_user(ValueError):
         path = raw / found[0] / "dataset.json"
         description = read_dictionary(path, RAW_CURE, RAW_KEYS)
         require(description, {"channel_names" if "channel_names" in description else "modality": dict}, path, RAW_CURE)
         path = preprocessed / found[0] / "dataset_fingerprint.json"
         read_dictionary(path, f"run: {fingerprint} --clean", FINGERPRINT_KEYS)
-    except ValueError as error:
-        raise CommandError(str(error)) from error
     return found[0]
 
 
@@ -170,21 +168,19 @@ def plan(dataset: str, options: argparse.Namespace) -> dict[str, Any]:
         torch.set_num_threads(multiprocessing.cpu_count())  # as nnUNetv2_train -device cpu
         budget = TimeBudget(options.step_seconds or DEFAULT_STEP_SECONDS)
     print(f"Planning {dataset} with {options.pl} ...", flush=True)
-    try:
-        with contextlib.nullcontext() if options.verbose else contextlib.redirect_stdout(io.StringIO()):
-            planner = planner_class(
-                dataset,
-                preprocessor_name=options.preprocessor_name,
-                overwrite_target_spacing=options.overwrite_target_spacing,
-                time_budget=budget,
-                **{key: value for key, value in keywords.items() if value is not None},
-            )
-            earlier = Path(os.environ[PREPROCESSED]) / dataset / f"{planner.plans_identifier}.json"
-            if earlier.is_file():  # nnU-Net keeps the configurations that users added
-                read_plans(earlier, "remove it, it is written again")
-            plans = planner.plan_experiment()
-    except ValueError as error:
-        raise CommandError(str(error)) from error
+    shown = contextlib.nullcontext() if options.verbose else contextlib.redirect_stdout(io.StringIO())
+    with named_for_the_user(ValueError), shown:
+        planner = planner_class(
+            dataset,
+            preprocessor_name=options.preprocessor_name,
+            overwrite_target_spacing=options.overwrite_target_spacing,
+            time_budget=budget,
+            **{key: value for key, value in keywords.items() if value is not None},
+        )
+        earlier = Path(os.environ[PREPROCESSED]) / dataset / f"{planner.plans_identifier}.json"
+        if earlier.is_file():  # nnU-Net keeps the configurations that users added
+            read_plans(earlier, "remove it, it is written again")
+        plans = planner.plan_experiment()
     print(summary(planner, plans))
     if options.explain:
         usable = torch.device("cuda" if options.device == "cuda" and torch.cuda.is_available() else "cpu")

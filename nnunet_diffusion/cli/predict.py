@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nnunet_diffusion.cli.errors import CommandError
+from nnunet_diffusion.cli.devices import DEVICES, check_device
+from nnunet_diffusion.cli.errors import CommandError, named_for_the_user
 from nnunet_diffusion.cli.folders import RESULTS, folder_in
 from nnunet_diffusion.cli.trainers_directory import with_trainers
 
@@ -55,7 +56,7 @@ def _add_arguments_of_nnunet(parser: argparse.ArgumentParser) -> None:
     add("-prev_stage_predictions", metavar="FOLDER", help="segmentations of the cascade's previous stage")
     add("-num_parts", type=int, default=1, help="calls that share the images (1)")
     add("-part_id", type=int, default=0, help="which of them this is, from 0")
-    add("-device", default="cuda", choices=("cuda", "cpu", "mps"))
+    add("-device", default="cuda", choices=DEVICES)
     add("--disable_progress_bar", action="store_true")
     add("--not_on_device", action="store_true", help="keep volumes in the CPU's memory")
 
@@ -138,13 +139,10 @@ def _loaded_predictor(options: argparse.Namespace) -> Any:
 
     from nnunet_diffusion.inference import DiffusionPredictor
 
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise CommandError("-device is cuda, but torch sees no GPU; run `nnunet_diffusion doctor`, or give -device cpu")
-    if options.device == "mps" and not torch.backends.mps.is_available():
-        raise CommandError("-device is mps, but torch finds none; give -device cpu")
+    check_device(options.device)
     # as nnUNetv2_predict sets them
     torch.set_num_threads(multiprocessing.cpu_count() if options.device == "cpu" else 1)
-    try:
+    with named_for_the_user(FileNotFoundError, ValueError, RuntimeError):
         folder = options.m or get_output_folder(options.d, options.tr, options.p, options.c)
         predictor = DiffusionPredictor(
             tile_step_size=options.step_size,
@@ -167,8 +165,6 @@ def _loaded_predictor(options: argparse.Namespace) -> Any:
             state_memory_gb=options.state_memory,
         )
         predictor.initialize_from_trained_model_folder(folder, options.f, options.chk)
-    except (FileNotFoundError, ValueError, RuntimeError) as error:
-        raise CommandError(str(error)) from error
     return predictor
 
 

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nnunet_diffusion.cli.errors import CommandError
+from nnunet_diffusion.cli.devices import check_device
+from nnunet_diffusion.cli.errors import CommandError, named_for_the_user
 from nnunet_diffusion.cli.folders import (
     PREPROCESSED,
     RAW,
@@ -25,7 +26,6 @@ from nnunet_diffusion.environment import PRESEGMENTOR_FOLDER
 from nnunet_diffusion.json_files import read_dictionary, read_plans
 
 DEFAULT_TRAINER = "DiffusionTrainer"
-DEVICES = ("cuda", "cpu", "mps")
 HELP = "nnUNetv2_train with DiffusionTrainer as default trainer (takes all of its arguments)"
 
 
@@ -95,10 +95,8 @@ def check_input(options: argparse.Namespace, environment: Mapping[str, str]) -> 
     for name in ("dataset.json", "dataset_fingerprint.json"):
         if not (preprocessed / name).is_file():
             raise CommandError(f"{preprocessed} has no {name}; run: {extract}")
-    try:
+    with named_for_the_user(ValueError):
         read_dictionary(preprocessed / "dataset.json", f"run: {planning_command(number, options.p)}")
-    except ValueError as error:
-        raise CommandError(str(error)) from error
     plans = plans_of(preprocessed, options.p, dataset)
     check_configuration(plans, options.configuration, preprocessed, options.p)
     if options.fold != "all" and not options.fold.isdecimal():
@@ -163,10 +161,8 @@ def plans_of(preprocessed: Path, plans_name: str, dataset: str) -> dict[str, Any
         others = [other.stem for other in sorted(preprocessed.glob("*Plans*.json"))]
         choices = f"there are: {', '.join(others)} (choose with -p); or " if others else ""
         raise CommandError(f"{preprocessed} has no plans {plans_name}; {choices}run: {command}")
-    try:
+    with named_for_the_user(ValueError):
         plans = read_plans(path, f"correct it or run: {command}")
-    except ValueError as error:
-        raise CommandError(str(error)) from error
     if plans.get("dataset_name") != dataset:
         raise CommandError(
             f"{path} was made for {plans.get('dataset_name')}, not for {dataset}; "
@@ -192,18 +188,6 @@ def check_configuration(plans: Mapping[str, Any], configuration: str, preprocess
             f"{folder} holds no preprocessed cases; run: nnUNetv2_preprocess -d {int(preprocessed.name[7:10])} "
             f"-plans_name {plans_name} -c {configuration}"
         )
-
-
-def check_device(device: str) -> None:
-    """Raise CommandError if `device` is a GPU that this machine or this torch does not offer."""
-    import torch
-
-    if device not in DEVICES:
-        raise CommandError(f"-device is {device}; choose one of: {', '.join(DEVICES)}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise CommandError("-device is cuda (the default), but torch finds no CUDA GPU; add: -device cpu")
-    if device == "mps" and not torch.backends.mps.is_available():
-        raise CommandError("-device is mps, but torch finds none; add: -device cpu")
 
 
 def check_trainer(name: str) -> None:

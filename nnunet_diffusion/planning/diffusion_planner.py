@@ -319,8 +319,8 @@ class DiffusionPlanning(ExperimentPlanner):
     def _next_stage_of(plans: Mapping[str, Any], name: str) -> bool:
         return any(other.get("inherits_from") == name for other in plans["configurations"].values())
 
-    def _fits(self, cost: Cost) -> bool:
-        return cost.total <= self.UNet_vram_target_GB * GB
+    def _memory_share(self, cost: Cost) -> float:
+        return cost.total / (self.UNet_vram_target_GB * GB)
 
     def _denoiser_in_time(
         self, budget: TimeBudget, configuration: dict[str, Any], channels: int
@@ -330,12 +330,16 @@ class DiffusionPlanning(ExperimentPlanner):
         seconds = budget.denoiser_step(configuration, smallest.settings, channels, self.heads)
         times, measured = StepTimes({smallest.cost.flops: seconds}), [(smallest, seconds)]
 
-        def fits(cost: Cost, settings: DiffusionSettings) -> bool:
-            in_time = settings == smallest.settings or times.seconds_of(cost.flops) <= budget.seconds
-            return in_time and self._fits(cost)
+        def need(cost: Cost, settings: DiffusionSettings) -> float:
+            in_memory = self._memory_share(cost)
+            return (
+                in_memory
+                if settings == smallest.settings
+                else max(in_memory, times.seconds_of(cost.flops) / budget.seconds)
+            )
 
         for _ in range(CORRECTIONS if seconds < budget.seconds else 0):
-            found = sized(configuration, channels, self.heads, self.regions, fits, gpu=False)
+            found = sized(configuration, channels, self.heads, self.regions, need, gpu=False)
             if found.cost.flops in times.measured:
                 break
             seconds = budget.denoiser_step(configuration, found.settings, channels, self.heads)
@@ -350,7 +354,7 @@ class DiffusionPlanning(ExperimentPlanner):
         channels = self.channels + self.previous_stage_channels * cascaded  # the cascade shares the widths
         gpu, seconds = self.time_budget is None, 0.0
         if self.time_budget is None:
-            found = sized(configuration, channels, self.heads, self.regions, lambda cost, _: self._fits(cost))
+            found = sized(configuration, channels, self.heads, self.regions, lambda cost, _: self._memory_share(cost))
         else:
             found, seconds = self._denoiser_in_time(self.time_budget, configuration, channels)
         nnunet_seconds = self._nnunet_seconds.get(configuration["data_identifier"], 0.0)

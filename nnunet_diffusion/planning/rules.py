@@ -84,7 +84,7 @@ def sized(
     channels: int,
     heads: int,
     regions: bool,
-    fits: Callable[[Cost, DiffusionSettings], bool],
+    need: Callable[[Cost, DiffusionSettings], float],
     *,
     gpu: bool = True,
 ) -> Sized:
@@ -95,45 +95,45 @@ def sized(
         channels: of the image, in the cascade with those of the previous stage.
         heads: K.
         regions: whether the heads are regions.
-        fits: tells whether the cost of a denoiser is within the target.
+        need: gives the share of the target that a denoiser of that cost takes; up to 1 fits. It grows with the width.
         gpu: whether it will train on one: half precision, and a workspace.
 
     Raises:
         ValueError: if not even an eighth of nnU-Net's width fits.
     """
     settings, reasons = with_attention(configuration, base_settings(configuration, HALF, regions), channels, heads)
-    deep, shallow = (replace(settings, sdb_depth=depth) for depth in SDB_DEPTHS)
-    chosen = _widest(configuration, deep, channels, heads, fits, gpu, WIDTHS[0])
-    if chosen is None or chosen.parts < HALF:
-        wider = WIDTHS[0] if chosen is None else chosen.parts + 1
-        chosen = _widest(configuration, shallow, channels, heads, fits, gpu, wider) or chosen
-    if chosen is None:
-        raise ValueError("not even a denoiser of an eighth of nnU-Net's width fits")
-    return replace(chosen, reasons=reasons)
-
-
-def _widest(
-    configuration: Mapping[str, Any],
-    settings: DiffusionSettings,
-    channels: int,
-    heads: int,
-    fits: Callable[[Cost, DiffusionSettings], bool],
-    gpu: bool,
-    least: int,
-) -> Sized | None:
-    """The widest from `least` on that fits; None if that does not."""
     batch, features = int(configuration["batch_size"]), tuple(topology_of(configuration)["features_per_stage"])
-    found, low, high = None, least, WIDTHS[-1]
-    while low <= high:
-        # small datasets leave room for all of nnU-Net's width: ask that first
-        parts = high if high == WIDTHS[-1] else (low + high + 1) // 2
-        candidate = replace(settings, features_per_stage=width_at(parts, features))
+
+    def at(depth: int, parts: int) -> tuple[Sized, float]:
+        candidate = replace(settings, features_per_stage=width_at(parts, features), sdb_depth=depth)
         cost = denoiser_cost(configuration, candidate, channels, heads, batch, amp=gpu, gpu=gpu)
-        if fits(cost, candidate):
-            found, low = Sized(candidate, parts, cost, {}, channels), parts + 1
-        else:
-            high = parts - 1
-    return found
+        return Sized(candidate, parts, cost, reasons, channels), need(cost, candidate)
+
+    deep, shallow = SDB_DEPTHS
+    # small datasets leave room for all of nnU-Net's width: ask that first
+    if (widest := at(deep, WIDTHS[-1]))[1] <= 1:
+        return widest[0]
+    if (half := at(deep, HALF))[1] <= 1:
+        return _widest(lambda parts: at(deep, parts), half, widest)
+    least, widest = at(shallow, WIDTHS[0]), at(shallow, WIDTHS[-1])
+    if least[1] > 1:
+        raise ValueError("not even a denoiser of an eighth of nnU-Net's width fits")
+    found = widest[0] if widest[1] <= 1 else _widest(lambda parts: at(shallow, parts), least, widest)
+    as_wide, needed = at(deep, found.parts)
+    return as_wide if needed <= 1 else found
+
+
+def _widest(at: Callable[[int], tuple[Sized, float]], low: tuple[Sized, float], high: tuple[Sized, float]) -> Sized:
+    """The widest between `low`, which fits, and `high`, which does not; each with its need."""
+    tried = 0
+    while (gap := high[0].parts - low[0].parts) > 1:
+        # need is about a line: where that meets the target, then one further; every third in the middle, in case it bends
+        line = math.floor((1 - low[1]) / (high[1] - low[1]) * gap)
+        tried += 1
+        guess = gap // 2 if tried % 3 == 0 else line
+        found = at(low[0].parts + min(max(guess, 1), gap - 1))
+        low, high = (found, high) if found[1] <= 1 else (low, found)
+    return low[0]
 
 
 def with_attention(

@@ -25,7 +25,9 @@ def main() -> None:
     """Read the options, measure, print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="model folder of a diffusion trainer")
-    parser.add_argument("--nnunet", type=Path, help="model folder of the nnU-Net to start from (default: the one inside)")
+    parser.add_argument(
+        "--nnunet", type=Path, help="model folder of the nnU-Net to start from (default: the one inside)"
+    )
     parser.add_argument("--dataset", type=Path, required=True, help="raw dataset folder")
     parser.add_argument("--fold", type=int, default=0)
     parser.add_argument("--cases", type=int, default=10, help="validation cases, evenly spaced")

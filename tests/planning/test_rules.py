@@ -9,6 +9,7 @@ from nnunet_diffusion.planning.rules import (
     ATTENTION_SHARE,
     ATTENTION_TOKENS,
     HALF,
+    WIDTHS,
     base_settings,
     sized,
     stage_tokens,
@@ -33,13 +34,38 @@ def test_the_widest_that_fits_is_taken(configuration):
     plan = configuration((32, 32), 4, 32, 3)
     needs = {parts: denoiser_cost(plan, base_settings(plan, parts, False), 1, 2, 4).total for parts in (8, 16, 32)}
     assert sorted(needs.values()) == list(needs.values())
-    found = sized(plan, 1, 2, False, lambda cost, settings: cost.total <= (needs[16] + needs[32]) / 2)
+    found = sized(plan, 1, 2, False, lambda cost, _: cost.total * 2 / (needs[16] + needs[32]))
     assert 16 <= found.parts < 32
     assert found.cost.total <= (needs[16] + needs[32]) / 2
     assert found.settings.features_per_stage == width_at(found.parts, (32, 64, 128))
-    assert sized(plan, 1, 2, False, lambda *_: True).parts == 32
+    assert sized(plan, 1, 2, False, lambda *_: 1.0).parts == 32
     with pytest.raises(ValueError, match="eighth"):
-        sized(plan, 1, 2, False, lambda *_: False)
+        sized(plan, 1, 2, False, lambda *_: 1.01)
+
+
+@pytest.mark.parametrize("depth", [4, 2])
+@pytest.mark.parametrize("bend", ["line", "convex", "concave", "steps"])
+def test_no_wider_one_would_fit_however_need_grows_and_few_are_tried(configuration, bend, depth):
+    plan = configuration((32, 32), 4, 32, 3)
+    known = {base_settings(plan, parts, False).features_per_stage: parts for parts in WIDTHS}
+    tried = []
+
+    def need(cost, settings):
+        parts = known[settings.features_per_stage]
+        tried.append(parts)
+        share = {
+            "line": parts / limit,
+            "convex": (parts / limit) ** 2,
+            "concave": (parts / limit) ** 0.3,
+            "steps": math.ceil(parts / 3) * 3 / limit,
+        }
+        return share[bend] * (1 if settings.sdb_depth == depth else 1.5 if depth == 2 else 0.9)
+
+    for limit in (18, 24, 30) if depth == 4 else (6, 9, 12):
+        tried.clear()
+        found = sized(plan, 1, 2, False, need)
+        assert (found.parts, found.settings.sdb_depth) == (limit, depth)
+        assert len(tried) <= (8 if bend == "line" else 13), tried
 
 
 def test_shallow_dense_blocks_where_deep_ones_leave_less_than_half_of_the_width(configuration):
@@ -47,7 +73,7 @@ def test_shallow_dense_blocks_where_deep_ones_leave_less_than_half_of_the_width(
     at_half = denoiser_cost(plan, base_settings(plan, HALF, False), 1, 2, 4).total
 
     def within(share):
-        return sized(plan, 1, 2, False, lambda cost, settings: cost.total <= share * at_half)
+        return sized(plan, 1, 2, False, lambda cost, _: cost.total / (share * at_half))
 
     assert within(1.2).settings.sdb_depth == 4
     tight = within(0.8)
