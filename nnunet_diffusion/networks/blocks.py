@@ -135,6 +135,7 @@ def make_conv(
     kernel_size: Sequence[int],
     stride: Sequence[int] | int = 1,
     bias: bool = True,
+    padding_mode: str = "zeros",
 ) -> nn.Module:
     """Return a convolution that keeps the size (n becomes ceil(n / stride)).
 
@@ -145,9 +146,18 @@ def make_conv(
         kernel_size: odd kernel size per axis.
         stride: stride per axis.
         bias: False where a norm that removes it follows at once.
+        padding_mode: what lies beyond the edges, torch's "zeros" or "replicate" (the voxels at the edge).
     """
     padding = [(size - 1) // 2 for size in kernel_size]
-    return conv_op(in_channels, out_channels, tuple(kernel_size), stride=stride, padding=padding, bias=bias)
+    return conv_op(
+        in_channels,
+        out_channels,
+        tuple(kernel_size),
+        stride=stride,
+        padding=padding,
+        bias=bias,
+        padding_mode=padding_mode,
+    )
 
 
 def pointwise(conv_op: type[nn.Module], in_channels: int, out_channels: int, bias: bool = True) -> nn.Module:
@@ -202,10 +212,17 @@ class SlimDenseBlock(nn.Module):
         super().__init__()
         if depth < 1:
             raise ValueError(f"sdb_depth must be at least 1, got {depth}")
+
+        def first(layer: int) -> nn.Module:
+            if layer > 0:
+                return make_conv(conv_op, out_channels, out_channels, kernel_size, bias=False)
+            # beyond the edge zeros would be neither background nor foreground of a state in [-1, 1]
+            return make_conv(conv_op, in_channels, out_channels, kernel_size, bias=False, padding_mode="replicate")
+
         # Fig. 3: H is two convolutions, norm and LeakyReLU
         self.layers = nn.ModuleList(
             nn.Sequential(
-                make_conv(conv_op, in_channels if layer == 0 else out_channels, out_channels, kernel_size, bias=False),
+                first(layer),
                 make_conv(conv_op, out_channels, out_channels, kernel_size, bias=False),
                 make_norm(norm, out_channels, conv_op),
                 nn.LeakyReLU(inplace=True),

@@ -217,7 +217,8 @@ class PGDiffSeg(nn.Module):
         self.output = nn.Sequential(
             group_norm(features[0]),
             nn.SiLU(),
-            make_conv(conv_op, features[0], output_channels, kernels[0]),
+            # nothing comes after it that could undo what zeros beyond the edge do to the outermost voxels
+            make_conv(conv_op, features[0], output_channels, kernels[0], padding_mode="replicate"),
         )
 
     def encode(self, image: Tensor, timestep: Tensor | None = None) -> Condition:

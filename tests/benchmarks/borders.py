@@ -3,22 +3,27 @@ r"""Measure the jumps across tile borders of a trained model and of the nnU-Net 
     python tests/benchmarks/borders.py --model RESULTS/Dataset004_Hippocampus/DiffusionTrainer_10epochs__P__3d_fullres \
         --dataset DATA/Dataset004_Hippocampus --cases 10 --device cpu
 
-Prints, for nnU-Net and PD-DDPM, the mean jump (sum over classes of |difference of probability| between neighbouring
-voxels) across tile borders, the same beside the borders, and PD-DDPM's relative to nnU-Net's.
+Prints, for nnU-Net and PD-DDPM, the mean jump (sum over classes of |difference| between neighbouring voxels) of
+probabilities and of the segmentation (2 for each pair of unlike labels) across tile borders, the same beside the borders,
+and PD-DDPM's relative to nnU-Net's.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 from comparison_evaluation import Model, start_from
 from nnunetv2.paths import nnUNet_preprocessed
+from torch.nn.functional import one_hot
 
 from nnunet_diffusion.evaluation.seams import Jumps, border_jumps
 from nnunet_diffusion.segmenter import DiffusionSegmenter
+
+METHODS = ("nnU-Net", "PD-DDPM")
 
 
 def main() -> None:
@@ -42,20 +47,33 @@ def main() -> None:
     split = Path(nnUNet_preprocessed or ".") / options.dataset.name / "splits_final.json"
     names = sorted(json.loads(split.read_text())[options.fold]["val"])
     places = np.linspace(0, len(names) - 1, min(options.cases, len(names)))
-    total = {"nnU-Net": Jumps(), "PD-DDPM": Jumps()}
+    total = {(method, what): Jumps() for method in METHODS for what in ("probabilities", "segmentation")}
     for name in [names[round(place)] for place in places]:
         data = model.load(name, options.dataset).data
         tiles = model.predictor._internal_get_sliding_window_slicers(data.shape[1:])
-        for method, network in (("nnU-Net", model.segmenter.presegmentor), ("PD-DDPM", model.segmenter)):
+        for method, network in zip(METHODS, (model.segmenter.presegmentor, model.segmenter), strict=True):
             model.predictor.network = network
-            logits = model.predictor.predict_sliding_window_return_logits(data).float()
-            total[method] += border_jumps(logits.softmax(0), tiles)
-    print(f"{len(places)} cases, {total['nnU-Net'].planes} planes between tiles, settings {model.segmenter.settings}")
-    print("\n| | at borders | beside them | ratio |\n|---|---:|---:|---:|")
-    for method, found in total.items():
-        at_borders, around = found.at_borders / found.planes, found.around / found.planes
-        print(f"| {method} | {at_borders:.3f} | {around:.3f} | {found.ratio:.3f} |")
-    print(f"\nPD-DDPM / nnU-Net at borders: {total['PD-DDPM'].at_borders / total['nnU-Net'].at_borders:.3f}")
+            probabilities = model.predictor.predict_sliding_window_return_logits(data).float().softmax(0)
+            labels = one_hot(probabilities.argmax(0), len(probabilities)).movedim(-1, 0)
+            total[method, "probabilities"] += border_jumps(probabilities, tiles)
+            total[method, "segmentation"] += border_jumps(labels.float(), tiles)
+    planes = total["nnU-Net", "probabilities"].planes
+    print(f"{len(places)} cases, {planes} planes between tiles, settings {model.segmenter.settings}")
+    print("\n| | | at borders | beside them | ratio |\n|---|---|---:|---:|---:|")
+    for (method, what), found in total.items():
+        print(
+            f"| {method} | {what} | {found.at_borders / planes:.3f} | {found.around / planes:.3f} | {found.ratio:.3f} |"
+        )
+    for what in ("probabilities", "segmentation"):
+        ours, theirs = total["PD-DDPM", what], total["nnU-Net", what]
+        at_borders = quotient(ours.at_borders, theirs.at_borders)
+        beside = quotient(ours.around, theirs.around)
+        print(f"\n{what}: PD-DDPM / nnU-Net {at_borders:.3f} at borders, {beside:.3f} beside them")
+
+
+def quotient(upper: float, lower: float) -> float:
+    """NaN where there is nothing to compare with."""
+    return upper / lower if lower else math.nan
 
 
 if __name__ == "__main__":
