@@ -61,9 +61,8 @@ def main() -> None:
     print(f"{len(places)} cases, {planes} planes between tiles, settings {model.segmenter.settings}")
     print("\n| | | at borders | beside them | ratio |\n|---|---|---:|---:|---:|")
     for (method, what), found in total.items():
-        print(
-            f"| {method} | {what} | {found.at_borders / planes:.3f} | {found.around / planes:.3f} | {found.ratio:.3f} |"
-        )
+        cells = found.at_borders / planes, found.around / planes, quotient(found.at_borders, found.around)
+        print(f"| {method} | {what} | {' | '.join(f'{cell:.3f}' for cell in cells)} |")
     for what in ("probabilities", "segmentation"):
         ours, theirs = total["PD-DDPM", what], total["nnU-Net", what]
         at_borders = quotient(ours.at_borders, theirs.at_borders)
