@@ -45,6 +45,15 @@ def assert_same(ours, theirs):
         torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize(("topology", "size"), [(PLAIN_2D, (9, 7)), (ANISOTROPIC_3D, (4, 6, 5))])
+def test_what_is_constant_stays_so_up_to_the_edge_in_the_first_and_last_convolution(topology, size):
+    net = build(topology)
+    for conv in (net.image_dense.layers[0][0], net.noisy_dense.layers[0][0], net.output[-1]):
+        values = torch.randn(1, conv.in_channels, *[1] * len(size))
+        found = conv(values.expand(-1, -1, *size))
+        torch.testing.assert_close(found, found[(..., *[slice(2, 3)] * len(size))].expand_as(found))
+
+
 @pytest.mark.parametrize("size", [(16, 16), (17, 13), (1, 1), (5, 32), (2, 3)])
 def test_2d_sizes(size):
     net = build().double()
