@@ -106,8 +106,11 @@ def test_no_more_of_a_jump_across_tile_borders_than_nnunet(trained):
     assert total["ours"].ratio <= 1.1 * total["nnunet"].ratio
 
 
-def test_one_reverse_process_per_volume_has_no_larger_jumps_than_nnunet(trained):
-    """All of nnU-Net's weight off: what is measured is the denoiser's own result."""
+def test_one_reverse_process_per_volume_has_no_more_of_a_jump_than_nnunet(trained):
+    """As above, all of nnU-Net's weight off: what is measured is the denoiser's own result.
+
+    After seconds of training the ratio over 22 planes is a chance one to a few percent: the bound is that of stock prediction.
+    """
     predictor = DiffusionPredictor(device=torch.device("cpu"), allow_tqdm=False, presegmentation_weight=0.0)
     managers = trained.plans_manager, trained.configuration_manager
     network = trained.segmenter
@@ -117,7 +120,7 @@ def test_one_reverse_process_per_volume_has_no_larger_jumps_than_nnunet(trained)
         nnunet, tiles = predict(trained, network.presegmentor, image)
         total["nnunet"] += border_jumps(nnunet.softmax(0), tiles)
         total["ours"] += border_jumps(predictor.predict_volume(image).logits.softmax(0), tiles)
-    assert total["ours"].ratio <= total["nnunet"].ratio
+    assert total["ours"].ratio <= 1.1 * total["nnunet"].ratio
 
 
 def test_reduced_precision_changes_no_more_than_rounding_explains(trained):
