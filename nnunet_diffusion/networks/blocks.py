@@ -212,22 +212,17 @@ class SlimDenseBlock(nn.Module):
         super().__init__()
         if depth < 1:
             raise ValueError(f"sdb_depth must be at least 1, got {depth}")
-
-        def first(layer: int) -> nn.Module:
-            if layer > 0:
-                return make_conv(conv_op, out_channels, out_channels, kernel_size, bias=False)
-            # beyond the edge zeros would be neither background nor foreground of a state in [-1, 1]
-            return make_conv(conv_op, in_channels, out_channels, kernel_size, bias=False, padding_mode="replicate")
-
+        # beyond the edge zeros would be neither background nor foreground of a state in [-1, 1]
+        first = [(in_channels, "replicate"), *[(out_channels, "zeros")] * (depth - 1)]
         # Fig. 3: H is two convolutions, norm and LeakyReLU
         self.layers = nn.ModuleList(
             nn.Sequential(
-                first(layer),
+                make_conv(conv_op, channels, out_channels, kernel_size, bias=False, padding_mode=padding_mode),
                 make_conv(conv_op, out_channels, out_channels, kernel_size, bias=False),
                 make_norm(norm, out_channels, conv_op),
                 nn.LeakyReLU(inplace=True),
             )
-            for layer in range(depth)
+            for channels, padding_mode in first
         )
 
     def forward(self, features: Tensor) -> Tensor:

@@ -331,12 +331,8 @@ class DiffusionPlanning(ExperimentPlanner):
         times, measured = StepTimes({smallest.cost.flops: seconds}), [(smallest, seconds)]
 
         def need(cost: Cost, settings: DiffusionSettings) -> float:
-            in_memory = self._memory_share(cost)
-            return (
-                in_memory
-                if settings == smallest.settings
-                else max(in_memory, times.seconds_of(cost.flops) / budget.seconds)
-            )
+            in_time = 0.0 if settings == smallest.settings else times.seconds_of(cost.flops) / budget.seconds
+            return max(self._memory_share(cost), in_time)
 
         for _ in range(CORRECTIONS if seconds < budget.seconds else 0):
             found = sized(configuration, channels, self.heads, self.regions, need, gpu=False)
