@@ -58,13 +58,14 @@ class DiffusionSegmenter(nn.Module):
         )
         self.ignore_label: int | None = None
         self.evaluations = 0
-        self._evaluate = evaluate_denoiser
+        self._evaluate, self._encode, self._denoise, self._run = evaluate_denoiser, encode, denoise, run
         self._noise: _StartNoise | None = None
 
     def train(self, mode: bool = True) -> DiffusionSegmenter:
         """Switch the denoiser's mode; the pre-segmentor stays in evaluation."""
         super().train(mode)
-        self.presegmentor.eval()
+        # autocast keeps its half-precision copies only of weights that require gradients; of what is trained it is no part
+        self.presegmentor.eval().requires_grad_(not mode)
         return self
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -105,16 +106,23 @@ class DiffusionSegmenter(nn.Module):
             (B, K, *spatial) bounded logits, or a dictionary of scalars whose sum is the loss.
         """
         if target is None:
-            return self.segment(image)
+            # traced only where a caller compiles this module whole, as nnU-Net's predictor does with nnUNet_compile=t
+            return self.segment(image, compiled=torch.compiler.is_compiling())
         return self.training_losses(image, target, segmentation_loss, generator)
 
     @torch.compiler.disable
-    def segment(self, image: Tensor) -> Tensor:
+    def segment(self, image: Tensor, compiled: bool = False) -> Tensor:
         """Return bounded logits (B, K, *spatial), a fresh tensor, same for the same image.
+
+        Args:
+            image: (B, C, *spatial) preprocessed patch.
+            compiled: compile both networks first (`compile_inference`).
 
         Raises:
             ValueError: if the image is not finite; the result would look like a segmentation.
         """
+        if compiled:
+            self.compile_inference()
         if not torch.isfinite(image).all():
             raise ValueError(
                 "The image has NaN or infinite voxels after preprocessing (one in the file spoils all of it). Replace "
@@ -125,8 +133,12 @@ class DiffusionSegmenter(nn.Module):
     def presegment(self, image: Tensor) -> Tensor:
         """Return the pre-segmentor's class probabilities (B, K, *spatial), float32."""
         with torch.no_grad():
-            output = self.presegmentor(image)
+            output = self.run_presegmentor(image)
             return labels.activate(output[0] if isinstance(output, (list, tuple)) else output, self.settings.regions)
+
+    def run_presegmentor(self, image: Tensor) -> Any:
+        """Return what the pre-segmentor makes of (B, C, *spatial): logits, or a list of such, the finest first."""
+        return self._run(self.presegmentor, image)
 
     def own_start(self, image: Tensor, presegmented: Tensor | None = None) -> Tensor:
         """Return the probabilities (B, K, *spatial) that `settings.start_from` names.
@@ -196,14 +208,18 @@ class DiffusionSegmenter(nn.Module):
             for part in states.split(SAMPLES_AT_ONCE, 1):
                 times = torch.full((part.shape[0] * part.shape[1],), timestep, device=noisy.device)
                 condition = known[key].repeat_interleave(part.shape[1])
-                predictions.append(self.denoiser(part.flatten(0, 1), times, condition).view(part.shape))
+                predictions.append(self.denoise(part.flatten(0, 1), times, condition).view(part.shape))
             return torch.cat(predictions, 1).view(noisy.shape)
 
         return predict
 
     def encode(self, image: Tensor, timestep: int) -> Condition:
         """Evaluate the condition flow and the prior branch at one timestep; `image` (B, C, *spatial)."""
-        return self.denoiser.encode(image, torch.full((len(image),), timestep, device=image.device))
+        return self._encode(self.denoiser, image, torch.full((len(image),), timestep, device=image.device))
+
+    def denoise(self, noisy: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+        """Evaluate the denoising side; shapes as `PGDiffSeg.forward`'s."""
+        return self._denoise(self.denoiser, noisy, timestep, condition)
 
     def condition_image(self, image: Tensor, presegmentation: Tensor | None) -> Tensor:
         """Return what the condition flow sees: the image, with the start's state below it where the settings say so."""
@@ -291,6 +307,14 @@ class DiffusionSegmenter(nn.Module):
         """Compile the denoiser's training evaluation (`torch.compile`); weights and their names are untouched."""
         self._evaluate = torch.compile(evaluate_denoiser)
 
+    def compile_inference(self) -> None:
+        """Compile what inference evaluates: pre-segmentor, condition flow and denoising side, each for itself.
+
+        The reverse process around them stays as it is, so any sampler works, and its randomness is the same.
+        """
+        if self._denoise is denoise:
+            self._encode, self._denoise, self._run = torch.compile(encode), torch.compile(denoise), torch.compile(run)
+
     @contextlib.contextmanager
     def overridden(self, **changes: Any) -> Iterator[DiffusionSegmenter]:
         """Use other inference settings inside a `with` block."""
@@ -320,3 +344,18 @@ def evaluate_denoiser(
     """One evaluation that touches every parameter: prediction, presence logits, location logits."""
     condition = denoiser.encode(image, timestep)
     return denoiser(noisy, timestep, condition), condition.presence_logits, condition.location_logits
+
+
+def encode(denoiser: PGDiffSeg, image: Tensor, timestep: Tensor) -> Condition:
+    """`PGDiffSeg.encode` as a function, for torch.compile: the trainer exchanges the denoiser for its average."""
+    return denoiser.encode(image, timestep)
+
+
+def denoise(denoiser: PGDiffSeg, noisy: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+    """`PGDiffSeg.forward` as a function."""
+    return denoiser(noisy, timestep, condition)
+
+
+def run(network: nn.Module, image: Tensor) -> Any:
+    """Call a network."""
+    return network(image)

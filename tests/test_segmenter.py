@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import nnunet_diffusion.segmenter
 from nnunet_diffusion import labels
@@ -110,6 +111,34 @@ def test_identity_denoiser_without_noise_level_returns_the_presegmentation():
     clear = network.presegment(image).topk(2, dim=1).values
     clear = (clear[:, 0] - clear[:, 1]) > 0.1  # one noising step has a standard deviation of 0.01
     assert torch.equal(network(image).argmax(1)[clear], network.presegment(image).argmax(1)[clear])
+
+
+class Casts(TorchDispatchMode):
+    """Counts conversions of weights, which have no batch of images."""
+
+    def __init__(self, shapes):
+        super().__init__()
+        self.shapes, self.count = shapes, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default and args[0].shape in self.shapes:
+            self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_autocast_converts_the_frozen_presegmentor_once_not_at_each_patch():
+    """As it does for nnU-Net's own network; each conversion of a weight is one more kernel that waits to be launched."""
+    presegmentor = nn.Sequential(nn.Conv2d(1, 5, 3, padding=1), nn.Conv2d(5, 3, 3, padding=1))
+    network = DiffusionSegmenter(presegmentor, pgdiffseg(), SETTINGS)
+    assert not any(parameter.requires_grad for parameter in presegmentor.parameters())
+    network.eval()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        for wanted in (4, 0, 0):
+            with Casts({parameter.shape for parameter in presegmentor.parameters()}) as casts:
+                network.presegment(torch.randn(1, 1, 16, 16))
+            assert casts.count == wanted
+    network.train()
+    assert not any(parameter.requires_grad for parameter in presegmentor.parameters())
 
 
 def test_network_calls_are_counted_and_the_condition_is_shared_by_all_samples():

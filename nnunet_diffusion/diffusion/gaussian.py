@@ -31,7 +31,7 @@ class Posterior:
 
     Attributes:
         mean: (B, K, *spatial).
-        variance: (B or 1, 1, ..., 1), the same for every voxel.
+        variance: (B, 1, ..., 1), or a scalar () where both timesteps are ints; the same for every voxel.
     """
 
     mean: Tensor
@@ -82,6 +82,7 @@ class GaussianDiffusion:
         Returns:
             The noisy state.
         """
+        clean, noise = at_least_float32(clean), at_least_float32(noise)
         signal, spread = self._signal_and_spread(timestep, clean)
         return signal * clean + spread * noise
 
@@ -105,6 +106,7 @@ class GaussianDiffusion:
             return at_least_float32(clean)
         if self.prediction_type == "v":
             # Salimans and Ho 2022, appendix D: v = alpha * epsilon - sigma * x_0.
+            clean, noise = at_least_float32(clean), at_least_float32(noise)
             signal, spread = self._signal_and_spread(timestep, clean)
             return signal * noise - spread * clean
         raise ValueError("prediction_type 'logits' has no regression target; train it on the labels")

@@ -18,7 +18,8 @@ def cast_like(coefficient: Tensor, like: Tensor) -> Tensor:
     """Move a coefficient to `like`'s device as float32, or as float64 if `like` is float64; never to half precision.
 
     Args:
-        coefficient: any shape, float64.
+        coefficient: any shape, float64. A scalar of shape () stays on the CPU: it multiplies tensors of any device, and a
+            copy would wait for the GPU.
         like: the tensor that the coefficient will be multiplied with.
 
     Returns:
@@ -26,7 +27,8 @@ def cast_like(coefficient: Tensor, like: Tensor) -> Tensor:
     """
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     # Two moves, since MPS takes no float64.
-    return coefficient.to(dtype).to(like.device)
+    coefficient = coefficient.to(dtype)
+    return coefficient.to(like.device) if coefficient.ndim else coefficient
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +76,10 @@ class NoiseSchedule:
     def _from_clean(self) -> Tensor:
         return torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bar])
 
+    @cached_property
+    def _tables(self) -> dict[torch.device, Tensor]:
+        return {}
+
     def exact(self, timestep: int | Tensor, ndim: int) -> Tensor:
         """alpha_bar at a timestep in float64, shaped to broadcast over a batch of `ndim` dimensions.
 
@@ -82,21 +88,22 @@ class NoiseSchedule:
             ndim: number of dimensions of the tensors it will meet.
 
         Returns:
-            (1, 1, ..., 1) or (B, 1, ..., 1), on the CPU for an int, else on the timesteps' device.
+            A scalar () on the CPU for an int; else (B, 1, ..., 1) on the timesteps' device.
 
         Raises:
             ValueError: an int timestep outside -1..T-1.
         """
-        if isinstance(timestep, Tensor):
-            index = timestep.reshape(-1)
-        elif CLEAN <= timestep < self.timesteps:
-            index = torch.tensor([timestep])
-        else:
-            raise ValueError(f"timestep is {timestep}; it must be -1 (clean) to {self.timesteps - 1}")
+        # The only place with index arithmetic: entry 0 of the table is the clean state.
+        if not isinstance(timestep, Tensor):
+            if not CLEAN <= timestep < self.timesteps:
+                raise ValueError(f"timestep is {timestep}; it must be -1 (clean) to {self.timesteps - 1}")
+            return self._from_clean[timestep + 1]
+        index = timestep.reshape(-1)
         if index.device.type == "mps":
             index = index.cpu()  # MPS has no float64
-        # The only place with index arithmetic: entry 0 of the table is the clean state.
-        return self._from_clean.to(index.device)[index + 1].reshape(-1, *[1] * (ndim - 1))
+        if index.device not in self._tables:
+            self._tables[index.device] = self._from_clean.to(index.device)
+        return self._tables[index.device][index + 1].reshape(-1, *[1] * (ndim - 1))
 
     def at(self, timestep: int | Tensor, like: Tensor) -> Tensor:
         """alpha_bar at a timestep, ready to be multiplied with `like`.
@@ -106,7 +113,7 @@ class NoiseSchedule:
             like: (B, ...), any dtype.
 
         Returns:
-            (1, 1, ..., 1) or (B, 1, ..., 1) on like's device; float64 if `like` is, else float32.
+            A scalar () on the CPU for an int, else (B, 1, ..., 1) on like's device; float64 if `like` is, else float32.
 
         Raises:
             ValueError: an int timestep outside -1..T-1.

@@ -179,7 +179,7 @@ class VolumeProcess:
             for part in states.split(max(1, self.tiling.batch // len(tiles)), 1):
                 noisy = part.flatten(0, 1)
                 times = torch.full((len(noisy),), timestep, device=device)
-                prediction = segmenter.denoiser(noisy, times, condition.repeat_interleave(part.shape[1]))
+                prediction = segmenter.denoise(noisy, times, condition.repeat_interleave(part.shape[1]))
                 estimates.append(segmenter.process.to_clean(prediction, noisy, timestep).view(part.shape))
         self.evaluations.condition += len(tiles)
         self.evaluations.denoiser += len(tiles) * states.shape[1]

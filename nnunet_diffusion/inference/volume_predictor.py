@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,7 +33,7 @@ from nnunet_diffusion.segmenter import DiffusionSegmenter
 
 Folds = Sequence[int | str] | None
 OVERRIDES = ("sampler", "steps", "start_step", "samples", "seed", "presegmentation_weight")
-VERSIONS = ("nnunet-diffusion", "nnunetv2", "torch", "numpy", "SimpleITK")
+COMPILE = "nnUNet_compile"
 
 
 class VolumePredictor(nnUNetPredictor):
@@ -128,6 +129,8 @@ class VolumePredictor(nnUNetPredictor):
             enable_deep_supervision=False,
         )
         network.load_state_dict(model.weights[0])
+        if os.environ.get(COMPILE, "").lower() in ("true", "1", "t"):  # as nnU-Net's own predictor reads it
+            network.compile_inference()
         self.folds = model.folds
         self.manual_initialization(
             network, plans, configuration, model.weights, model.dataset_json, model.trainer_name, model.mirroring_axes
@@ -283,8 +286,12 @@ class VolumePredictor(nnUNetPredictor):
     def _presegment(self, data: Tensor, tiling: Tiling, evaluations: Evaluations) -> Tensor:
         """Segment the volume by nnU-Net's own sliding window; probabilities (K, *volume), float32."""
         network, bar = self.network, self.allow_tqdm
-        counter = network.presegmentor.register_forward_hook(_counted(evaluations))
-        self.network, self.allow_tqdm = network.presegmentor, False  # type: ignore[assignment]
+
+        def run_and_count(image: Tensor) -> Any:
+            evaluations.presegmentor += len(image)
+            return network.run_presegmentor(image)
+
+        self.network, self.allow_tqdm = run_and_count, False  # type: ignore[assignment]
 
         def probabilities(on_device: bool) -> Tensor:
             logits = self._internal_predict_sliding_window_return_logits(data, tiling.tiles, on_device)
@@ -295,7 +302,6 @@ class VolumePredictor(nnUNetPredictor):
             return probabilities(False) if on_device is None else on_device
         finally:
             self.network, self.allow_tqdm = network, bar
-            counter.remove()
 
     def _run_fold(
         self,
@@ -351,10 +357,3 @@ class VolumePredictor(nnUNetPredictor):
             peak_bytes(self.device),
             notes,
         )
-
-
-def _counted(evaluations: Evaluations) -> Callable:
-    def hook(module: torch.nn.Module, inputs: tuple, output: object) -> None:
-        evaluations.presegmentor += len(inputs[0])
-
-    return hook

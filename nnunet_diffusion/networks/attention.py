@@ -58,8 +58,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
     # B batch, H one head, N voxels, C channels
     def as_tokens_BHNC(features: Tensor) -> Tensor:
-        padding = width - features.shape[1]
-        return functional.pad(features.flatten(2).transpose(1, 2), (0, padding)).contiguous().unsqueeze(1)
+        tokens, padding = features.flatten(2).transpose(1, 2), width - features.shape[1]
+        # padding copies even where it adds nothing
+        return (functional.pad(tokens, (0, padding)) if padding else tokens).contiguous().unsqueeze(1)
 
     mixed_BHNC = functional.scaled_dot_product_attention(
         as_tokens_BHNC(query), as_tokens_BHNC(key), as_tokens_BHNC(value), scale=query.shape[1] ** -0.5

@@ -227,9 +227,10 @@ class SlimDenseBlock(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Map (B, in_channels, *spatial) to (B, out_channels, *spatial)."""
-        newest = total = self.layers[0](features)
+        newest = self.layers[0](features)
+        total = None
         # Eq. 1: x_i = H(x_{i-1}) + 0.2 * (x_1 + ... + x_{i-1})
         for layer in list(self.layers)[1:]:
+            total = newest if total is None else total + newest
             newest = torch.add(layer(newest), total, alpha=DENSE_SCALE)
-            total = total + newest
         return newest

@@ -29,7 +29,10 @@ def sinusoids(timestep: Tensor, width: int) -> Tensor:
 
 
 class TimeEmbedding(nn.Module):
-    """Sinusoids, then Linear - SiLU - Linear; PGDiffSeg, the MLP of Fig. 2."""
+    """Sinusoids, then Linear - SiLU - Linear - SiLU; PGDiffSeg, the MLP of Fig. 2.
+
+    The last SiLU is that at the beginning of each unit's projection (`TimeShift`), which is the same in all of them.
+    """
 
     def __init__(self, sinusoid_width: int, width: int) -> None:
         """Build the embedding of `width` values from `sinusoid_width` (even) sines and cosines."""
@@ -42,7 +45,7 @@ class TimeEmbedding(nn.Module):
     def forward(self, timestep: Tensor) -> Tensor:
         """Map timesteps (B,) to (B, width)."""
         waves = sinusoids(timestep, self.sinusoid_width).to(self.expand.weight.dtype)
-        return self.mix(self.activation(self.expand(waves)))
+        return self.activation(self.mix(self.activation(self.expand(waves))))
 
 
 class TimeShift(nn.Module):
@@ -51,10 +54,9 @@ class TimeShift(nn.Module):
     def __init__(self, width: int, channels: int) -> None:
         """Build the projection of an embedding of `width` values onto `channels`."""
         super().__init__()
-        self.activation = nn.SiLU()
         self.project = nn.Linear(width, channels)
 
     def forward(self, features: Tensor, time: Tensor) -> Tensor:
         """Add the projected embedding (B, width) to features (B, C, *spatial)."""
-        shift = self.project(self.activation(time))
+        shift = self.project(time)
         return features + shift.reshape(*shift.shape, *[1] * (features.ndim - 2))

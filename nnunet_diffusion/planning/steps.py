@@ -91,7 +91,7 @@ def diffusion_step(
         precision: as `nnunet_step`'s.
     """
     parameters = list(network.denoiser.parameters())
-    optimizer = torch.optim.AdamW(parameters, network.settings.learning_rate)
+    optimizer = torch.optim.AdamW(parameters, network.settings.learning_rate, fused=image.device.type != "mps")
     loss, generator = nnunet_loss(), torch.Generator(image.device)
 
     def step() -> None:

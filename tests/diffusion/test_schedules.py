@@ -73,7 +73,7 @@ def test_at_broadcasts_over_a_batch():
     values = schedule.at(torch.tensor([0, 7, -1]), like)
     assert values.shape == (3, 1, 1, 1)
     assert values.flatten().tolist() == [schedule.alpha_bar[0].item(), schedule.alpha_bar[7].item(), 1.0]
-    assert schedule.at(7, like).shape == (1, 1, 1, 1)
+    assert schedule.at(7, like).shape == ()
     assert schedule.at(7, like).item() == schedule.alpha_bar[7].item()
     assert schedule.at(-1, like).item() == 1.0
 
@@ -90,9 +90,14 @@ def test_half_precision_leaves_the_schedule_unchanged(dtype):
         assert torch.equal(old, new)
 
 
-def test_at_follows_the_device_of_its_tensor():
+def test_coefficients_meet_tensors_of_another_device():
+    """Those of a batch follow it; a scalar stays on the CPU, so that no reverse step waits for a copy to the GPU."""
     schedule = noise_schedule("linear", 100)
-    assert schedule.at(5, torch.zeros(1, 1, 2, device="meta")).device.type == "meta"
+    like = torch.zeros(2, 1, 2, device="meta")
+    assert schedule.at(torch.tensor([5, 6]), like).device.type == "meta"
+    scalar = schedule.at(5, like)
+    assert scalar.device.type == "cpu"
+    assert (scalar * like).device.type == "meta"
 
 
 def test_bad_arguments_are_named():

@@ -6,9 +6,6 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
-from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-from torch._dynamo import OptimizedModule
 
 pytestmark = [pytest.mark.nnunet, pytest.mark.slow]
 
@@ -80,25 +77,6 @@ def test_validation_equals_stock_predict_so_both_use_the_averaged_weights(traine
     )  # fmt: skip
     ours, theirs = (sitk.GetArrayFromImage(sitk.ReadImage(str(path))) for path in (tmp_path / "out" / case.name, case))
     assert np.array_equal(ours, theirs)
-
-
-def test_compiled_inference_gives_the_same(trained_2d, monkeypatch):
-    """`nnUNet_compile=t` has nnU-Net's predictor compile the whole network, reverse process included."""
-    place, _ = trained_2d
-    case = sorted((place.raw / "imagesTs").iterdir())[0]
-    image, properties = SimpleITKIO().read_images([str(case)])
-    found = {}
-    with place.in_process(place.root / "results"):
-        for choice in ("f", "t"):
-            monkeypatch.setenv("nnUNet_compile", choice)
-            predictor = nnUNetPredictor(
-                use_mirroring=False, perform_everything_on_device=False, device=torch.device("cpu"), allow_tqdm=False
-            )
-            folder = place.results / "TinyDiffusionTrainer__Tiny__2d"
-            predictor.initialize_from_trained_model_folder(str(folder), (0,), "checkpoint_final.pth")
-            assert isinstance(predictor.network, OptimizedModule) is (choice == "t")
-            found[choice] = predictor.predict_single_npy_array(image[:, :4], properties | {"spacing": [1.0, 1.0, 1.0]})
-    assert np.array_equal(found["f"], found["t"])
 
 
 def test_another_fold_with_other_settings_is_refused_by_key_and_value(trained_2d):
