@@ -15,6 +15,7 @@ from nnunet_diffusion import labels, losses, starts
 from nnunet_diffusion.diffusion.gaussian import GaussianDiffusion
 from nnunet_diffusion.diffusion.samplers import OnStep, sample, start_state
 from nnunet_diffusion.diffusion.schedules import noise_schedule
+from nnunet_diffusion.finite import all_finite
 from nnunet_diffusion.networks.pgdiffseg import Condition, PGDiffSeg
 from nnunet_diffusion.settings import DiffusionSettings
 
@@ -64,7 +65,7 @@ class DiffusionSegmenter(nn.Module):
     def train(self, mode: bool = True) -> DiffusionSegmenter:
         """Switch the denoiser's mode; the pre-segmentor stays in evaluation."""
         super().train(mode)
-        # autocast keeps its half-precision copies only of weights that require gradients; of what is trained it is no part
+        # autocast keeps its half-precision copies of weights only where they require gradients; in training these must not
         self.presegmentor.eval().requires_grad_(not mode)
         return self
 
@@ -123,7 +124,7 @@ class DiffusionSegmenter(nn.Module):
         """
         if compiled:
             self.compile_inference()
-        if not torch.isfinite(image).all():
+        if not all_finite(image):
             raise ValueError(
                 "The image has NaN or infinite voxels after preprocessing (one in the file spoils all of it). Replace "
                 "them in the case that nnU-Net named last, then predict again."
@@ -138,7 +139,7 @@ class DiffusionSegmenter(nn.Module):
 
     def run_presegmentor(self, image: Tensor) -> Any:
         """Return what the pre-segmentor makes of (B, C, *spatial): logits, or a list of such, the finest first."""
-        return self._run(self.presegmentor, image)
+        return _outside_inference_mode(self._run, self.presegmentor, image)
 
     def own_start(self, image: Tensor, presegmented: Tensor | None = None) -> Tensor:
         """Return the probabilities (B, K, *spatial) that `settings.start_from` names.
@@ -215,11 +216,12 @@ class DiffusionSegmenter(nn.Module):
 
     def encode(self, image: Tensor, timestep: int) -> Condition:
         """Evaluate the condition flow and the prior branch at one timestep; `image` (B, C, *spatial)."""
-        return self._encode(self.denoiser, image, torch.full((len(image),), timestep, device=image.device))
+        times = torch.full((len(image),), timestep, device=image.device)
+        return _outside_inference_mode(self._encode, self.denoiser, image, times)
 
     def denoise(self, noisy: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         """Evaluate the denoising side; shapes as `PGDiffSeg.forward`'s."""
-        return self._denoise(self.denoiser, noisy, timestep, condition)
+        return _outside_inference_mode(self._denoise, self.denoiser, noisy, timestep, condition)
 
     def condition_image(self, image: Tensor, presegmentation: Tensor | None) -> Tensor:
         """Return what the condition flow sees: the image, with the start's state below it where the settings say so."""
@@ -359,3 +361,15 @@ def denoise(denoiser: PGDiffSeg, noisy: Tensor, timestep: Tensor, condition: Con
 def run(network: nn.Module, image: Tensor) -> Any:
     """Call a network."""
     return network(image)
+
+
+def _outside_inference_mode(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Evaluate a network without gradients, but not in inference mode, where autocast keeps no converted weights.
+
+    Tensors made in inference mode are copied: torch.compile would make graphs of their own for them, and nnU-Net's loop has
+    both kinds.
+    """
+    if not torch.is_inference_mode_enabled():
+        return function(*arguments)
+    with torch.inference_mode(False), torch.no_grad():
+        return function(*[x.clone() if isinstance(x, Tensor) and x.is_inference() else x for x in arguments])

@@ -114,29 +114,33 @@ def test_identity_denoiser_without_noise_level_returns_the_presegmentation():
 
 
 class Casts(TorchDispatchMode):
-    """Counts conversions of weights, which have no batch of images."""
+    """Counts conversions of tensors of some shapes."""
 
     def __init__(self, shapes):
         super().__init__()
         self.shapes, self.count = shapes, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.aten._to_copy.default and args[0].shape in self.shapes:
+        # in inference mode they come as `to`
+        name = function.overloadpacket
+        if name in (torch.ops.aten._to_copy, torch.ops.aten.to) and args[0].shape in self.shapes:
             self.count += 1
         return function(*args, **(kwargs or {}))
 
 
-def test_autocast_converts_the_frozen_presegmentor_once_not_at_each_patch():
-    """As it does for nnU-Net's own network; each conversion of a weight is one more kernel that waits to be launched."""
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_autocast_converts_weights_once_not_at_each_patch(mode):
+    """Each conversion of a weight is one more kernel that waits to be launched."""
     presegmentor = nn.Sequential(nn.Conv2d(1, 5, 3, padding=1), nn.Conv2d(5, 3, 3, padding=1))
-    network = DiffusionSegmenter(presegmentor, pgdiffseg(), SETTINGS)
+    network = DiffusionSegmenter(presegmentor, pgdiffseg(), dataclasses.replace(SETTINGS, steps=1))
     assert not any(parameter.requires_grad for parameter in presegmentor.parameters())
     network.eval()
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        for wanted in (4, 0, 0):
-            with Casts({parameter.shape for parameter in presegmentor.parameters()}) as casts:
-                network.presegment(torch.randn(1, 1, 16, 16))
-            assert casts.count == wanted
+    convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+    with mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        for again in (False, True, True):
+            with Casts({convolution.weight.shape for convolution in convolutions}) as casts:
+                network.sample(torch.randn(1, 1, 17, 19))
+            assert casts.count == (0 if again else len(convolutions))
     network.train()
     assert not any(parameter.requires_grad for parameter in presegmentor.parameters())
 

@@ -71,19 +71,22 @@ class GaussianDiffusion:
         self.activation = activation
         self.clamp = clamp
 
-    def add_noise(self, clean: Tensor, noise: Tensor, timestep: int | Tensor) -> Tensor:
+    def add_noise(self, clean: Tensor, noise: Tensor, timestep: int | Tensor, *, in_place: bool = False) -> Tensor:
         """Draw of q(x_t | x_0) made with the given standard normal noise (PGDiffSeg Eq. 14).
 
         Args:
             clean: (B, K, *spatial).
             noise: (B, K, *spatial).
             timestep: -1 (no noise) to T-1.
+            in_place: overwrite both, the noise by the result; they are float32 or float64 then.
 
         Returns:
             The noisy state.
         """
         clean, noise = at_least_float32(clean), at_least_float32(noise)
         signal, spread = self._signal_and_spread(timestep, clean)
+        if in_place:
+            return noise.mul_(spread).add_(clean.mul_(signal))
         return signal * clean + spread * noise
 
     def target(self, clean: Tensor, noise: Tensor, timestep: int | Tensor) -> Tensor:

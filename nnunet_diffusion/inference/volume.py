@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nnunet_diffusion import labels
 from nnunet_diffusion.diffusion.gaussian import GaussianDiffusion
-from nnunet_diffusion.diffusion.samplers import Predict, sample, start_state
+from nnunet_diffusion.diffusion.samplers import Predict, sample
 from nnunet_diffusion.segmenter import DiffusionSegmenter
 
 Tile = tuple[slice | int, ...]
@@ -36,10 +36,17 @@ class Tiling:
     device: torch.device
 
     def groups(self, samples: int) -> Iterator[Sequence[Tile]]:
-        """Yield as many tiles as fit into a batch with all their samples, one at least."""
-        size = max(1, self.batch // samples)
-        for first in range(0, len(self.tiles), size):
-            yield self.tiles[first : first + size]
+        """Yield as many tiles as fit into a batch with all their samples, one at least; the rest by powers of two.
+
+        So the network meets few sizes of batches over all volumes: for each new one cuDNN searches for the fastest
+        convolutions, as nnU-Net has it do, and torch.compile compiles.
+        """
+        size, first = max(1, self.batch // samples), 0
+        while first < len(self.tiles):
+            left = len(self.tiles) - first
+            count = size if left >= size else 1 << (left.bit_length() - 1)
+            yield self.tiles[first : first + count]
+            first += count
 
     def total_weight(self, volume: torch.Size, device: torch.device) -> Tensor:
         """Sum of the weights of all tiles, (*volume)."""
@@ -91,6 +98,10 @@ class VolumeProcess:
 
     def __post_init__(self) -> None:
         """Prepare what all samples share."""
+        # tiles cut from the main memory would make the GPU wait for each group of them
+        self.image = self.image.to(self.state_device)
+        if self.presegmentation is not None:
+            self.presegmentation = self.presegmentation.to(self.state_device)
         volume = self.image.shape[1:]
         self._heads = self.segmenter.denoiser.state_channels
         self._total = self.tiling.total_weight(volume, self.state_device)
@@ -103,18 +114,14 @@ class VolumeProcess:
         Args:
             samples: their numbers, from 0; they share the condition flow.
         """
-        shape = (len(samples), self._heads, *self.image.shape[1:])
-        start = torch.empty(shape, device=self.state_device)
-        for state, number in zip(start, samples, strict=True):
-            state.copy_(self._start(number))
-        return self._sample(self._evaluate, start, [(number,) for number in samples])
+        return self._sample(self._evaluate, self._starts(samples), [(number,) for number in samples])
 
     def run_tile_wise(self, samples: Sequence[int]) -> Tensor:
         """As `run`, but each tile has a reverse process of its own, and the results are blended at the end."""
-        starts = [self._start(number) for number in samples]
-        total = torch.zeros((len(samples), self._heads, *self.image.shape[1:]), device=self.state_device)
+        starts = self._starts(samples)
+        total = torch.zeros_like(starts)
         for number, tile in enumerate(self.tiling.tiles):
-            start = torch.stack([state[tile] for state in starts]).to(self.tiling.device)
+            start = starts[_all_samples(tile)].to(self.tiling.device)
 
             def evaluate(noisy: Tensor, timestep: int, tile: Tile = tile) -> Tensor:
                 return self._clean_of_tiles([tile], noisy[None], timestep)[0]
@@ -146,14 +153,17 @@ class VolumeProcess:
         state = np.random.SeedSequence([self.seed, *numbers], spawn_key=branch).generate_state(1, np.uint64)[0]
         return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
-    def _start(self, number: int) -> Tensor:
-        settings = self.segmenter.settings
-        shape = (self._heads, *self.image.shape[1:])
-        noise = torch.randn(shape, generator=self._generator(number, NOISE_OF_START)).to(self.state_device)
+    def _starts(self, samples: Sequence[int]) -> Tensor:
+        """Return the noisy start states (S, K, *volume)."""
+        settings, shape = self.segmenter.settings, (self._heads, *self.image.shape[1:])
+        states = torch.empty((len(samples), *shape), device=self.state_device)
+        for state, number in zip(states, samples, strict=True):
+            state.copy_(torch.randn(shape, generator=self._generator(number, NOISE_OF_START)))
         if settings.from_noise or self.presegmentation is None:
-            return noise
-        given = self.presegmentation.to(self.state_device)
-        return start_state(given[None], noise[None], settings.start_step, self._clean_process)[0]
+            return states
+        # a large volume fills the memory: one more of it, not four
+        clean = self.presegmentation[None].mul(2).sub_(1)
+        return self._clean_process.add_noise(clean, states, settings.start_step - 1, in_place=True)
 
     def _evaluate(self, noisy: Tensor, timestep: int) -> Tensor:
         """Return the blended clean estimate of the whole state, (S, K, *volume)."""

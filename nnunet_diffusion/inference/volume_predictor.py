@@ -22,11 +22,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nnunet_diffusion import labels
+from nnunet_diffusion.finite import all_finite
 from nnunet_diffusion.inference.ensemble import Members, VolumePrediction
 from nnunet_diffusion.inference.fusion import FUSIONS, fuse
 from nnunet_diffusion.inference.giving_way import run_group, tell, unless_out_of_memory
 from nnunet_diffusion.inference.loading import read_model
-from nnunet_diffusion.inference.memory import GIB, peak_bytes, plan_memory
+from nnunet_diffusion.inference.memory import GIB, free_bytes, peak_bytes, plan_memory
 from nnunet_diffusion.inference.presegmentation import Presegmentation
 from nnunet_diffusion.inference.volume import Evaluations, Tiling, VolumeProcess
 from nnunet_diffusion.segmenter import DiffusionSegmenter
@@ -196,7 +197,7 @@ class VolumePredictor(nnUNetPredictor):
             ValueError: the image is not finite.
             MemoryError: the state does not fit into memory.
         """
-        if not torch.isfinite(data).all():
+        if not all_finite(data):
             raise ValueError(
                 "the image has NaN or infinite voxels after preprocessing (one in the file spoils all of it)"
             )
@@ -231,7 +232,7 @@ class VolumePredictor(nnUNetPredictor):
                     self._run_fold(fold, padded, tiling, start, share, members, evaluations, notes, on_tiles)
         if bar is not None:
             bar.close()
-        return self._finished(members, unpad, evaluations, time.perf_counter() - begin, notes)
+        return self._finished(members, unpad, evaluations, begin, notes)
 
     def _padded(self, probabilities: np.ndarray) -> Tensor:
         """Pad with background, as the image is padded with zeros."""
@@ -297,8 +298,14 @@ class VolumePredictor(nnUNetPredictor):
             logits = self._internal_predict_sliding_window_return_logits(data, tiling.tiles, on_device)
             return labels.activate(logits[None], network.settings.regions)[0]
 
+        # tried only where it should fit: when nnU-Net's loop fails, a thread of it stays and keeps the image on the GPU
+        heads, channels = self.label_manager.num_segmentation_heads, len(data)
+        bytes_per_voxel = 14 * heads + 4 * channels + 4  # sums in half precision, as float32, softmax; image; weights
+        fits = self.device.type != "cuda" or bytes_per_voxel * data[0].numel() <= free_bytes(self.device)
         try:
-            on_device = unless_out_of_memory(lambda: probabilities(self.perform_everything_on_device), self.device)
+            on_device = unless_out_of_memory(
+                lambda: probabilities(fits and self.perform_everything_on_device), self.device
+            )
             return probabilities(False) if on_device is None else on_device
         finally:
             self.network, self.allow_tqdm = network, bar
@@ -320,8 +327,12 @@ class VolumePredictor(nnUNetPredictor):
         if self.device.type == "cuda" and not self.perform_everything_on_device:
             limit = 0.0
         empty_cache(self.device)  # what the last networks left there counts as taken
+
+        def free(device: torch.device) -> float:
+            return free_bytes(device) - (data.nbytes if device.type == "cuda" else 0)  # the image goes with the state
+
         plan = plan_memory(
-            data.shape[1:], heads, settings.samples, settings.sampler, settings.steps, self.device, limit
+            data.shape[1:], heads, settings.samples, settings.sampler, settings.steps, self.device, limit, free
         )
         tell(notes, plan.note)
         number = int(fold) if fold.isdecimal() else 0
@@ -336,7 +347,7 @@ class VolumePredictor(nnUNetPredictor):
                 members.add(probabilities, share / settings.samples, f"fold_{fold}_sample_{number}")
 
     def _finished(
-        self, members: Members, unpad: Sequence[slice], evaluations: Evaluations, seconds: float, notes: list[str]
+        self, members: Members, unpad: Sequence[slice], evaluations: Evaluations, begin: float, notes: list[str]
     ) -> VolumePrediction:
         regions, inner = members.regions, (slice(None), *unpad[1:])
         mean = members.mean()[inner]
@@ -353,7 +364,7 @@ class VolumePredictor(nnUNetPredictor):
             decision,
             {name: logits[inner].contiguous() for name, logits in members.samples.items()},
             evaluations,
-            seconds,
+            time.perf_counter() - begin,
             peak_bytes(self.device),
             notes,
         )

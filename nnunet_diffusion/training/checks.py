@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunet_diffusion import labels
+from nnunet_diffusion.finite import all_finite
 
 PREPROCESSED, RESULTS = FOLDERS = ("nnUNet_preprocessed", "nnUNet_results")
 PATIENCE_SECONDS = 5.0
@@ -120,7 +120,7 @@ def check_batch(batch: Mapping[str, Any], label_manager: LabelManager) -> None:
     for number, case in enumerate(batch.get("keys", range(len(image)))):
         if not label_manager.has_regions:
             labels.check_labels(target[number], classes, case, ignored)
-        if not torch.isfinite(image[number]).all():
+        if not all_finite(image[number]):
             raise ValueError(
                 f"Case {case} has NaN or infinite voxels after preprocessing (one in the image spoils all of it). "
                 "Replace them in the image, then run nnUNetv2_plan_and_preprocess again."

@@ -161,8 +161,13 @@ class DiffusionTrainer(nnUNetTrainer):
         super().initialize()
         self.segmenter.ignore_label = self.label_manager.ignore_label
         self.ema = AveragedModel(self.segmenter.denoiser, multi_avg_fn=self._average, use_buffers=True)
-        self.ema.requires_grad_(False).eval()
-        if super()._do_i_compile():
+        self.ema.eval()
+        split = any(isinstance(module, nn.SyncBatchNorm) for module in self.segmenter.denoiser.modules())
+        if super()._do_i_compile() and split:
+            self.print_to_log_file(
+                "The denoiser is not compiled: torch.compile breaks at each synchronised batch norm."
+            )
+        elif super()._do_i_compile():
             self.print_to_log_file("Using torch.compile for the denoiser's training step...")
             self.segmenter.compile_training()
         if has_bfloat16(self.device):
@@ -193,7 +198,7 @@ class DiffusionTrainer(nnUNetTrainer):
     def _average(self, averaged: Any, current: Any, count: Any) -> None:
         """Move the average: decay = min(d, (1 + n) / (10 + n)), so that the first weights are soon forgotten."""
         assert self.ema is not None
-        steps = int(self.ema.n_averaged)  # `count` is its copy on the GPU: reading that would wait for the GPU
+        steps = int(self.ema.n_averaged)  # `count` is its copy on the GPU, this one is on the CPU
         decay = min(self.settings.ema_decay, (1 + steps) / (10 + steps))
         if torch.is_floating_point(averaged[0]):
             torch._foreach_lerp_(averaged, current, 1 - decay)
@@ -461,6 +466,8 @@ class DiffusionTrainer(nnUNetTrainer):
             self.segmenter.load_state_dict(checkpoint["network_weights"])
         self.segmenter.denoiser.load_state_dict(checkpoint[DIFFUSION_KEY]["denoiser_weights"])
         self.ema.n_averaged.copy_(checkpoint[DIFFUSION_KEY]["averaged_steps"])
+        for group in checkpoint["optimizer_state"]["param_groups"]:
+            group["fused"] = self.optimizer.defaults["fused"]  # of this device, not of the one it was saved on
         self.optimizer.load_state_dict(checkpoint["optimizer_state"])
         if self.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
             self.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])

@@ -45,6 +45,7 @@ def main() -> None:
     """Print the table."""
     options = read_options()
     device = torch.device(options.device)
+    torch.backends.cudnn.benchmark = True  # as nnU-Net has it, in training and prediction
     what = "kept for the backward pass" if device.type == "cpu" else "at the peak"
     print(
         f"| plans | configuration | network | precision | GB counted {what} | GB measured | counted / measured | target |"

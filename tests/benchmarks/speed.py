@@ -47,6 +47,7 @@ def main() -> None:
     """Print the table."""
     options = read_options()
     device = torch.device(options.device)
+    torch.backends.cudnn.benchmark = True  # as nnU-Net has it, in training and prediction
     plans = json.loads(options.plans.read_text())
     plans["configurations"][options.configuration]["diffusion"] = options.section
     manager = PlansManager(plans)

@@ -7,7 +7,10 @@ import torch
 from torch import nn
 
 from nnunet_diffusion.inference.cases import CaseFiles, run_cases
+from nnunet_diffusion.inference.volume import Evaluations
 from nnunet_diffusion.inference.volume_predictor import VolumePredictor
+from nnunet_diffusion.segmenter import DiffusionSegmenter
+from nnunet_diffusion.settings import DiffusionSettings
 
 
 class Deadly:
@@ -36,14 +39,12 @@ class Failing(nn.Module):
 
 
 def predictor_with(error):
-    network = nn.Module()
-    network.presegmentor = Failing(error)
-    network.settings = type("Settings", (), {"regions": False})
+    network = DiffusionSegmenter(Failing(error), nn.Identity(), DiffusionSettings(features_per_stage=(8, 8)))
     predictor = VolumePredictor(device=torch.device("cpu"), use_mirroring=False, use_gaussian=False, allow_tqdm=False)
     predictor.network, predictor.perform_everything_on_device = network, True
     predictor.label_manager = type("Labels", (), {"num_segmentation_heads": 2})
     tiles = type("Tiles", (), {"tiles": [(slice(None), slice(0, 4), slice(0, 4))]})
-    return predictor, lambda: predictor._presegment(torch.zeros(1, 4, 4), tiles, None)
+    return predictor, lambda: predictor._presegment(torch.zeros(1, 4, 4), tiles, Evaluations())
 
 
 def test_only_lack_of_memory_is_tried_again_on_the_cpu():
