@@ -45,7 +45,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--classes", type=int, default=2, help="with background")
     parser.add_argument("--batch", type=int, help="default: the plans'")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--section", type=json.loads, default={}, help="diffusion settings as JSON")
+    parser.add_argument("--section", type=json.loads, help="diffusion settings as JSON, instead of the plans' own")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="torch.compile both networks")
     parser.add_argument("--attention", action="store_true")
@@ -58,14 +58,16 @@ def main() -> None:
     device = torch.device(options.device)
     torch.backends.cudnn.benchmark = True  # as nnU-Net has it, in training and prediction
     plans = json.loads(options.plans.read_text())
-    plans["configurations"][options.configuration]["diffusion"] = options.section
+    if options.section is not None:
+        plans["configurations"][options.configuration]["diffusion"] = options.section
     manager = PlansManager(plans)
     configuration = manager.get_configuration(options.configuration)
     batch = options.batch or configuration.batch_size
     shape = (batch, options.channels, *configuration.patch_size)
     image = torch.randn(shape, device=device)
     target = torch.randint(0, options.classes, (batch, 1, *shape[2:]), device=device)
-    print(f"{options.plans.stem} {options.configuration}, batch and patch {shape}, {options.section}, {device}")
+    section = plans["configurations"][options.configuration].get("diffusion", {})
+    print(f"{options.plans.stem} {options.configuration}, batch and patch {shape}, {section}, {device}")
     print("| | GFLOP a sample | ratio | operators | milliseconds a batch | ratio | peak GiB |\n" + "|---" * 7 + "|")
 
     nnunet = build_nnunet(configuration.configuration, options.channels, options.classes).to(device)
