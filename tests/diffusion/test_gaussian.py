@@ -148,6 +148,15 @@ def test_timesteps_of_a_batch_equal_separate_calls(prediction_type):
             assert_close(value[i : i + 1], expected.expand_as(value[i : i + 1]))
 
 
+@pytest.mark.parametrize("timestep", [7, torch.tensor([7, 900])])
+def test_noise_in_place_is_the_same_and_written_into_the_noise(timestep):
+    process, clean, noise = make_process(), draw(2, 3, 4), draw(2, 3, 4, seed=1)
+    wanted = process.add_noise(clean, noise, timestep)
+    found = process.add_noise(clean, noise, timestep, in_place=True)
+    assert torch.equal(found, wanted)
+    assert found is noise
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_half_precision_predictions_give_float32(dtype, prediction_type):

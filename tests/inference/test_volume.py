@@ -78,6 +78,22 @@ def local_denoiser(classes=2, dimension=2):
     return Denoiser(classes, lambda noisy, image: torch.tanh(conv(torch.cat((noisy, image), 1))))
 
 
+@pytest.mark.parametrize(
+    ("tiles", "batch", "samples", "sizes"),
+    [
+        (37, 12, 1, [12, 12, 12, 1]),
+        (23, 12, 1, [12, 8, 2, 1]),
+        (3, 49, 1, [2, 1]),
+        (5, 4, 3, [1] * 5),
+        (2, 4, 9, [1, 1]),
+    ],
+)
+def test_groups_of_tiles_have_few_sizes(tiles, batch, samples, sizes):
+    groups = list(Tiling(range(tiles), torch.ones(1), batch, CPU).groups(samples))
+    assert [len(group) for group in groups] == sizes
+    assert [tile for group in groups for tile in group] == list(range(tiles))
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize(
     ("volume", "patch", "step"),
