@@ -17,6 +17,7 @@ LAYERS = {
     "diffusion": 1,
     "networks": 1,
     "environment": 1,
+    "finite": 1,
     "json_files": 1,
     "settings": 2,
     "labels": 2,
@@ -35,8 +36,8 @@ LAYERS = {
     "planners": 4,
 }
 # Beside the standard library and its own subpackage, each part of layer 1 imports only these.
-FOREIGN = {"diffusion": {"torch"}, "networks": {"torch", "dynamic_network_architectures"}}
-FOREIGN_INSIDE_FUNCTIONS = {"diffusion": {"diffusers"}, "networks": set()}
+FOREIGN = {"diffusion": {"torch"}, "finite": {"torch"}, "networks": {"torch", "dynamic_network_architectures"}}
+FOREIGN_INSIDE_FUNCTIONS = {"diffusion": {"diffusers"}, "finite": set(), "networks": set()}
 SOURCES = sorted(path for part in (PACKAGE, "trainers", "planners") for path in (ROOT / part).rglob("*.py"))
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "documentation").glob("*.md"))]
 
