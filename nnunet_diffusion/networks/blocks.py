@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from pydoc import locate
 
 import torch
@@ -146,18 +147,39 @@ def make_conv(
         kernel_size: odd kernel size per axis.
         stride: stride per axis.
         bias: False where a norm that removes it follows at once.
-        padding_mode: what lies beyond the edges, torch's "zeros" or "replicate" (the voxels at the edge).
+        padding_mode: what lies beyond the edges, "zeros" or "replicate" (the voxels at the edge).
     """
+    if padding_mode == "replicate":
+        edge_repeating = _edge_repeating(conv_op)  # type: ignore[arg-type]  # mypy takes its __hash__ for an instance's
+        return edge_repeating(in_channels, out_channels, tuple(kernel_size), stride=stride, bias=bias)
     padding = [(size - 1) // 2 for size in kernel_size]
-    return conv_op(
-        in_channels,
-        out_channels,
-        tuple(kernel_size),
-        stride=stride,
-        padding=padding,
-        bias=bias,
-        padding_mode=padding_mode,
-    )
+    return conv_op(in_channels, out_channels, tuple(kernel_size), stride=stride, padding=padding, bias=bias)
+
+
+@cache
+def _edge_repeating(conv_op: type[nn.Module]) -> type[nn.Module]:
+    """Return the convolution class that repeats the voxels at the edge; its size stays for odd kernels and stride 1."""
+
+    class EdgeRepeating(conv_op):  # type: ignore[misc, valid-type]
+        def forward(self, features: Tensor) -> Tensor:
+            """Convolve features of shape (B, C, *spatial)."""
+            return super().forward(repeat_edges(features, [(size - 1) // 2 for size in self.kernel_size]))
+
+    return EdgeRepeating
+
+
+def repeat_edges(features: Tensor, padding: Sequence[int]) -> Tensor:
+    """Repeat the outermost voxels of features (B, C, *spatial) `padding` times beyond both ends of each axis.
+
+    Compiled by other means: torch.compile (2.14) expects strides of torch's own gradient that it does not have
+    (`replication_pad2d_backward`), and the training would end.
+    """
+    if not torch.compiler.is_compiling():
+        return functional.pad(features, [size for size in reversed(padding) for _ in range(2)], mode="replicate")
+    for axis, size in enumerate(padding, start=2):
+        first, last = features.narrow(axis, 0, 1), features.narrow(axis, features.shape[axis] - 1, 1)
+        features = torch.cat([*[first] * size, features, *[last] * size], dim=axis)
+    return features
 
 
 def pointwise(conv_op: type[nn.Module], in_channels: int, out_channels: int, bias: bool = True) -> nn.Module:

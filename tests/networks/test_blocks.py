@@ -121,7 +121,8 @@ def test_slim_dense_layer_has_two_convolutions_norm_and_activation():
     block = SlimDenseBlock(1, 8, [3, 3, 3], nn.Conv3d, depth=4, norm="instance")
     assert len(block.layers) == 4
     for layer in block.layers:
-        assert [type(part) for part in layer] == [nn.Conv3d, nn.Conv3d, InstanceNorm, nn.LeakyReLU]
+        expected = [nn.Conv3d, nn.Conv3d, InstanceNorm, nn.LeakyReLU]
+        assert all(isinstance(part, kind) for part, kind in zip(layer, expected, strict=True))
 
 
 def test_slim_dense_block_needs_a_layer():

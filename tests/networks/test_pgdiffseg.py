@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,6 +13,7 @@ from torch import nn
 
 from nnunet_diffusion.networks import PGDiffSeg
 from nnunet_diffusion.networks.blocks import GroupNorm, InstanceNorm, group_count
+from nnunet_diffusion.segmenter import evaluate_denoiser
 
 PLAIN_2D = {"features_per_stage": [8, 16, 16], "strides": [1, 2, 2], "kernel_sizes": [3, 3, 3], "conv_op": nn.Conv2d}
 ANISOTROPIC_3D = {
@@ -257,6 +259,26 @@ def test_half_precision_under_autocast():
     assert prediction.dtype == condition.bottleneck.dtype == torch.bfloat16
     full = net(noisy, timestep, net.encode(image, timestep))
     assert (prediction - full).abs().mean() < 0.1 * full.abs().mean()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.parametrize("dimension", [2, 3])
+def test_compiled_training_step_has_the_same_gradients(dimension):
+    """By torch.compile's own code, which is what a GPU's training runs by default."""
+    torch.manual_seed(0)
+    conv = (nn.Conv2d, nn.Conv3d)[dimension - 2]
+    net = PGDiffSeg(
+        1, 2, 2, (4, 8), [1, 2], [3, 3], conv, presence_classes=1, location_classes=1, sdb_depth=2, norm="instance"
+    )
+    image, noisy = torch.randn(2, 1, *[8] * dimension), torch.randn(2, 2, *[8] * dimension)
+    timestep, gradients = torch.tensor([3, 700]), {}
+    for name, evaluate in (("eager", evaluate_denoiser), ("compiled", torch.compile(evaluate_denoiser))):
+        net.zero_grad()
+        sum(output.square().mean() for output in evaluate(net, noisy, image, timestep)).backward()
+        gradients[name] = {key: parameter.grad.clone() for key, parameter in net.named_parameters()}
+    for key, gradient in gradients["eager"].items():
+        torch.testing.assert_close(gradients["compiled"][key], gradient, rtol=1e-3, atol=1e-5, msg=key)
 
 
 def test_one_graph_for_torch_compile():
