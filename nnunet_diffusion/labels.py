@@ -89,8 +89,8 @@ def activate(logits: Tensor, regions: bool = False) -> Tensor:
 
 
 def probabilities_to_state(probabilities: Tensor) -> Tensor:
-    """Return 2 p - 1, the diffusion state of probabilities; same shape."""
-    return probabilities * 2 - 1
+    """Return 2 p - 1, the diffusion state of probabilities; same shape. Takes no second copy: a volume fills the memory."""
+    return (probabilities * 2).sub_(1)
 
 
 def state_to_probabilities(state: Tensor, regions: bool = False, *, in_place: bool = False) -> Tensor:

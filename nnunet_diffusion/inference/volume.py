@@ -162,7 +162,7 @@ class VolumeProcess:
         if settings.from_noise or self.presegmentation is None:
             return states
         # a large volume fills the memory: one more of it, not four
-        clean = self.presegmentation[None].mul(2).sub_(1)
+        clean = labels.probabilities_to_state(self.presegmentation[None])
         return self._clean_process.add_noise(clean, states, settings.start_step - 1, in_place=True)
 
     def _evaluate(self, noisy: Tensor, timestep: int) -> Tensor:

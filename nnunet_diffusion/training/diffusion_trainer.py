@@ -163,11 +163,12 @@ class DiffusionTrainer(nnUNetTrainer):
         self.ema = AveragedModel(self.segmenter.denoiser, multi_avg_fn=self._average, use_buffers=True)
         self.ema.eval()
         split = any(isinstance(module, nn.SyncBatchNorm) for module in self.segmenter.denoiser.modules())
-        if super()._do_i_compile() and split:
+        wanted = super()._do_i_compile()
+        if wanted and split:
             self.print_to_log_file(
                 "The denoiser is not compiled: torch.compile breaks at each synchronised batch norm."
             )
-        elif super()._do_i_compile():
+        elif wanted:
             self.print_to_log_file("Using torch.compile for the denoiser's training step...")
             self.segmenter.compile_training()
         if has_bfloat16(self.device):
