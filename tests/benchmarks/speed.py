@@ -4,7 +4,8 @@ r"""Cost of DiffusionTrainer beside nnU-Net at one plan: FLOPs, seconds and memo
 
 FLOPs are counted by `torch.utils.flop_counter` (2 per multiply-accumulate; attention on a CPU too). Operators are torch's
 that compute or copy something, by its profiler, in half precision on a CPU too: what a GPU is told to do one after the
-other where nothing is compiled. Seconds are medians, both networks in one run.
+other where nothing is compiled. MB are what these operators read and write, each tensor once: a GPU that has enough to do
+waits for its memory in most of them. Seconds are medians, both networks in one run.
 `--section '{"features_per_stage": [32, 64, ...]}'` changes the diffusion settings, `--attention` adds the memory of
 parameter-shared attention at 1k to 65k tokens.
 """
@@ -15,11 +16,14 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from nnunet_diffusion.networks.attention import ParameterSharedAttention
 from nnunet_diffusion.planning.flops import count_flops
@@ -68,13 +72,24 @@ def main() -> None:
     target = torch.randint(0, options.classes, (batch, 1, *shape[2:]), device=device)
     section = plans["configurations"][options.configuration].get("diffusion", {})
     print(f"{options.plans.stem} {options.configuration}, batch and patch {shape}, {section}, {device}")
-    print("| | GFLOP a sample | ratio | operators | milliseconds a batch | ratio | peak GiB |\n" + "|---" * 7 + "|")
+    header = [
+        "",
+        "GFLOP a sample",
+        "ratio",
+        "operators",
+        "MB a sample",
+        "ratio",
+        "milliseconds a batch",
+        "ratio",
+        "peak GiB",
+    ]
+    print(f"| {' | '.join(header)} |\n" + "|---" * len(header) + "|")
 
     nnunet = build_nnunet(configuration.configuration, options.channels, options.classes).to(device)
     network = DiffusionTrainer.build_network_architecture(
         manager, configuration, options.channels, options.classes, False
     ).to(device)
-    rows: dict[str, tuple[float, int, float, float]] = {}
+    rows: dict[str, Measured] = {}
     rows["nnU-Net training step"] = measure(
         nnunet_step(nnunet, image, target, compiled=options.compile), options, device
     )
@@ -90,11 +105,12 @@ def main() -> None:
     with precision_of(device):
         rows["nnU-Net inference"] = measure(lambda: inference(alone, image), options, device, again=True)
         rows["PD-DDPM inference (default)"] = measure(lambda: inference(network, image), options, device, again=True)
-    for name, (flops, operators, seconds, peak) in rows.items():
+    for name, row in rows.items():
         base = rows["nnU-Net training step" if "training" in name else "nnU-Net inference"]
         print(
-            f"| {name} | {flops / batch / 1e9:.2f} | {flops / base[0]:.2f} | {operators} | {seconds * 1e3:.1f} | "
-            f"{seconds / base[2]:.2f} | {peak:.2f} |"
+            f"| {name} | {row.flops / batch / 1e9:.2f} | {row.flops / base.flops:.2f} | {row.operators} | "
+            f"{row.moved / batch / 1e6:.0f} | {row.moved / base.moved:.2f} | {row.seconds * 1e3:.1f} | "
+            f"{row.seconds / base.seconds:.2f} | {row.peak:.2f} |"
         )
     for name, module in (("nnU-Net", nnunet), ("denoiser", network.denoiser)):
         print(f"parameters of {name}: {sum(p.numel() for p in module.parameters()) / 1e6:.2f} M")
@@ -120,21 +136,48 @@ def _working(event: Any) -> int:
     return inner or (event.name.startswith("aten::") and event.name.removeprefix("aten::") not in NO_WORK)
 
 
+class BytesMoved(TorchDispatchMode):
+    """Bytes of the tensors that the operators within read and write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        """Run the operator and add its tensors."""
+        result = function(*arguments, **(named or {}))
+        if function.overloadpacket.__name__ not in NO_WORK:
+            tensors = (each for each in tree_leaves((arguments, named, result)) if isinstance(each, torch.Tensor))
+            self.total += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return result
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One call: operations, operators and bytes (1, 0 and 1 where compiled), seconds, GiB at the peak (0 on a CPU)."""
+
+    flops: float
+    operators: int
+    moved: int
+    seconds: float
+    peak: float
+
+
 def measure(
     step: Callable[[], None], options: argparse.Namespace, device: torch.device, again: bool = False
-) -> tuple[float, int, float, float]:
-    """Return FLOPs and operators (0 where compiled), median seconds and peak memory in GiB (0 on a CPU) of one call.
-
-    Operators are those of half precision, of a second call in one autocast where `again`.
-    """
+) -> Measured:
+    """Measure one call; operators and bytes are those of half precision, of a second call in one autocast where `again`."""
     step()
-    flops, operators = 0, 0
+    flops, operators, moved = 1.0, 0, 1
     if not options.compile:
         flops = count_flops(step)
         with torch.autocast(device.type, dtype=torch.bfloat16):
             if again:
                 step()
             operators = count_operators(step)
+            with BytesMoved() as counted:
+                step()
+        moved = counted.total
     times = []
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     if device.type == "cuda":
@@ -146,7 +189,7 @@ def measure(
         synchronize()
         times.append(time.perf_counter() - begin)
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
-    return max(flops, 1), operators, sorted(times)[len(times) // 2], peak
+    return Measured(flops, operators, moved, sorted(times)[len(times) // 2], peak)
 
 
 def attention_memory(device: torch.device) -> None:
