@@ -116,8 +116,7 @@ def saved(build: Callable[[], Built]) -> int:
 def peak(build: Callable[[], Built]) -> int:
     """Bytes allocated on the GPU at most in two steps, after one in which cuDNN tries its algorithms.
 
-    That search takes what is free (nnU-Net on BUSI, batch 30, H100: 4.7 GB where the later steps need 3.0) and goes on
-    with other algorithms where that is not enough.
+    In that first one nnU-Net on BUSI, batch 30, took 4.7 GB of an H100, in later ones 3.0 (documentation/planning.md).
     """
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
