@@ -152,8 +152,13 @@ def make_conv(
     if padding_mode == "replicate":
         edge_repeating = _edge_repeating(conv_op)  # type: ignore[arg-type]  # mypy takes its __hash__ for an instance's
         return edge_repeating(in_channels, out_channels, tuple(kernel_size), stride=stride, bias=bias)
-    padding = [(size - 1) // 2 for size in kernel_size]
+    padding = _same_padding(kernel_size)
     return conv_op(in_channels, out_channels, tuple(kernel_size), stride=stride, padding=padding, bias=bias)
+
+
+def _same_padding(kernel_size: Sequence[int]) -> list[int]:
+    """Return the voxels beyond each end of an axis with which a convolution of odd kernels keeps the size."""
+    return [(size - 1) // 2 for size in kernel_size]
 
 
 @cache
@@ -163,7 +168,7 @@ def _edge_repeating(conv_op: type[nn.Module]) -> type[nn.Module]:
     class EdgeRepeating(conv_op):  # type: ignore[misc, valid-type]
         def forward(self, features: Tensor) -> Tensor:
             """Convolve features of shape (B, C, *spatial)."""
-            return super().forward(repeat_edges(features, [(size - 1) // 2 for size in self.kernel_size]))
+            return super().forward(repeat_edges(features, _same_padding(self.kernel_size)))
 
     return EdgeRepeating
 

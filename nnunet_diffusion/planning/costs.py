@@ -336,4 +336,4 @@ class _Trace:
 
 
 def _bytes_of(network: nn.Module) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in (*network.parameters(), *network.buffers()))
+    return sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))

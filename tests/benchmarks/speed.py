@@ -25,6 +25,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from nnunet_diffusion.evaluation.comparison import markdown_table
 from nnunet_diffusion.networks.attention import ParameterSharedAttention
 from nnunet_diffusion.planning.flops import count_flops
 from nnunet_diffusion.planning.steps import build_nnunet, diffusion_step, nnunet_step, precision_of
@@ -38,6 +39,18 @@ NO_WORK = {
     "t", "to", "transpose", "unbind", "unflatten", "unfold", "_unsafe_view", "unsqueeze", "view",
 }  # fmt: skip
 """Operators that only allocate or look at memory in another way, where they call no other."""
+
+HEADER = [
+    "",
+    "GFLOP a sample",
+    "ratio",
+    "operators",
+    "MB a sample",
+    "ratio",
+    "milliseconds a batch",
+    "ratio",
+    "peak GiB",
+]
 
 
 def read_options() -> argparse.Namespace:
@@ -72,18 +85,6 @@ def main() -> None:
     target = torch.randint(0, options.classes, (batch, 1, *shape[2:]), device=device)
     section = plans["configurations"][options.configuration].get("diffusion", {})
     print(f"{options.plans.stem} {options.configuration}, batch and patch {shape}, {section}, {device}")
-    header = [
-        "",
-        "GFLOP a sample",
-        "ratio",
-        "operators",
-        "MB a sample",
-        "ratio",
-        "milliseconds a batch",
-        "ratio",
-        "peak GiB",
-    ]
-    print(f"| {' | '.join(header)} |\n" + "|---" * len(header) + "|")
 
     nnunet = build_nnunet(configuration.configuration, options.channels, options.classes).to(device)
     network = DiffusionTrainer.build_network_architecture(
@@ -105,13 +106,18 @@ def main() -> None:
     with precision_of(device):
         rows["nnU-Net inference"] = measure(lambda: inference(alone, image), options, device, again=True)
         rows["PD-DDPM inference (default)"] = measure(lambda: inference(network, image), options, device, again=True)
+    lines = []
     for name, row in rows.items():
         base = rows["nnU-Net training step" if "training" in name else "nnU-Net inference"]
-        print(
-            f"| {name} | {row.flops / batch / 1e9:.2f} | {row.flops / base.flops:.2f} | {row.operators} | "
-            f"{row.moved / batch / 1e6:.0f} | {row.moved / base.moved:.2f} | {row.seconds * 1e3:.1f} | "
-            f"{row.seconds / base.seconds:.2f} | {row.peak:.2f} |"
+        lines.append(
+            [
+                name,
+                *(f"{row.flops / batch / 1e9:.2f}", f"{row.flops / base.flops:.2f}", f"{row.operators}"),
+                *(f"{row.moved / batch / 1e6:.0f}", f"{row.moved / base.moved:.2f}"),
+                *(f"{row.seconds * 1e3:.1f}", f"{row.seconds / base.seconds:.2f}", f"{row.peak:.2f}"),
+            ]
         )
+    print(markdown_table(HEADER, lines))
     for name, module in (("nnU-Net", nnunet), ("denoiser", network.denoiser)):
         print(f"parameters of {name}: {sum(p.numel() for p in module.parameters()) / 1e6:.2f} M")
     if options.attention:
@@ -148,7 +154,7 @@ class BytesMoved(TorchDispatchMode):
         result = function(*arguments, **(named or {}))
         if function.overloadpacket.__name__ not in NO_WORK:
             tensors = (each for each in tree_leaves((arguments, named, result)) if isinstance(each, torch.Tensor))
-            self.total += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            self.total += sum(tensor.nbytes for tensor in tensors)
         return result
 
 
@@ -194,7 +200,7 @@ def measure(
 
 def attention_memory(device: torch.device) -> None:
     """Print the bytes autograd keeps for parameter-shared attention, and the GPU's peak, by number of tokens."""
-    print("\n| tokens | MiB kept for backward | peak MiB on the GPU |\n|---|---|---|")
+    lines = []
     for side in (32, 64, 128, 256):
         attention = ParameterSharedAttention(64, torch.nn.Conv2d, 4096).to(device)
         features = torch.randn(1, 64, side, side, device=device, requires_grad=True)
@@ -202,7 +208,7 @@ def attention_memory(device: torch.device) -> None:
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
             nonlocal kept
-            kept += tensor.numel() * tensor.element_size()
+            kept += tensor.nbytes
             return tensor
 
         if device.type == "cuda":
@@ -212,7 +218,8 @@ def attention_memory(device: torch.device) -> None:
             output = attention(features, "denoising")
         output.sum().backward()
         peak = (torch.cuda.max_memory_allocated() - before) / 2**20 if device.type == "cuda" else float("nan")
-        print(f"| {side * side} | {kept / 2**20:.1f} | {peak:.1f} |")
+        lines.append([f"{side * side}", f"{kept / 2**20:.1f}", f"{peak:.1f}"])
+    print("\n" + markdown_table(["tokens", "MiB kept for backward", "peak MiB on the GPU"], lines))
 
 
 if __name__ == "__main__":

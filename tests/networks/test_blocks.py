@@ -120,9 +120,10 @@ def test_slim_dense_block_is_equation_1(depth):
 def test_slim_dense_layer_has_two_convolutions_norm_and_activation():
     block = SlimDenseBlock(1, 8, [3, 3, 3], nn.Conv3d, depth=4, norm="instance")
     assert len(block.layers) == 4
-    for layer in block.layers:
-        expected = [nn.Conv3d, nn.Conv3d, InstanceNorm, nn.LeakyReLU]
-        assert all(isinstance(part, kind) for part, kind in zip(layer, expected, strict=True))
+    edge_repeating = type(make_conv(nn.Conv3d, 1, 8, [3, 3, 3], padding_mode="replicate"))
+    assert issubclass(edge_repeating, nn.Conv3d)
+    for first, layer in zip([edge_repeating, nn.Conv3d, nn.Conv3d, nn.Conv3d], block.layers, strict=True):
+        assert [type(part) for part in layer] == [first, nn.Conv3d, InstanceNorm, nn.LeakyReLU]
 
 
 def test_slim_dense_block_needs_a_layer():
