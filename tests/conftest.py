@@ -1,16 +1,19 @@
 """Small nnU-Net workplaces made from real cases, shared by all tests that run nnU-Net."""
 
 import contextlib
+import functools
 import json
 import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -21,6 +24,66 @@ DATA = Path(os.environ.get("NNUNET_DIFFUSION_TEST_DATA", REPOSITORY / "../shared
 TINY_TRAINERS = REPOSITORY / "tests" / "nnunet" / "tiny_trainers"
 TRAINERS = REPOSITORY / "trainers"
 POOLS_OF_THREADS = REPOSITORY / "tests" / "nnunet" / "pools_of_threads"
+SMALL_FIGURES = REPOSITORY / "tests" / "nnunet" / "matplotlibrc"
+COMMAND_SERVER = REPOSITORY / "tests" / "command_server.py"
+COMMAND_SECONDS = 800
+
+
+class CommandServer:
+    """The process that runs console commands (see tests/command_server.py)."""
+
+    def __init__(self):
+        folders = os.pathsep.join(filter(None, (str(POOLS_OF_THREADS), os.environ.get("PYTHONPATH"))))
+        self.process = subprocess.Popen(
+            [sys.executable, str(COMMAND_SERVER)],
+            env={**os.environ, "PYTHONPATH": folders, "OMP_NUM_THREADS": "1", "MATPLOTLIBRC": str(SMALL_FIGURES)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.asked = 0
+
+    def ask(self, **request):
+        """Send a request; return the number that is the answer."""
+        self.asked += 1
+        self.process.stdin.write(json.dumps([self.asked, request]) + "\n")
+        self.process.stdin.flush()
+        # a test that ran out of time left the answer to its own request unread
+        for line in self.process.stdout:
+            number, answer = map(int, line.split())
+            if number == self.asked:
+                return answer
+        pytest.fail(f"{COMMAND_SERVER.name} ended with {self.process.wait()}; its own output says why")
+
+
+@functools.cache
+def command_server():
+    """The one of this process, which ends with it."""
+    return CommandServer()
+
+
+class Command:
+    """A console command that runs in the background."""
+
+    def __init__(self, words, variables, stdout, stderr):
+        self.server = command_server()
+        self.number = self.server.ask(
+            start={
+                "words": words,
+                "environment": variables,
+                "stdout": str(stdout),
+                "stderr": str(stderr),
+                "seconds": COMMAND_SECONDS,
+            }
+        )
+
+    def send_signal(self, which):
+        """As Popen's."""
+        os.kill(self.number, which)
+
+    def wait(self):
+        """Wait for its end; return the exit code."""
+        return self.server.ask(wait=self.number)
 
 
 @dataclass(frozen=True)
@@ -56,42 +119,48 @@ class Workplace:
 
     @staticmethod
     def words(command, *arguments):
-        """Return what starts one of nnU-Net's console commands."""
-        return [sys.executable, str(Path(sys.executable).parent / command), *map(str, arguments)]
+        """Return the file of one of nnU-Net's console commands, and its arguments."""
+        return [str(Path(sys.executable).parent / command), *map(str, arguments)]
 
-    def variables(self, own_pools, **changes):
+    def variables(self, as_users_do, **changes):
         """Return the environment of a command of nnU-Net's.
 
         Args:
-            own_pools: keep nnU-Net's pools of processes, as users have them; they become threads otherwise, to save time.
+            as_users_do: keep nnU-Net's pools of processes; they become threads otherwise, to save time.
             changes: variables that differ.
         """
         variables = {**os.environ, **self.environment, **changes}
-        if not own_pools:
+        if not as_users_do:
             folders = (str(POOLS_OF_THREADS), variables.get("PYTHONPATH"))
             variables["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
         return variables
 
-    def start(self, command, *arguments, stdout, variables, own_pools=False, **options):
-        """Start one of nnU-Net's console commands, both outputs together; return the running process."""
+    def start(self, command, *arguments, log, **variables):
+        """Start one of nnU-Net's console commands, both outputs in a file; return the running `Command`."""
+        return Command(self.words(command, *arguments), self.variables(False, **variables), log, log)
+
+    def start_as_users_do(self, command, *arguments, **variables):
+        """Start a command in a process and session of its own, with nnU-Net's pools; return it, both outputs in a pipe."""
         return subprocess.Popen(
-            self.words(command, *arguments),
-            env=self.variables(own_pools, **variables),
-            stdout=stdout,
+            [sys.executable, *self.words(command, *arguments)],
+            env=self.variables(True, **variables),
+            stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            **options,
+            start_new_session=True,
         )
 
-    def run(self, command, *arguments, check=True, own_pools=False, **variables):
+    def run(self, command, *arguments, check=True, as_users_do=False, **variables):
         """Run one of nnU-Net's console commands on the CPU; return the finished process."""
-        done = subprocess.run(
-            self.words(command, *arguments),
-            env=self.variables(own_pools, **variables),
-            capture_output=True,
-            text=True,
-            timeout=800,
-        )
+        words, given = self.words(command, *arguments), self.variables(as_users_do, **variables)
+        if as_users_do:
+            words = [sys.executable, *words]
+            done = subprocess.run(words, env=given, capture_output=True, text=True, timeout=COMMAND_SECONDS)
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                outputs = Path(folder, "stdout"), Path(folder, "stderr")
+                code = Command(words, given, *outputs).wait()
+                done = subprocess.CompletedProcess(words, code, *(path.read_text() for path in outputs))
         if check and done.returncode != 0:
             pytest.fail(
                 f"{command} {arguments} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
@@ -117,6 +186,8 @@ class Workplace:
             for key, value in {**self.environment, "nnUNet_results": str(results)}.items():
                 patch.setenv(key, value)
             patch.setattr(multiprocessing, "cpu_count", lambda: 1)  # -device cpu sets the threads by it
+            for key, value in matplotlib.rc_params_from_file(SMALL_FIGURES, use_default_template=False).items():
+                patch.setitem(matplotlib.rcParams, key, value)
             try:
                 yield self
             finally:
@@ -257,7 +328,7 @@ def hippocampus(hippocampus_data, tmp_path_factory):
 def trained_2d(hippocampus):
     """The 2d model trained by the one command a user types; its pre-segmentor is trained by it too."""
     words = [4, "2d", 0, "-tr", "TinyDiffusionTrainer", "-p", "Tiny", "-device", "cpu"]
-    done = hippocampus.run("nnUNetv2_train", *words, own_pools=True)
+    done = hippocampus.run("nnUNetv2_train", *words, as_users_do=True)
     return hippocampus, done.stdout
 
 

@@ -18,6 +18,7 @@ import numpy as np
 REPOSITORY = Path(__file__).resolve().parents[2]
 STOCK_PLANS = "nnUNetPlans"
 TRAINERS_VARIABLE = "nnUNet_extTrainer"
+BENCHMARK_TRAINERS = Path(__file__).parent / "trainers"  # nnU-Nets that take part in comparisons alone
 SMALLEST_FEATURE_MAP = 4
 """Edge in voxels below which nnU-Net's planner pools no further."""
 
@@ -77,7 +78,7 @@ def enter_workdir(work: Path, dataset: str) -> Folders:
         (folders.work / name).mkdir(parents=True, exist_ok=True)
         os.environ[name] = str(folders.work / name)
     folders.control_trainers.mkdir(exist_ok=True)
-    ours = [str(REPOSITORY / "trainers"), str(folders.control_trainers)]
+    ours = [str(REPOSITORY / "trainers"), str(BENCHMARK_TRAINERS), str(folders.control_trainers)]
     os.environ.pop("nnUNet_diffusion_presegmentor", None)  # the user's, for trainings of their own
     given = os.environ.get(TRAINERS_VARIABLE, "").split(os.pathsep)
     os.environ[TRAINERS_VARIABLE] = os.pathsep.join(dict.fromkeys([*ours, *filter(None, given)]))

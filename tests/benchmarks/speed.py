@@ -109,14 +109,15 @@ def main() -> None:
     lines = []
     for name, row in rows.items():
         base = rows["nnU-Net training step" if "training" in name else "nnU-Net inference"]
-        lines.append(
-            [
-                name,
-                *(f"{row.flops / batch / 1e9:.2f}", f"{row.flops / base.flops:.2f}", f"{row.operators}"),
-                *(f"{row.moved / batch / 1e6:.0f}", f"{row.moved / base.moved:.2f}"),
-                *(f"{row.seconds * 1e3:.1f}", f"{row.seconds / base.seconds:.2f}", f"{row.peak:.2f}"),
+        counted = ["-"] * 5
+        if row.operations is not None and base.operations is not None:
+            ours, theirs = row.operations, base.operations
+            counted = [
+                *(f"{ours.flops / batch / 1e9:.2f}", f"{ours.flops / theirs.flops:.2f}", f"{ours.number}"),
+                *(f"{ours.moved / batch / 1e6:.0f}", f"{ours.moved / theirs.moved:.2f}"),
             ]
-        )
+        times = [f"{row.seconds * 1e3:.1f}", f"{row.seconds / base.seconds:.2f}", f"{row.peak:.2f}"]
+        lines.append([name, *counted, *times])
     print(markdown_table(HEADER, lines))
     for name, module in (("nnU-Net", nnunet), ("denoiser", network.denoiser)):
         print(f"parameters of {name}: {sum(p.numel() for p in module.parameters()) / 1e6:.2f} M")
@@ -159,31 +160,41 @@ class BytesMoved(TorchDispatchMode):
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One call: operations, operators and bytes (1, 0 and 1 where compiled), seconds, GiB at the peak (0 on a CPU)."""
+class Operations:
+    """What one call is made of: FLOPs, operators, and bytes that these read and write."""
 
     flops: float
-    operators: int
+    number: int
     moved: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One call: its operations (None where compiled, they are others then), seconds, GiB at the peak (0 on a CPU)."""
+
+    operations: Operations | None
     seconds: float
     peak: float
+
+
+def count_operations(step: Callable[[], None], device: torch.device, again: bool) -> Operations:
+    """Count one call; operators and bytes are those of half precision, of a second call in one autocast where `again`."""
+    flops = count_flops(step)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        if again:
+            step()
+        operators = count_operators(step)
+        with BytesMoved() as counted:
+            step()
+    return Operations(flops, operators, counted.total)
 
 
 def measure(
     step: Callable[[], None], options: argparse.Namespace, device: torch.device, again: bool = False
 ) -> Measured:
-    """Measure one call; operators and bytes are those of half precision, of a second call in one autocast where `again`."""
+    """Measure one call; `again` as for `count_operations`."""
     step()
-    flops, operators, moved = 1.0, 0, 1
-    if not options.compile:
-        flops = count_flops(step)
-        with torch.autocast(device.type, dtype=torch.bfloat16):
-            if again:
-                step()
-            operators = count_operators(step)
-            with BytesMoved() as counted:
-                step()
-        moved = counted.total
+    operations = None if options.compile else count_operations(step, device, again)
     times = []
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     if device.type == "cuda":
@@ -195,7 +206,7 @@ def measure(
         synchronize()
         times.append(time.perf_counter() - begin)
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
-    return Measured(flops, operators, moved, sorted(times)[len(times) // 2], peak)
+    return Measured(operations, sorted(times)[len(times) // 2], peak)
 
 
 def attention_memory(device: torch.device) -> None:

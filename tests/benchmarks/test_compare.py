@@ -7,9 +7,11 @@ import math
 import os
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from nnunet_diffusion.settings import DiffusionSettings
 
@@ -157,6 +159,39 @@ def test_trainers_that_exist_are_not_written(tmp_path: Path, monkeypatch: pytest
         with pytest.raises(ValueError, match=f"no trainer {name}"):
             comparison_training.write_missing_trainer(folders, name)
     assert not list(folders.control_trainers.iterdir())
+
+
+@pytest.mark.nnunet
+def test_mixed_precision_on_a_cpu_trains_as_single_precision_does(
+    workplace: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    monkeypatch.setenv("nnUNet_extTrainer", str(comparison_plans.BENCHMARK_TRAINERS))
+    single, mixed = (
+        workplace.trainer(recursive_find_trainer_class_by_name(name))
+        for name in ("nnUNetTrainerDA5", "nnUNetTrainerDA5Bfloat16")
+    )
+    for trainer in (single, mixed):
+        trainer.initialize()
+    mixed.network.load_state_dict(single.network.state_dict())
+    seen = []
+    mixed.network.decoder.seg_layers[-1].register_forward_hook(lambda _, __, output: seen.append(output.dtype))
+    generator = torch.Generator().manual_seed(0)
+    data = torch.randn(2, 1, 32, 32, generator=generator)
+    target = (torch.nn.functional.avg_pool2d(data, 5, 1, 2) > 0).float()
+    batch = {"data": data, "target": [target, target[:, :, ::2, ::2]]}
+    one, other = (trainer.train_step(batch)["loss"] for trainer in (single, mixed))
+    assert seen == [torch.bfloat16]
+    assert one != other == pytest.approx(one, rel=0.02)
+    one, other = (
+        torch.cat([weight.grad.flatten() for weight in trainer.network.parameters() if weight.grad is not None])
+        for trainer in (single, mixed)
+    )
+    assert other.dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(one, other, dim=0) > 0.98
+    one, other = (float(trainer.validation_step(batch)["loss"]) for trainer in (single, mixed))
+    assert one != other == pytest.approx(one, rel=0.02)
 
 
 def test_deadline_stops() -> None:

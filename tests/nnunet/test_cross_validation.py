@@ -20,8 +20,7 @@ FOLDS = (0, 1, 2, 3, 4)
 def submit(place, results, fold, trainer, log):
     """Start nnUNetv2_train in the background, its output in a file."""
     words = [4, "2d", fold, "-tr", trainer, "-p", "Tiny", "-device", "cpu", "--npz"]
-    variables = {"nnUNet_results": str(results), "PYTHONUNBUFFERED": "1"}
-    return place.start("nnUNetv2_train", *words, stdout=log.open("w"), variables=variables)
+    return place.start("nnUNetv2_train", *words, log=log, nnUNet_results=str(results))
 
 
 def wait_until(happened, log):
@@ -44,7 +43,7 @@ def trained(hippocampus, tmp_path_factory):
     wait_until(lambda: "nnU-Net is being trained by itself" in (results / "0.txt").read_text(), results / "0.txt")
     jobs[0].send_signal(signal.SIGCONT)
     jobs += [submit(hippocampus, results, fold, OURS, results / f"{fold}.txt") for fold in FOLDS[1:]]
-    codes = [job.wait(timeout=600) for job in jobs]
+    codes = [job.wait() for job in jobs]
     logs = [path.read_text() for path in (results / "first.txt", *(results / f"{fold}.txt" for fold in FOLDS))]
     assert codes == [0] * 6, "\n".join(log[-3000:] for log, code in zip(logs, codes, strict=True) if code)
     return hippocampus, results, logs[1:]

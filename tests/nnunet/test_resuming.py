@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 from itertools import pairwise
 
 import pytest
@@ -17,9 +16,7 @@ def killed_at(place, results, moment, arguments=()):
     """Start the training and kill it, workers included, at the first line that `moment` is true of."""
     variables = {"nnUNet_results": str(results), "PYTHONUNBUFFERED": "1"}
     words, lines = [*TRAIN, *arguments], []
-    with place.start(
-        "nnUNetv2_train", *words, stdout=subprocess.PIPE, variables=variables, own_pools=True, start_new_session=True
-    ) as job:
+    with place.start_as_users_do("nnUNetv2_train", *words, **variables) as job:
         for line in job.stdout:
             lines.append(line)
             if moment(lines):
