@@ -70,16 +70,21 @@ def foreground_to_probabilities(masks: Tensor) -> Tensor:
     return torch.cat((1 - masks.sum(1, keepdim=True).clamp(0, 1), masks), 1)
 
 
-def check_labels(labels: Tensor, num_classes: int, cases: object, ignore_label: int | None = None) -> None:
-    """Raise ValueError, naming the value and the cases, if a label is neither one of 0..num_classes-1 nor ignored."""
+def check_labels(
+    labels: Tensor, num_classes: int, cases: object, ignore_label: int | None = None, again: str = "nnUNetv2_preprocess"
+) -> None:
+    """Raise ValueError, naming the value and the cases, if a label is neither one of 0..num_classes-1 nor ignored.
+
+    `again` is the command that preprocesses these data anew, for the text.
+    """
     if ignore_label is not None:
         labels = torch.where(labels == ignore_label, 0, labels)
     low, high = labels.min().item(), labels.max().item()
     if low < 0 or high >= num_classes:
         raise ValueError(
             f"Label {low if low < 0 else high:g} in the training batch of cases {cases} is not in dataset.json (0 to "
-            f"{num_classes - 1}). Correct the label map, then preprocess again (nnUNetv2_plan_and_preprocess "
-            "--verify_dataset_integrity finds such cases)."
+            f"{num_classes - 1}). Correct the label map, then preprocess again: {again} (nnUNetv2_extract_fingerprint "
+            "--verify_dataset_integrity finds all such cases)."
         )
 
 

@@ -120,7 +120,7 @@ class DiffusionSegmenter(nn.Module):
             compiled: compile both networks first (`compile_inference`).
 
         Raises:
-            ValueError: if the image is not finite; the result would look like a segmentation.
+            ValueError: if the image or what a network makes of it is not finite; it would look like a segmentation.
         """
         if compiled:
             self.compile_inference()
@@ -129,7 +129,9 @@ class DiffusionSegmenter(nn.Module):
                 "The image has NaN or infinite voxels after preprocessing (one in the file spoils all of it). Replace "
                 "them in the case that nnU-Net named last, then predict again."
             )
-        return labels.probabilities_to_logits(self.sample(image), self.settings.regions)
+        probabilities = self.sample(image)
+        refuse_nan(probabilities)
+        return labels.probabilities_to_logits(probabilities, self.settings.regions)
 
     def presegment(self, image: Tensor) -> Tensor:
         """Return the pre-segmentor's class probabilities (B, K, *spatial), float32."""
@@ -338,6 +340,15 @@ class DiffusionSegmenter(nn.Module):
 def has_bfloat16(device: torch.device) -> bool:
     """Whether `device` is a GPU that computes in bfloat16 natively (compute capability 8.0 or newer)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+
+
+def refuse_nan(probabilities: Tensor) -> None:
+    """Raise ValueError if what the networks made of a finite image is not finite: every voxel would be background."""
+    if not all_finite(probabilities):
+        raise ValueError(
+            "A network gave NaN for an image without: its weights are damaged (take another checkpoint, or train again), or "
+            "half precision overflowed (predict on the CPU: -device cpu)."
+        )
 
 
 def evaluate_denoiser(

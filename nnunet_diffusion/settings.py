@@ -219,8 +219,8 @@ def upgraded(section: Mapping[str, Any]) -> dict[str, Any]:
     version = section.get("version", VERSION)
     if version not in (1, VERSION):
         raise ValueError(
-            f"diffusion.version is {version!r}, this nnunet-diffusion reads 1 to {VERSION}: upgrade it with "
-            "pip install -U nnunet-diffusion."
+            f"diffusion.version is {version!r}, this nnunet-diffusion reads 1 to {VERSION}: install a newer one, in its "
+            "clone by git pull and pip install ."
         )
     if version == 1 and "attention_stages" in section:
         raise ValueError("diffusion.attention_stages contradicts diffusion.version 1: such plans have version 2.")

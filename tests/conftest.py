@@ -5,7 +5,6 @@ import functools
 import json
 import multiprocessing
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,8 @@ POOLS_OF_THREADS = REPOSITORY / "tests" / "nnunet" / "pools_of_threads"
 SMALL_FIGURES = REPOSITORY / "tests" / "nnunet" / "matplotlibrc"
 COMMAND_SERVER = REPOSITORY / "tests" / "command_server.py"
 COMMAND_SECONDS = 800
+TEST_SLICES = 12
+"""Of a test case: in 2D each takes an evaluation for every tile and mirror."""
 
 
 class CommandServer:
@@ -259,6 +260,19 @@ def hippocampus_data():
     return folder
 
 
+def copy_slices(source, target, slices, alter=None):
+    """Copy the middle slices of a volume, all if `slices` is None, into a folder; `alter` may change the array."""
+    image = sitk.ReadImage(str(source))
+    depth = image.GetSize()[2]
+    first = 0 if slices is None else max((depth - slices) // 2, 0)
+    part = image[:, :, first : depth if slices is None else first + slices]
+    if alter is not None:
+        altered = sitk.GetImageFromArray(alter(sitk.GetArrayFromImage(part)))
+        altered.CopyInformation(part)
+        part = altered
+    sitk.WriteImage(part, str(target / source.name))
+
+
 def make_workplace(
     data,
     root,
@@ -266,9 +280,10 @@ def make_workplace(
     number=10,
     alter=None,
     configurations=("2d", "3d_fullres"),
+    slices=None,
     **description,
 ):
-    """Plan and preprocess so many real training cases and two test cases, with small plans.
+    """Plan and preprocess so many real training cases and two test cases of few slices, with small plans.
 
     Args:
         data: folder of the real dataset.
@@ -277,6 +292,7 @@ def make_workplace(
         number: of training cases.
         alter: label map -> another, of the training cases.
         configurations: to preprocess.
+        slices: of each training case, its middle ones; None for all.
         description: entries of dataset.json that differ.
     """
     place = Workplace(root, dataset)
@@ -284,16 +300,10 @@ def make_workplace(
     for folder in ("imagesTr", "labelsTr", "imagesTs"):
         (place.raw / folder).mkdir(parents=True)
     for case in cases[:number]:
-        shutil.copy(data / "imagesTr" / f"{case}_0000.nii.gz", place.raw / "imagesTr")
-        shutil.copy(data / "labelsTr" / f"{case}.nii.gz", place.raw / "labelsTr")
-        if alter is not None:
-            path = place.raw / "labelsTr" / f"{case}.nii.gz"
-            image = sitk.ReadImage(str(path))
-            altered = sitk.GetImageFromArray(alter(sitk.GetArrayFromImage(image)))
-            altered.CopyInformation(image)
-            sitk.WriteImage(altered, str(path))
+        copy_slices(data / "imagesTr" / f"{case}_0000.nii.gz", place.raw / "imagesTr", slices)
+        copy_slices(data / "labelsTr" / f"{case}.nii.gz", place.raw / "labelsTr", slices, alter)
     for case in cases[-2:]:
-        shutil.copy(data / "imagesTr" / f"{case}_0000.nii.gz", place.raw / "imagesTs")
+        copy_slices(data / "imagesTr" / f"{case}_0000.nii.gz", place.raw / "imagesTs", TEST_SLICES)
     stock = json.loads((data / "dataset.json").read_text())
     (place.raw / "dataset.json").write_text(json.dumps({**stock, "numTraining": number, **description}))
     words = ["-d", int(dataset[7:10]), "-c", *configurations, "-npfp", 2, "-np", *[2] * len(configurations)]
@@ -321,7 +331,7 @@ def workplace_type():
 @pytest.fixture(scope="session")
 def hippocampus(hippocampus_data, tmp_path_factory):
     """Ten real training cases and two test cases, preprocessed in 2d and 3d_fullres with small plans `Tiny`."""
-    return make_workplace(hippocampus_data, tmp_path_factory.mktemp("nnunet"))
+    return make_workplace(hippocampus_data, tmp_path_factory.mktemp("nnunet"), slices=20)
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from nnunet_diffusion.cli.errors import first_line
 from nnunet_diffusion.cli.trainers_directory import VARIABLE, search_path, trainers_directory
 
 OK, WARN, FAIL = "OK", "WARN", "FAIL"
@@ -76,12 +77,7 @@ def examine(environment: Mapping[str, str]) -> Iterator[Finding]:
             yield from check()
         except Exception as error:  # a broken installation raises anything, and the other lines matter all the more
             seen = f"check stopped by {type(error).__name__}: {first_line(error)}"
-            yield Finding(name, FAIL, seen, "reinstall: pip install --upgrade --force-reinstall nnunet-diffusion")
-
-
-def first_line(error: BaseException) -> str:
-    """First line of an exception's text, which fits one line of the report."""
-    return (str(error).splitlines() or [""])[0]
+            yield Finding(name, FAIL, seen, "install it again, in its clone: pip install --force-reinstall .")
 
 
 def check_python() -> Iterator[Finding]:
@@ -174,13 +170,13 @@ def check_trainer() -> Iterator[Finding]:
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             found = finder.recursive_find_trainer_class_by_name(name)
-    except RuntimeError as error:
-        if "Could not find requested" not in str(error):
-            raise
-        yield Finding("trainer", FAIL, f"nnU-Net does not find {name}", SET_TRAINERS)
     except Exception as error:  # any trainer file in any folder of the variable can raise anything
+        if "Could not find requested" in str(error):
+            yield Finding("trainer", FAIL, f"nnU-Net does not find {name}", SET_TRAINERS)
+            return
         seen = f"the search stopped with {type(error).__name__}: {first_line(error)}"
-        yield Finding("trainer", FAIL, seen, f"mend or take out the folder of {VARIABLE} whose file fails to import")
+        cure = f"mend what fails above, or mend or take out the folder of {VARIABLE} whose file fails to import"
+        yield Finding("trainer", FAIL, seen, cure)
     else:
         yield Finding("trainer", OK, f"{found.__name__} found by nnU-Net")
 
@@ -226,5 +222,5 @@ def check_solvers() -> Iterator[Finding]:
     try:
         yield Finding("diffusers", OK, version("diffusers"))
     except PackageNotFoundError:
-        cure = 'only for those: pip install "nnunet-diffusion[solvers]"'
+        cure = "only for those: pip install diffusers"
         yield Finding("diffusers", WARN, "not installed (solvers dpm_solver, dpm_solver++, unipc)", cure)

@@ -17,3 +17,8 @@ def named_for_the_user(*kinds: type[Exception]) -> Iterator[None]:
         yield
     except kinds as error:
         raise CommandError(str(error)) from error
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's text, for messages of one line."""
+    return (str(error).splitlines() or [""])[0]

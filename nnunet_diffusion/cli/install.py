@@ -13,6 +13,9 @@ from pathlib import Path, PurePosixPath
 from nnunet_diffusion.cli.errors import CommandError
 from nnunet_diffusion.cli.folders import RESULTS, folder_in
 
+BESIDE_MODELS = ("Dataset*/inference_information.*", "Dataset*/ensembles/*/*")
+"""Where nnUNetv2_export_model_to_zip puts what is not a model's."""
+
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add `install` to the command line."""
@@ -50,7 +53,7 @@ def install(path: Path, results: Path, *, trust: bool = False) -> list[Path]:
         The model folders.
 
     Raises:
-        CommandError: the file is no zip of models, has names outside of its own folders, holds what may run code, or a model
+        CommandError: the file is no zip of models, has files outside of its own folders, holds what may run code, or a model
             of that name is there already; nothing is installed then.
     """
     if not zipfile.is_zipfile(path):
@@ -75,6 +78,14 @@ def install(path: Path, results: Path, *, trust: bool = False) -> list[Path]:
             raise CommandError(
                 f"{path} holds no model: it has no DatasetXXX_NAME/TRAINER__PLANS__CONFIGURATION/plans.json"
             )
+        for file in _files(Path(aside)):
+            inside = file.relative_to(aside)
+            beside = any(inside.match(place) and len(inside.parts) == place.count("/") + 1 for place in BESIDE_MODELS)
+            if not beside and not any(model in file.parents for model in models):
+                raise CommandError(
+                    f"{path} holds {inside}, which belongs to no model with plans in it and is nothing that nnU-Net exports "
+                    "beside models: it is not installed"
+                )
         targets = [results / model.relative_to(aside) for model in models]
         for model, target in zip(models, targets, strict=True):
             if target.exists():
@@ -89,7 +100,7 @@ def install(path: Path, results: Path, *, trust: bool = False) -> list[Path]:
 
 def _move_rest(source: Path, results: Path) -> None:
     """Move what lies beside the models (nnU-Net's choice of the best one, ensembles); say what is there already."""
-    for path in sorted(each for each in source.rglob("*") if each.is_file()):
+    for path in _files(source):
         target = results / path.relative_to(source)
         if target.exists():
             print(f"{target} is there already and stays as it is")
@@ -98,8 +109,12 @@ def _move_rest(source: Path, results: Path) -> None:
         shutil.move(path, target)
 
 
+def _files(folder: Path) -> list[Path]:
+    return sorted(each for each in folder.rglob("*") if each.is_file())
+
+
 def _check_model(model: Path, path: Path, trust: bool) -> None:
-    from nnunet_diffusion.inference.loading import read_model
+    from nnunet_diffusion.inference.loading import NoDiffusionModel, read_model
 
     names = {checkpoint.name for checkpoint in model.glob("fold_*/checkpoint_*.pth")}
     if not names:
@@ -108,5 +123,10 @@ def _check_model(model: Path, path: Path, trust: bool) -> None:
         for name in sorted(names):
             folds = [each.parent.name.removeprefix("fold_") for each in model.glob(f"fold_*/{name}")]
             read_model(model, folds, name, trust)
+    except NoDiffusionModel as error:
+        raise CommandError(
+            f"{path} holds {model.name}, a model of nnU-Net's own, and is not installed: "
+            "nnUNetv2_install_pretrained_model_from_zip installs it, without looking for code in it"
+        ) from error
     except (ValueError, OSError) as error:
         raise CommandError(f"{path} is not installed: {error}".replace(f"{model.parents[1]}{os.sep}", "")) from error

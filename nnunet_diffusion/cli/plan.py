@@ -225,7 +225,10 @@ def preprocess(dataset: str, plans: Mapping[str, Any], options: argparse.Namespa
             continue
         identifier = manager.get_configuration(name).data_identifier
         if is_complete(folder / identifier, cases):
-            print(f"{name}: {identifier} is preprocessed already, it is used as it is")
+            print(
+                f"{name}: {identifier} is preprocessed already, it is used as it is; should raw files have changed since: "
+                f"nnUNetv2_preprocess -d {int(dataset[7:10])} -plans_name {plans['plans_name']} -c {name}"
+            )
         else:
             preprocess_dataset(int(dataset[7:10]), plans["plans_name"], [name], [number])
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_diffusion.cli.devices import check_device
-from nnunet_diffusion.cli.errors import CommandError, named_for_the_user
+from nnunet_diffusion.cli.errors import CommandError, first_line, named_for_the_user
 from nnunet_diffusion.cli.folders import (
     PREPROCESSED,
     RAW,
@@ -197,7 +197,12 @@ def check_trainer(name: str) -> None:
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # the search says where it looks
             recursive_find_trainer_class_by_name(name)
-    except RuntimeError as error:
+    except Exception as error:  # any trainer file in any folder of the variable can raise anything
+        if "Could not find requested" not in str(error):
+            raise CommandError(
+                f"nnU-Net's search for the trainer {name} stopped with {type(error).__name__}: {first_line(error)}; for the "
+                "cause run: nnunet_diffusion doctor"
+            ) from error
         ours = sorted(path.stem for path in trainers_directory().glob("Diffusion*.py"))
         raise CommandError(
             f"-tr is {name}, which nnU-Net finds neither among its own trainers nor in nnUNet_extTrainer; of this package: "

@@ -19,7 +19,7 @@ def trainers_directory() -> Path:
     """
     spec = find_spec("nnunet_diffusion.trainers")
     if spec is None or spec.origin is None:
-        raise FileNotFoundError("package nnunet_diffusion.trainers is not installed: pip install nnunet-diffusion")
+        raise FileNotFoundError("package nnunet_diffusion.trainers is not installed: run pip install . in its clone")
     return Path(spec.origin).resolve().parent
 
 

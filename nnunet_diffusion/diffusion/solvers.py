@@ -35,7 +35,7 @@ def build_scheduler(name: str, grid: Sequence[int], process: GaussianDiffusion) 
         from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
     except ImportError as error:
         raise ImportError(
-            f"sampler {name!r} needs diffusers: pip install nnunet-diffusion[solvers], or use 'ddim' or 'ddpm'"
+            f"sampler {name!r} needs diffusers: pip install diffusers, or use 'ddim' or 'ddpm'"
         ) from error
     # PD-DDPM starts inside the schedule, so the solver is shown only the part up to the start: to it, T' is the end.
     prefix = {

@@ -21,7 +21,12 @@ from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to
 from numpy.typing import NDArray
 
 from nnunet_diffusion.inference.output import Managers, PredictedCase, write_case
-from nnunet_diffusion.inference.presegmentation import Presegmentation, find_presegmentation, read_presegmentation
+from nnunet_diffusion.inference.presegmentation import (
+    Presegmentation,
+    find_presegmentation,
+    read_label_map,
+    read_presegmentation,
+)
 
 LARGE_BYTES = 2**30  # what is larger is written by this process: it would have to be copied twice to another
 
@@ -78,7 +83,7 @@ def prepare_case(case: CaseFiles, managers: Managers) -> PreparedCase:
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: channels are missing, a file cannot be read, or holds NaN; names the file.
+        ValueError: channels are missing, a file cannot be read, holds NaN, or does not fit its image; names the file.
     """
     plans_manager, configuration_manager, dataset_json = managers
     channels = len(dataset_json.get("channel_names") or dataset_json["modality"])
@@ -102,16 +107,23 @@ def prepare_case(case: CaseFiles, managers: Managers) -> PreparedCase:
             raise ValueError(f"{path} has NaN or infinite voxels: replace them and predict again")
     if image[0].size == 0 or not image.any():
         raise ValueError(f"{', '.join(case.images)} is empty: every voxel is 0")
-    previous = None if case.previous_stage is None else reader.read_seg(case.previous_stage)[0]
+    label_manager, previous = plans_manager.get_label_manager(dataset_json), None
+    if case.previous_stage is not None:
+        found = read_label_map(
+            "segmentation of the previous stage",
+            *(Path(case.previous_stage), properties, image.shape[1:], plans_manager, label_manager),
+        )
+        previous = found.astype(np.float32)
     data, moved, properties = configuration_manager.preprocessor_class(verbose=False).run_case_npy(
         image, previous, properties, plans_manager, configuration_manager, dataset_json
     )
-    label_manager = plans_manager.get_label_manager(dataset_json)
     if previous is not None:
         data = np.vstack((data, convert_labelmap_to_one_hot(moved[0], label_manager.foreground_labels, data.dtype)))
     given = None
     if case.presegmentation is not None:
-        source = find_presegmentation(Path(case.presegmentation), case.name, dataset_json["file_ending"])
+        ending = dataset_json["file_ending"]
+        own_name = Path(case.images[0]).name.removesuffix(f"_0000{ending}")  # the output may have another
+        source = find_presegmentation(Path(case.presegmentation), own_name, ending)
         given = read_presegmentation(
             source, properties, data.shape[1:], plans_manager, configuration_manager, label_manager
         )
@@ -198,11 +210,15 @@ def run_cases(
     """
     results: list[Any] = [None] * len(cases)
     failures: dict[str, str] = {}
+    names = [case.name for case in cases]
     written: dict[Future, int] = {}
 
     def failed(index: int, error: Exception) -> None:
-        failures[cases[index].name] = f"{type(error).__name__}: {error}"
-        on_case(cases[index].name, failures[cases[index].name])
+        name = names[index]
+        if names.count(name) > 1:  # outputs of one name in several folders
+            name = cases[index].target or f"{name}, number {index}"
+        failures[name] = f"{type(error).__name__}: {error}"
+        on_case(name, failures[name])
 
     def collect(limit: int) -> None:
         while len(written) > limit:

@@ -83,10 +83,14 @@ def read_model(folder: Path, folds: Sequence[int | str] | None, checkpoint_name:
     )
 
 
+class NoDiffusionModel(ValueError):
+    """A checkpoint of a trainer that is no diffusion trainer."""
+
+
 def _read(path: Path, trust: bool) -> dict[str, Any]:
     checkpoint = torch.load(path, map_location="cpu", weights_only=False) if trust else read_checkpoint(path)
     if DIFFUSION_KEY not in checkpoint:
-        raise ValueError(
+        raise NoDiffusionModel(
             f"{path} is a checkpoint of {checkpoint.get('trainer_name')}, not of a diffusion trainer: predict with "
             "nnUNetv2_predict, or give -tr DiffusionTrainer."
         )

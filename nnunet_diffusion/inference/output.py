@@ -72,6 +72,7 @@ def write_case(case: PredictedCase, managers: Managers, save_probabilities: bool
         return _converted(case, managers, save_probabilities)
     target = Path(case.target)
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         prefix = f"{UNFINISHED}{os.getpid()}_{socket.gethostname()}_"
         stage = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
         try:

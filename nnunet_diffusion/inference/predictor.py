@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import os
 import sys
 import time
 from pathlib import Path
@@ -66,6 +67,11 @@ class DiffusionPredictor(VolumePredictor):
         previous = self.configuration_manager.previous_stage_name
         if previous is not None and folder_with_segs_from_prev_stage is None:
             raise ValueError(f"This configuration needs the segmentations of {previous}: give their folder.")
+        if previous is None and folder_with_segs_from_prev_stage is not None:
+            raise ValueError(
+                f"This configuration has no previous stage, whose segmentations {folder_with_segs_from_prev_stage} would be: "
+                "leave them out, or give them as presegmentation_folder (--presegmentation) to start from."
+            )
         first = f"_0000{self.dataset_json['file_ending']}"
         source = list_of_lists_or_source_folder
         if isinstance(source, str) and not any(Path(source).glob(f"*{first}")):
@@ -129,7 +135,8 @@ class DiffusionPredictor(VolumePredictor):
         for item in data_iterator:
             data = item["data"]
             if isinstance(data, str):
-                data = torch.from_numpy(np.load(data))
+                path, data = data, torch.from_numpy(np.load(data))
+                os.remove(path)  # as nnU-Net's method does: its iterators pass arrays too large for a pipe so
             target = item["ofile"]
             name = "image" if target is None else Path(target).name
             prepared = PreparedCase(np.asarray(data), item["data_properties"], None)

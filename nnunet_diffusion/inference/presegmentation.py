@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ SPACING_TOLERANCE = 1e-3  # relative
 ORIGIN_TOLERANCE_VOXELS = 0.1
 DIRECTION_TOLERANCE = 1e-3
 SUM_TOLERANCE = 0.05  # nnU-Net writes half precision
+PRESEGMENTATION = "pre-segmentation"
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +73,7 @@ def read_presegmentation(
     image_shape = [int(properties["shape_before_cropping"][axis]) for axis in plans_manager.transpose_backward]
     certain = path.suffix != ".npz"
     if certain:
-        array = _read_label_map(path, properties, image_shape, plans_manager, label_manager)
+        array = read_label_map(PRESEGMENTATION, path, properties, image_shape, plans_manager, label_manager)
         resample = configuration_manager.resampling_fn_seg
     else:
         array = _read_probabilities(path, image_shape, label_manager)
@@ -89,29 +89,48 @@ def read_presegmentation(
     return Presegmentation(probabilities, certain, str(path))
 
 
-def _read_label_map(
+def read_label_map(
+    what: str,
     path: Path,
     properties: Mapping[str, Any],
     image_shape: Sequence[int],
     plans_manager: PlansManager,
     label_manager: LabelManager,
 ) -> NDArray:
+    """Read a label map (1, *image) that lies on its image.
+
+    Args:
+        what: it is, for the error texts.
+        path: of the file.
+        properties: of the image, as nnU-Net's reader gives them.
+        image_shape: of the image.
+        plans_manager: of the model.
+        label_manager: of the model.
+
+    Raises:
+        ValueError: it cannot be read, or geometry or labels do not fit; names file, value and what was expected.
+    """
     try:
         found, theirs = plans_manager.image_reader_writer_class().read_seg(str(path))
     except Exception as error:  # each reader raises what its library raises
-        raise ValueError(f"The pre-segmentation {path} cannot be read: {error}") from error
+        raise ValueError(f"The {what} {path} cannot be read: {error}") from error
     if len(found) != 1:
         raise ValueError(
-            f"The pre-segmentation {path} has {len(found)} channels (a colour image?), but must be a label map with one."
+            f"The {what} {path} has {len(found)} channels (a colour image?), but must be a label map with one."
         )
-    _check_shape(path, found.shape[1:], image_shape)
-    _check_geometry(path, theirs, properties)
+    _check_shape(what, path, found.shape[1:], image_shape)
+    _check_geometry(what, path, theirs, properties)
     known = set(map(int, label_manager.all_labels)) | {0}
     unknown = sorted(set(np.unique(found).tolist()) - known)
+    if label_manager.has_ignore_label and label_manager.ignore_label in unknown:
+        raise ValueError(
+            f"The {what} {path} has the ignore label {label_manager.ignore_label}, which says what nobody knows: put the class "
+            "that is likely there in its place."
+        )
     if unknown:
         raise ValueError(
-            f"The pre-segmentation {path} has label {unknown[0]:g}, which is not in dataset.json ({sorted(known)}): map its "
-            "labels to the model's."
+            f"The {what} {path} has label {unknown[0]:g}, which is not in dataset.json ({sorted(known)}): map its labels "
+            "to the model's."
         )
     return found.astype(np.int16)
 
@@ -123,13 +142,13 @@ def _read_probabilities(path: Path, image_shape: Sequence[int], label_manager: L
             if "probabilities" not in content:
                 raise ValueError("it has no array 'probabilities'")
             probabilities = content["probabilities"]
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged file raises what zipfile, zlib, tokenize or numpy stumble over
         raise ValueError(
             f"The pre-segmentation {path} is no .npz of nnUNetv2_predict --save_probabilities: {error}"
         ) from error
     if len(probabilities) != heads:
         raise ValueError(f"The pre-segmentation {path} has {len(probabilities)} channels, the model has {heads} heads.")
-    _check_shape(path, probabilities.shape[1:], image_shape)
+    _check_shape(PRESEGMENTATION, path, probabilities.shape[1:], image_shape)
     probabilities = probabilities.astype(np.float32)
     if not np.isfinite(probabilities).all() or probabilities.min() < -1e-3 or probabilities.max() > 1 + 1e-3:
         raise ValueError(
@@ -145,14 +164,14 @@ def _read_probabilities(path: Path, image_shape: Sequence[int], label_manager: L
     return probabilities.clip(0, 1)
 
 
-def _check_shape(path: Path, found: Sequence[int], expected: Sequence[int]) -> None:
+def _check_shape(what: str, path: Path, found: Sequence[int], expected: Sequence[int]) -> None:
     if list(found) != list(expected):
         raise ValueError(
-            f"The pre-segmentation {path} has shape {tuple(found)}, its image {tuple(expected)}: resample it to the image."
+            f"The {what} {path} has shape {tuple(found)}, its image {tuple(expected)}: resample it to the image."
         )
 
 
-def _check_geometry(path: Path, theirs: Mapping[str, Any], properties: Mapping[str, Any]) -> None:
+def _check_geometry(what: str, path: Path, theirs: Mapping[str, Any], properties: Mapping[str, Any]) -> None:
     """Compare spacing and, where the reader gives them, origin and direction."""
     pairs = [("spacing", theirs["spacing"], properties["spacing"], SPACING_TOLERANCE * np.min(properties["spacing"]))]
     ours, others = properties.get("sitk_stuff"), theirs.get("sitk_stuff")
@@ -167,7 +186,7 @@ def _check_geometry(path: Path, theirs: Mapping[str, Any], properties: Mapping[s
     for name, found, expected, tolerance in pairs:
         if len(found) != len(expected) or np.abs(np.subtract(found, expected)).max() > tolerance:
             raise ValueError(
-                f"The pre-segmentation {path} has {name} {tuple(map(float, found))}, its image "
+                f"The {what} {path} has {name} {tuple(map(float, found))}, its image "
                 f"{tuple(map(float, expected))}: resample it to the image."
             )
 

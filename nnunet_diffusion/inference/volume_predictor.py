@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 import time
@@ -30,7 +31,7 @@ from nnunet_diffusion.inference.loading import read_model
 from nnunet_diffusion.inference.memory import GIB, free_bytes, peak_bytes, plan_memory
 from nnunet_diffusion.inference.presegmentation import Presegmentation
 from nnunet_diffusion.inference.volume import Evaluations, Tiling, VolumeProcess
-from nnunet_diffusion.segmenter import DiffusionSegmenter
+from nnunet_diffusion.segmenter import DiffusionSegmenter, refuse_nan
 
 Folds = Sequence[int | str] | None
 OVERRIDES = ("sampler", "steps", "start_step", "samples", "seed", "presegmentation_weight")
@@ -132,10 +133,10 @@ class VolumePredictor(nnUNetPredictor):
         network.load_state_dict(model.weights[0])
         if os.environ.get(COMPILE, "").lower() in ("true", "1", "t"):  # as nnU-Net's own predictor reads it
             network.compile_inference()
-        self.folds = model.folds
         self.manual_initialization(
             network, plans, configuration, model.weights, model.dataset_json, model.trainer_name, model.mirroring_axes
         )
+        self.folds = model.folds
 
     def manual_initialization(
         self,
@@ -157,6 +158,7 @@ class VolumePredictor(nnUNetPredictor):
             raise TypeError(
                 f"DiffusionPredictor predicts with a DiffusionSegmenter, got {type(network).__name__} of {trainer_name}."
             )
+        network = copy.copy(network)  # the same weights; the caller's own keeps its settings
         network.settings = dataclasses.replace(network.settings, **self._fitting_overrides(network))
         self.plans_manager, self.configuration_manager = plans_manager, configuration_manager
         self.network, self.dataset_json, self.trainer_name = network, dataset_json, trainer_name
@@ -164,7 +166,7 @@ class VolumePredictor(nnUNetPredictor):
         self.list_of_parameters = parameters if parameters is not None else [network.state_dict()]
         self.allowed_mirroring_axes = inference_allowed_mirroring_axes
         self.label_manager = plans_manager.get_label_manager(dataset_json)
-        self.folds = self.folds or [str(number) for number in range(len(self.list_of_parameters))]
+        self.folds = [str(number) for number in range(len(self.list_of_parameters))]
 
     def _fitting_overrides(self, network: DiffusionSegmenter) -> dict[str, Any]:
         """The settings given; without `steps`, no more of them than a given start step allows."""
@@ -194,7 +196,7 @@ class VolumePredictor(nnUNetPredictor):
             on_tiles: called with the number of tiles done; by default a bar, where bars are allowed.
 
         Raises:
-            ValueError: the image is not finite.
+            ValueError: the image, or what a network makes of it, is not finite.
             MemoryError: the state does not fit into memory.
         """
         if not all_finite(data):
@@ -351,6 +353,7 @@ class VolumePredictor(nnUNetPredictor):
     ) -> VolumePrediction:
         regions, inner = members.regions, (slice(None), *unpad[1:])
         mean = members.mean()[inner]
+        refuse_nan(mean)
         decision = None
         if members.votes:
             votes = torch.stack(members.votes)

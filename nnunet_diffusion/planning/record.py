@@ -71,8 +71,8 @@ class PlanRecord:
             raise ValueError(f"{RECORD_KEY} in the plans must be a dictionary, got {record!r}.")
         if record.get("version") != VERSION:
             raise ValueError(
-                f"{RECORD_KEY}.version is {record.get('version')!r}, this nnunet-diffusion reads {VERSION}: upgrade it with "
-                "pip install -U nnunet-diffusion, or plan again with nnunet_diffusion plan."
+                f"{RECORD_KEY}.version is {record.get('version')!r}, this nnunet-diffusion reads {VERSION}: install a "
+                "newer one, or plan again with nnunet_diffusion plan."
             )
         known = {entry.name for entry in fields(cls)}
         wrong = sorted(known ^ set(record))

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_diffusion import labels
 from nnunet_diffusion.finite import all_finite
@@ -106,22 +106,29 @@ def read_shared_json(path: Path) -> Any:
             time.sleep(0.1)
 
 
-def check_batch(batch: Mapping[str, Any], label_manager: LabelManager) -> None:
+def preprocessing_command(trainer: nnUNetTrainer) -> str:
+    """Return the command that preprocesses a training's data anew; plans of another name may share them."""
+    dataset, plans = trainer.plans_manager.dataset_name, trainer.plans_manager.plans_name
+    return f"nnUNetv2_preprocess -d {int(dataset[7:10])} -plans_name {plans} -c {trainer.configuration_name}"
+
+
+def check_batch(batch: Mapping[str, Any], trainer: nnUNetTrainer) -> None:
     """Raise ValueError, naming the case, on a label that dataset.json does not know and on NaN or infinite voxels.
 
     Args:
         batch: of nnU-Net's loader, on the CPU; `target` may be a list (deep supervision), the finest first. Masks of
             regions cannot tell an unknown label.
-        label_manager: of the dataset.
+        trainer: whose batch it is.
     """
+    label_manager, again = trainer.label_manager, preprocessing_command(trainer)
     classes, ignored = label_manager.num_segmentation_heads, label_manager.ignore_label
     image, target = batch["data"], batch["target"]
     target = target[0] if isinstance(target, (list, tuple)) else target
     for number, case in enumerate(batch.get("keys", range(len(image)))):
         if not label_manager.has_regions:
-            labels.check_labels(target[number], classes, case, ignored)
+            labels.check_labels(target[number], classes, case, ignored, again)
         if not all_finite(image[number]):
             raise ValueError(
                 f"Case {case} has NaN or infinite voxels after preprocessing (one in the image spoils all of it). "
-                "Replace them in the image, then run nnUNetv2_plan_and_preprocess again."
+                f"Replace them in the image, then preprocess again: {again}."
             )

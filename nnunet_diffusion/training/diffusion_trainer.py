@@ -113,10 +113,6 @@ class DiffusionTrainer(nnUNetTrainer):
         self.settings = dataclasses.replace(
             self.settings, presegmentor_trainer=self.settings.presegmentor_trainer or self.presegmentor_trainer
         )
-        if self.is_cascaded:
-            self.folder_with_segs_from_previous_stage = str(
-                previous_stage_folder(self.plans_manager, configuration, self.settings.presegmentor_trainer)
-            )
         if self.epochs is not None:
             self.num_epochs = self.epochs
         self.enable_deep_supervision = False
@@ -131,6 +127,10 @@ class DiffusionTrainer(nnUNetTrainer):
         self.initial_lr, self.weight_decay = settings.learning_rate, settings.weight_decay
         self.plans_manager.plans["configurations"][self.configuration_name][PLANS_KEY] = settings.to_plans()
         self.configuration_manager.configuration[PLANS_KEY] = settings.to_plans()
+        if self.is_cascaded:
+            self.folder_with_segs_from_previous_stage = str(
+                previous_stage_folder(self.plans_manager, self.configuration_name, settings.presegmentor_trainer)
+            )
 
     # the network -----------------------------------------------------------------------------------------------------
 
@@ -324,7 +324,7 @@ class DiffusionTrainer(nnUNetTrainer):
 
     def train_step(self, batch: dict) -> dict:
         """One optimizer step; returns the loss and its terms."""
-        check_batch(batch, self.label_manager)
+        check_batch(batch, self)
         image = batch["data"].to(self.device, non_blocking=True)
         target = batch["target"].to(self.device, non_blocking=True)
         self.optimizer.zero_grad(set_to_none=True)
@@ -386,7 +386,7 @@ class DiffusionTrainer(nnUNetTrainer):
 
     def validation_step(self, batch: dict) -> dict:
         """nnU-Net's own step on the proxy: averaged weights, one sample, one step, no pre-segmentation mixed in."""
-        check_batch(batch, self.label_manager)
+        check_batch(batch, self)
         with self._averaged_weights(), self.segmenter.overridden(steps=1, samples=1, presegmentation_weight=0.0):
             return super().validation_step(batch)
 

@@ -23,7 +23,12 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunet_diffusion.environment import PRESEGMENTOR_FOLDER
 from nnunet_diffusion.planning.data_reuse import SAME_DATA, same_entries
-from nnunet_diffusion.training.checkpoints import read_checkpoint, remove_what_killed_jobs_left, write_aside
+from nnunet_diffusion.training.checkpoints import (
+    DIFFUSION_KEY,
+    read_checkpoint,
+    remove_what_killed_jobs_left,
+    write_aside,
+)
 from nnunet_diffusion.training.checks import check_batch
 from nnunet_diffusion.training.other_jobs import (
     LOCK_SECONDS,
@@ -158,7 +163,7 @@ def _check_batches(trainer: nnUNetTrainer) -> None:
 
     def checked(step: Callable[[dict], dict]) -> Callable[[dict], dict]:
         def run(batch: dict) -> dict:
-            check_batch(batch, trainer.label_manager)
+            check_batch(batch, trainer)
             return step(batch)
 
         return run
@@ -191,7 +196,7 @@ def given_presegmentor(fold: int | str, patch_size: Sequence[int]) -> GivenPrese
 
     Raises:
         FileNotFoundError: the folder has no finished training of that fold.
-        ValueError: the patch is not divisible by the network's strides.
+        ValueError: it holds a diffusion model, one of other axes, or the patch is not divisible by the network's strides.
     """
     folder = os.environ.get(PRESEGMENTOR_FOLDER)
     if not folder:
@@ -203,8 +208,20 @@ def given_presegmentor(fold: int | str, patch_size: Sequence[int]) -> GivenPrese
             "(TRAINER__PLANS__CONFIGURATION) whose training of this fold is finished, or unset the variable."
         )
     checkpoint = read_checkpoint(path)
+    if DIFFUSION_KEY in checkpoint:
+        raise ValueError(
+            f"{PRESEGMENTOR_FOLDER} is {folder}, a model of {checkpoint['trainer_name']}, itself a diffusion trainer: name the "
+            "folder of nnU-Net's own model, or unset the variable."
+        )
     init = checkpoint["init_args"]
-    architecture = PlansManager(init["plans"]).get_configuration(init["configuration"]).configuration["architecture"]
+    theirs = PlansManager(init["plans"]).get_configuration(init["configuration"]).configuration
+    architecture = theirs["architecture"]
+    if len(theirs["patch_size"]) != len(patch_size):
+        raise ValueError(
+            f"{PRESEGMENTOR_FOLDER} is {folder}, a model of the configuration {init['configuration']} in "
+            f"{len(theirs['patch_size'])}D, but this training is in {len(patch_size)}D: name one of as many axes, or unset the "
+            "variable."
+        )
     for axis, size in enumerate(patch_size):
         stride = math.prod(each[axis] for each in architecture["arch_kwargs"].get("strides", []))
         if size % stride:
@@ -347,6 +364,8 @@ def build_presegmentor(
     try:
         trainer = recursive_find_trainer_class_by_name(trainer_name)
     except RuntimeError as error:
+        if "Could not find requested" not in str(error):
+            raise
         raise RuntimeError(
             f"The pre-segmentor of this model is a network of {trainer_name}, which nnU-Net does not find: install the package "
             "it comes from, or add the folder of its file to nnUNet_extTrainer."

@@ -12,6 +12,8 @@ from types import SimpleNamespace
 import pytest
 
 from nnunet_diffusion.cli import doctor
+from nnunet_diffusion.cli.errors import CommandError
+from nnunet_diffusion.cli.train import check_trainer
 from nnunet_diffusion.cli.trainers_directory import VARIABLE, trainers_directory
 
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
@@ -136,6 +138,11 @@ def test_trainer_file_that_does_not_import(tmp_path, monkeypatch):
     monkeypatch.setenv(VARIABLE, os.pathsep.join([str(tmp_path), str(trainers_directory())]))
     (finding,) = doctor.check_trainer()
     assert finding.level == doctor.FAIL and "nonexistent_package_of_the_user" in finding.seen
+    (tmp_path / "Broken.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')\n")
+    (finding,) = doctor.check_trainer()
+    assert finding.level == doctor.FAIL and "torchvision::nms" in finding.seen and VARIABLE in finding.cure
+    with pytest.raises(CommandError, match="stopped with RuntimeError: operator torchvision::nms"):
+        check_trainer("DiffusionTrainer")
 
 
 def test_small_shared_memory(monkeypatch):

@@ -168,6 +168,22 @@ def test_what_nnunet_exports_beside_the_models_is_installed_too(model, tmp_path,
     assert kept.read_text() == "mine" and f"{kept} is there already" in capsys.readouterr().out
 
 
+def test_files_of_models_that_are_there_already_are_not_added_to(model, tmp_path):
+    name = f"{model.parent.name}/DiffusionTrainer__mine__2d/fold_1/checkpoint_final.pth"
+    with pytest.raises(CommandError, match="belongs to no model with plans in it"):
+        install(zipped(model, tmp_path / "model.zip", extra=name), tmp_path / "results")
+    assert not list((tmp_path / "results").iterdir())
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_model_of_nnunets_own_is_refused_with_its_command(model, tmp_path, trust):
+    stock = checkpoint()
+    del stock["diffusion"]
+    torch.save(stock, model / "fold_0" / NAME)
+    with pytest.raises(CommandError, match="nnUNetv2_install_pretrained_model_from_zip installs it"):
+        install(zipped(model, tmp_path / "model.zip"), tmp_path / "results", trust=trust)
+
+
 @pytest.mark.parametrize("name", ["../outside.txt", "/tmp/outside.txt", "Dataset001_A/../../x", "..\\x", "C:\\x"])
 def test_zip_with_names_outside_its_folder_is_refused(model, tmp_path, name):
     path = zipped(model, tmp_path / "model.zip", extra=name)

@@ -85,7 +85,7 @@ def predict(trainer, image, properties):
 
 def with_voxel(value):
     def alter(image, labels):
-        image[0, 20, 20, 20] = value
+        image[0, 10, 20, 20] = value
         return image, labels
 
     return alter

@@ -40,7 +40,7 @@ def add_cascade(place, name, **section):
 def place(hippocampus_data, workplace_maker, tmp_path_factory):
     """Four cases in two folds, with plans whose first stage is not trained."""
     place = workplace_maker(
-        hippocampus_data, tmp_path_factory.mktemp("cascade"), "Dataset044_Cascade", 4, None, ["3d_fullres"]
+        hippocampus_data, tmp_path_factory.mktemp("cascade"), "Dataset044_Cascade", 4, None, ["3d_fullres"], 20
     )
     cases = sorted(path.name.removesuffix(".nii.gz") for path in (place.raw / "labelsTr").iterdir())
     folds = [{"train": cases[:2], "val": cases[2:]}, {"train": cases[2:], "val": cases[:2]}]
@@ -132,6 +132,41 @@ def test_predictor_takes_the_previous_stage_as_input_and_as_start(trained, tmp_p
     for other in "bc":  # what is given changes what comes out
         for one, two in zip(found["a"], found[other], strict=True):
             assert np.abs(one - two).max() > 1e-2
+
+
+def test_previous_stage_that_does_not_lie_on_its_image_is_refused_by_file(trained, tmp_path, capsys):
+    place, _ = trained
+    previous = tmp_path / "previous"
+    previous.mkdir()
+    images = sorted((place.raw / "imagesTs").iterdir())
+    first, second = (previous / path.name.replace("_0000", "") for path in images)
+    stretched = sitk.ReadImage(str(images[0]), sitk.sitkFloat32) * 0
+    stretched.SetSpacing([1.0, 2.0, 1.0])
+    sitk.WriteImage(sitk.Cast(stretched, sitk.sitkUInt8), str(first))
+    sitk.WriteImage(sitk.Cast(sitk.ReadImage(str(images[1])) * 0 + 9, sitk.sitkUInt8), str(second))
+    model = str(place.results / f"{OURS}__Cascade__{CONFIGURATION}")
+    words = ["predict", "-i", str(place.raw / "imagesTs"), "-m", model, "-f", "0", "-device", "cpu", "--sequential"]
+    with place.in_process(place.root / "results"):
+        assert main([*words, "-o", str(tmp_path / "out"), "-prev_stage_predictions", str(previous)]) == 1
+    message = capsys.readouterr().err
+    assert f"The segmentation of the previous stage {first} has spacing" in message
+    assert f"The segmentation of the previous stage {second} has label 9" in message
+
+
+def test_resumed_training_takes_the_first_stage_of_its_own_presegmentor(trained, tmp_path):
+    place, _ = trained
+    path = place.results / f"{OURS}__Cascade__{CONFIGURATION}" / "fold_0" / "checkpoint_final.pth"
+    arguments = read_checkpoint(path)["init_args"]
+    plans = json.loads(json.dumps(arguments["plans"], default=float))
+    plans["configurations"][CONFIGURATION]["diffusion"] = {}
+    with place.in_process(tmp_path):
+        trainer = DiffusionTrainer(
+            {**plans, "continue_training": True},
+            *(CONFIGURATION, 0, arguments["dataset_json"], torch.device("cpu")),
+        )
+        assert "/nnUNetTrainer__Cascade__3d_lowres/" in trainer.folder_with_segs_from_previous_stage
+        trainer.load_checkpoint(str(path))
+        assert f"/{FIRST}__Cascade__3d_lowres/" in trainer.folder_with_segs_from_previous_stage
 
 
 def test_start_from_the_previous_stage_is_its_label_map(trained):

@@ -40,7 +40,7 @@ KINDS = {
 def trained(request, hippocampus_data, workplace_maker, tmp_path_factory):
     name, alter, description = KINDS[request.param]
     place = workplace_maker(
-        hippocampus_data, tmp_path_factory.mktemp(request.param), name, 5, alter, ["2d"], **description
+        hippocampus_data, tmp_path_factory.mktemp(request.param), name, 5, alter, ["2d"], 16, **description
     )
     words = [name, "2d", 0, "-tr", "TinyDiffusionTrainer", "-p", "Tiny", "-device", "cpu", "--npz"]
     done = place.run("nnUNetv2_train", *words)

@@ -16,7 +16,8 @@ NAME = "nnUNetDiffusionPlans"
 @pytest.fixture(scope="module")
 def planned(workplace_maker, hippocampus_data, tmp_path_factory):
     """A workplace with plans for a small memory target; its data are those of nnU-Net."""
-    place = workplace_maker(hippocampus_data, tmp_path_factory.mktemp("planned"), configurations=(CONFIGURATION,))
+    folder = tmp_path_factory.mktemp("planned")
+    place = workplace_maker(hippocampus_data, folder, number=5, configurations=(CONFIGURATION,), slices=16)
     before = modified(place)
     done = place.run(
         "nnunet_diffusion",

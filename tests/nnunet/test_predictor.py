@@ -22,6 +22,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunet_diffusion.cli.main import main
 from nnunet_diffusion.inference import DiffusionPredictor
 from nnunet_diffusion.inference.cases import FailedCases
+from nnunet_diffusion.inference.presegmentation import _read_probabilities
 
 pytestmark = [pytest.mark.nnunet, pytest.mark.slow]
 MODEL = "TinyDiffusionTrainer__Tiny__2d"
@@ -225,6 +226,17 @@ def test_presegmentation_that_does_not_fit_is_refused_by_file(place, tmp_path, c
     assert f"{given} has neither" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("place_in_file", [0.2, 0.4, 0.6, 0.8, 0.99])
+def test_damaged_probabilities_are_refused_by_file(place, tmp_path, place_in_file):
+    path = tmp_path / "case.npz"
+    np.savez_compressed(path, probabilities=np.random.default_rng(0).random((3, 4, 5, 6)).astype(np.float16))
+    content = bytearray(path.read_bytes())
+    content[int(place_in_file * len(content))] ^= 255
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{path} is no .npz"):
+        _read_probabilities(path, (4, 5, 6), loaded(place).label_manager)
+
+
 @pytest.mark.parametrize("fusion", ["majority", "staple"])
 def test_fused_segmentation_stands_beside_the_mean_probabilities(place, tmp_path, fusion):
     settings = ("--samples", 3, "--save_probabilities", "--start_step", 900)
@@ -273,15 +285,86 @@ def test_class_returns_what_nnunets_returns(place, tmp_path):
     assert set(failed.value.failures) == {"nothing"}
 
 
+def test_outputs_may_have_other_names_and_folders_than_the_images(place, tmp_path):
+    """Starts go by the image's name; cases of one name are told apart."""
+    predictor, image = loaded(place), str(sorted((place.raw / "imagesTs").iterdir())[0])
+    own = Path(image).name.replace("_0000", "")
+    predictor.predict_from_files_sequential([[image]], [str(tmp_path / "starts" / own.removesuffix(".nii.gz"))])
+    lost, renamed = str(tmp_path / "lost_0000.nii.gz"), str(tmp_path / "new" / "folder" / "renamed")
+    targets = [str(tmp_path / "a" / "x"), str(tmp_path / "b" / "x"), renamed]
+    with pytest.raises(FailedCases, match="2 of 3 cases failed") as failed:
+        predictor.predict_from_files_sequential(
+            [[lost], [lost], [image]], targets, presegmentation_folder=str(tmp_path / "starts")
+        )
+    assert set(failed.value.failures) == set(targets[:2])
+    assert Path(f"{renamed}.nii.gz").is_file()
+
+
+def test_iterators_files_are_removed_as_nnunet_does(place, tmp_path):
+    image, properties = SimpleITKIO().read_images([str(sorted((place.raw / "imagesTs").iterdir())[0])])
+    predictor, path = loaded(place), tmp_path / "image.npy"
+    source = predictor.get_data_iterator_from_raw_npy_data([image], None, [properties], None, 1)
+    (item,) = list(source)
+    (expected,) = predictor.predict_from_data_iterator([item], False, 1)
+    np.save(path, item["data"])
+    (found,) = predictor.predict_from_data_iterator([{**item, "data": str(path)}], False, 1)
+    assert np.array_equal(found, expected) and not path.exists()
+
+
+@pytest.mark.parametrize("part", ["presegmentor", "denoiser"])
+def test_nan_of_a_network_is_no_segmentation(place, part):
+    predictor = loaded(place)
+    for weights in predictor.list_of_parameters:
+        name = [key for key in weights if key.startswith(part) and weights[key].is_floating_point()][-1]
+        weights[name] = torch.full_like(weights[name], torch.nan)
+    with pytest.raises(ValueError, match="A network gave NaN for an image without"):
+        predictor.predict_volume(torch.randn(1, 1, 32, 32))
+    with pytest.raises(ValueError, match="A network gave NaN for an image without"):
+        predictor.network.eval()(torch.randn(1, 1, 32, 32))
+
+
+def test_settings_and_folds_are_the_predictors_own(place):
+    first, second = loaded(place, samples=3), DiffusionPredictor(device=torch.device("cpu"))
+    second.folds = ["0", "1", "2"]  # of a model before
+    second.manual_initialization(
+        first.network,
+        first.plans_manager,
+        first.configuration_manager,
+        None,
+        first.dataset_json,
+        "DiffusionTrainer",
+        None,
+    )
+    assert second.folds == ["0"] and len(second.list_of_parameters) == 1
+    third = DiffusionPredictor(device=torch.device("cpu"), samples=2)
+    third.manual_initialization(
+        second.network,
+        first.plans_manager,
+        first.configuration_manager,
+        None,
+        first.dataset_json,
+        "DiffusionTrainer",
+        None,
+    )
+    assert [each.network.settings.samples for each in (first, second, third)] == [3, 3, 2]
+
+
+def test_previous_stage_is_refused_where_there_is_none(place, tmp_path):
+    with pytest.raises(ValueError, match="has no previous stage"):
+        loaded(place).predict_from_files_sequential(
+            str(place.raw / "imagesTs"), str(tmp_path / "out"), folder_with_segs_from_prev_stage=str(tmp_path)
+        )
+
+
 def test_memory_limit_is_kept_or_refused(place, tmp_path, capsys):
     whole = predict(place, tmp_path / "whole", "--samples", 2)
     assert "at a time" not in capsys.readouterr().out
-    limited = predict(place, tmp_path / "limited", "--samples", 2, "--state_memory", 0.0047)  # room for one sample
+    limited = predict(place, tmp_path / "limited", "--samples", 2, "--state_memory", 0.0018)  # room for one sample
     lines = [line for line in capsys.readouterr().out.splitlines() if "2 samples: 1 at a time" in line]
     assert [line.split(":")[0] for line in lines] == [name.removesuffix(".nii.gz") for name in whole]
     for name, found in label_maps(whole).items():
         assert (found != label_maps(limited)[name]).mean() < 1e-3
-    predict(place, tmp_path / "none", "--state_memory", 0.0001, code=1)
+    predict(place, tmp_path / "none", "--state_memory", 0.00003, code=1)
     assert "MiB are allowed (--state_memory)" in capsys.readouterr().err
 
 

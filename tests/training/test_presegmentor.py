@@ -204,6 +204,18 @@ def test_given_folder_without_the_fold_is_refused(workplace, stock, tmp_path, mo
         workplace.trainer(DiffusionTrainer, fold=1)
 
 
+def test_given_diffusion_model_and_network_of_other_axes_are_refused(workplace, stock, tmp_path, monkeypatch):
+    monkeypatch.setenv(PRESEGMENTOR_FOLDER, str(tmp_path / "model"))
+    with pytest.raises(
+        ValueError, match=rf"{PRESEGMENTOR_FOLDER} is .*configuration 2d in 2D, but this training is in 3D"
+    ):
+        workplace.trainer(DiffusionTrainer, plans="Tiny3d", configuration="3d_fullres")
+    path = tmp_path / "model" / "fold_0" / "checkpoint_final.pth"
+    torch.save({**torch.load(path, weights_only=False), "diffusion": {}}, path)
+    with pytest.raises(ValueError, match=rf"{PRESEGMENTOR_FOLDER} is .*itself a diffusion trainer: name the folder"):
+        workplace.trainer(DiffusionTrainer)
+
+
 def test_given_network_that_the_patch_does_not_fit_is_refused(workplace, stock, tmp_path, monkeypatch):
     monkeypatch.setenv(PRESEGMENTOR_FOLDER, str(tmp_path / "model"))
 
