@@ -120,7 +120,8 @@ class DiffusionSegmenter(nn.Module):
             compiled: compile both networks first (`compile_inference`).
 
         Raises:
-            ValueError: if the image or what a network makes of it is not finite; it would look like a segmentation.
+            ValueError: if the image is not finite, or in inference mode what a network makes of it; it would look like a
+                segmentation. In the epochs' own validation, which is not in that mode, it costs that epoch's Dice only.
         """
         if compiled:
             self.compile_inference()
@@ -130,7 +131,8 @@ class DiffusionSegmenter(nn.Module):
                 "them in the case that nnU-Net named last, then predict again."
             )
         probabilities = self.sample(image)
-        refuse_nan(probabilities)
+        if torch.is_inference_mode_enabled():
+            refuse_nan(probabilities)
         return labels.probabilities_to_logits(probabilities, self.settings.regions)
 
     def presegment(self, image: Tensor) -> Tensor:

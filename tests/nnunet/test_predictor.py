@@ -319,8 +319,11 @@ def test_nan_of_a_network_is_no_segmentation(place, part):
         weights[name] = torch.full_like(weights[name], torch.nan)
     with pytest.raises(ValueError, match="A network gave NaN for an image without"):
         predictor.predict_volume(torch.randn(1, 1, 32, 32))
-    with pytest.raises(ValueError, match="A network gave NaN for an image without"):
-        predictor.network.eval()(torch.randn(1, 1, 32, 32))
+    network = predictor.network.eval()
+    with torch.inference_mode(), pytest.raises(ValueError, match="A network gave NaN for an image without"):
+        network(torch.randn(1, 1, 32, 32))
+    with torch.no_grad():  # as in the epochs of a training: one overflow must not end it
+        assert network(torch.randn(1, 1, 32, 32)).isnan().any()
 
 
 def test_settings_and_folds_are_the_predictors_own(place):
