@@ -198,7 +198,7 @@ def test_missing_diffusers_names_the_cure(name, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", no_diffusers)
     start = draw(1, 1, 2)
-    with pytest.raises(ImportError, match=r"pip install nnunet-diffusion\[solvers\]"):
+    with pytest.raises(ImportError, match="pip install diffusers"):
         sample(name, network, start, 300, 5, make_process("epsilon"))
     assert sample("ddim", network, start, 300, 5, make_process("epsilon")).isfinite().all()
 

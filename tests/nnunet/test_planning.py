@@ -94,8 +94,8 @@ def test_a_plan_edited_by_hand_is_refused(planned):
     path = place.preprocessed / f"{NAME}.json"
     plans = json.loads(path.read_text())
     for key, value, words in (
-        ("diffusion_plan", {"version": 9}, ("diffusion_plan.version is 9", "pip install -U")),
-        ("diffusion", {"version": 7}, ("diffusion.version is 7", "pip install -U")),
+        ("diffusion_plan", {"version": 9}, ("diffusion_plan.version is 9", "newer one")),
+        ("diffusion", {"version": 7}, ("diffusion.version is 7", "newer one")),
         ("diffusion", {"attention_stages": [9]}, ("attention_stages", "[9]")),
     ):
         edited = json.loads(json.dumps(plans))

@@ -17,7 +17,7 @@ def test_survives_json():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"version": 2}, ["version", "2", "reads 1", "pip install -U"]),
+        ({"version": 2}, ["version", "2", "reads 1", "install a newer one"]),
         ({"version": "1"}, ["version", "'1'"]),
         ({"memory_target": 8}, ["memory_target", "unknown"]),
         ({"memory_target_gb": "8"}, ["memory_target_gb", "'8'", "number"]),
