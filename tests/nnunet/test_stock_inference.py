@@ -87,7 +87,7 @@ class Offset(nn.Module):
 
 
 def test_measure_sees_seams_where_there_are_some(trained):
-    image = next(cases(trained, 1, 10))
+    image = next(cases(trained, 1, 6))
     hard = {"use_gaussian": False, "use_mirroring": False, "tile_step_size": 1}
     smooth, tiles = predict(trained, trained.segmenter.presegmentor, image, **hard)
     seams, _ = predict(trained, Offset(trained.segmenter.presegmentor), image, **hard)
@@ -98,7 +98,7 @@ def test_measure_sees_seams_where_there_are_some(trained):
 def test_no_more_of_a_jump_across_tile_borders_than_nnunet(trained):
     """Jumps at tile borders, relative to those on the lines around: the denoiser's edges are sharper everywhere."""
     total = {"ours": Jumps(), "nnunet": Jumps()}
-    for image in cases(trained, 4, 4):
+    for image in cases(trained, 4, 2):
         for name, network in (("ours", trained.segmenter), ("nnunet", trained.segmenter.presegmentor)):
             logits, tiles = predict(trained, network, image)
             assert len({tile[2:] for tile in map(str, tiles)}) > 1
@@ -116,7 +116,7 @@ def test_one_reverse_process_per_volume_has_no_more_of_a_jump_than_nnunet(traine
     network = trained.segmenter
     predictor.manual_initialization(network, *managers, None, trained.dataset_json, "DiffusionTrainer", (0, 1))
     total = {"ours": Jumps(), "nnunet": Jumps()}
-    for image in cases(trained, 4, 4):
+    for image in cases(trained, 4, 2):
         nnunet, tiles = predict(trained, network.presegmentor, image)
         total["nnunet"] += border_jumps(nnunet.softmax(0), tiles)
         total["ours"] += border_jumps(predictor.predict_volume(image).logits.softmax(0), tiles)
@@ -160,7 +160,7 @@ class Loud(nn.Module):
 
 
 def test_logits_stay_bounded_in_the_predictors_float16_sums_however_large_the_networks_output(trained):
-    image, network = next(cases(trained, 1, 12)), trained.segmenter
+    image, network = next(cases(trained, 1, 8)), trained.segmenter
     forward = network.denoiser.forward
     presegmentor = network.presegmentor
     try:

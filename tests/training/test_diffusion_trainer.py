@@ -206,8 +206,8 @@ def test_overfits_a_batch_of_real_patches(workplace, prediction_type, steps):
 
     options = {"prediction_type": prediction_type, "learning_rate": 5e-3, "ema_decay": 0.9}
     trainer = started(workplace, change=larger_batch, **options)
-    batch = next(trainer.get_dataloaders()[0])
-    assert set(batch["target"].unique().tolist()) == {0, 1, 2}
+    loader = trainer.get_dataloaders()[0]
+    batch = next(each for each in loader if min((each["target"] == label).sum() for label in (1, 2)) > 100)
     losses = [trainer.train_step(batch)["loss"] for _ in range(steps)]
     assert np.mean(losses[-10:]) < np.mean(losses[:10]) - 1
     trainer.on_validation_epoch_start()
