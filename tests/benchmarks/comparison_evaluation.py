@@ -18,6 +18,8 @@ import torch
 from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -27,6 +29,7 @@ from nnunet_diffusion.evaluation.corruptions import dilate, erase_half, erode
 from nnunet_diffusion.evaluation.metrics import per_class_metrics, voxels_corrected_and_broken
 from nnunet_diffusion.segmenter import DiffusionSegmenter
 from nnunet_diffusion.training.checkpoints import read_checkpoint
+from nnunet_diffusion.training.presegmentor import build_presegmentor
 
 NNUNET = "nnU-Net"
 CORRUPTIONS: dict[str, Callable[[NDArray, int], NDArray]] = {
@@ -246,7 +249,7 @@ class Model:
 def start_from(model: Any, nnunet: Path) -> None:
     """Put another trained nnU-Net in the place of the pre-segmentor, if it is another.
 
-    A denoiser that never met its pre-segmentor in training works with any of the same architecture.
+    A denoiser that never met its pre-segmentor in training works with any of the same images and classes.
 
     Args:
         model: a Model of a diffusion trainer.
@@ -256,8 +259,9 @@ def start_from(model: Any, nnunet: Path) -> None:
         ValueError: the denoiser did meet its own, so that the exchange would change what it was trained for.
     """
     settings, own = model.segmenter.settings, model.segmenter.presegmentor.state_dict()
-    weights = read_checkpoint(nnunet / "checkpoint_final.pth")["network_weights"]
-    if weights.keys() == own.keys() and all(bool((weights[key].to(own[key]) == own[key]).all()) for key in own):
+    checkpoint = read_checkpoint(nnunet / "checkpoint_final.pth")
+    weights = checkpoint["network_weights"]
+    if weights.keys() == own.keys() and all(torch.equal(weights[key].to(own[key]), own[key]) for key in own):
         return
     trainer = nnunet.parent.name.split("__")[0]
     if settings.presegmentation_start_probability > 0 or model.predictor.label_manager.has_ignore_label:
@@ -265,7 +269,14 @@ def start_from(model: Any, nnunet: Path) -> None:
             f"{model.name} was trained on the segmentations of another {settings.presegmentor_trainer}, so {trainer} "
             "cannot take its place: train it with that one (--epochs, --denoiser-epochs)"
         )
-    model.segmenter.presegmentor.load_state_dict(weights)
+    init = checkpoint["init_args"]
+    plans, heads = PlansManager(init["plans"]), model.predictor.label_manager.num_segmentation_heads
+    configuration = plans.get_configuration(init["configuration"])
+    channels = determine_num_input_channels(plans, configuration, init["dataset_json"])
+    network = build_presegmentor(checkpoint["trainer_name"], plans, configuration, channels, heads)
+    network.load_state_dict(weights)
+    device = next(model.segmenter.denoiser.parameters()).device
+    model.segmenter.presegmentor = network.requires_grad_(False).eval().to(device)
     print(f"{model.name} starts from {trainer} instead of {settings.presegmentor_trainer}")
 
 
