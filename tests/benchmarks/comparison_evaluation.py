@@ -8,7 +8,7 @@ import dataclasses
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -269,15 +269,22 @@ def start_from(model: Any, nnunet: Path) -> None:
             f"{model.name} was trained on the segmentations of another {settings.presegmentor_trainer}, so {trainer} "
             "cannot take its place: train it with that one (--epochs, --denoiser-epochs)"
         )
+    if {key: each.shape for key, each in weights.items()} == {key: each.shape for key, each in own.items()}:
+        model.segmenter.presegmentor.load_state_dict(weights)
+    else:
+        model.segmenter.presegmentor = _network_of(checkpoint, model)
+    print(f"{model.name} starts from {trainer} instead of {settings.presegmentor_trainer}")
+
+
+def _network_of(checkpoint: Mapping[str, Any], model: Any) -> nn.Module:
+    """Build the frozen network of nnU-Net's checkpoint for the classes and on the device of a Model."""
     init = checkpoint["init_args"]
     plans, heads = PlansManager(init["plans"]), model.predictor.label_manager.num_segmentation_heads
     configuration = plans.get_configuration(init["configuration"])
     channels = determine_num_input_channels(plans, configuration, init["dataset_json"])
     network = build_presegmentor(checkpoint["trainer_name"], plans, configuration, channels, heads)
-    network.load_state_dict(weights)
-    device = next(model.segmenter.denoiser.parameters()).device
-    model.segmenter.presegmentor = network.requires_grad_(False).eval().to(device)
-    print(f"{model.name} starts from {trainer} instead of {settings.presegmentor_trainer}")
+    network.load_state_dict(checkpoint["network_weights"])
+    return network.requires_grad_(False).eval().to(model.predictor.device)
 
 
 def evaluate(
