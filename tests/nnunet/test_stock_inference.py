@@ -83,7 +83,7 @@ class Offset(nn.Module):
         self.network, self.generator = network, torch.Generator().manual_seed(0)
 
     def forward(self, image):
-        return self.network(image) + 2 * torch.randn(1, 3, 1, 1, generator=self.generator)
+        return self.network(image) + 6 * torch.randn(1, 3, 1, 1, generator=self.generator)
 
 
 def test_measure_sees_seams_where_there_are_some(trained):
@@ -92,7 +92,7 @@ def test_measure_sees_seams_where_there_are_some(trained):
     smooth, tiles = predict(trained, trained.segmenter.presegmentor, image, **hard)
     seams, _ = predict(trained, Offset(trained.segmenter.presegmentor), image, **hard)
     plain, shifted = (border_jumps(logits.softmax(0), tiles).ratio for logits in (smooth, seams))
-    assert shifted > 1.5 * plain
+    assert shifted > 1.15 * plain
 
 
 def test_no_more_of_a_jump_across_tile_borders_than_nnunet(trained):
