@@ -30,14 +30,20 @@ TEST_SLICES = 12
 """Of a test case: in 2D each takes an evaluation for every tile and mirror."""
 
 
+def with_pools_of_threads(variables):
+    """Return environment variables with which nnU-Net's pools of processes become threads."""
+    folders = (str(POOLS_OF_THREADS), variables.get("PYTHONPATH"))
+    return {**variables, "PYTHONPATH": os.pathsep.join(filter(None, folders))}
+
+
 class CommandServer:
     """The process that runs console commands (see tests/command_server.py)."""
 
     def __init__(self):
-        folders = os.pathsep.join(filter(None, (str(POOLS_OF_THREADS), os.environ.get("PYTHONPATH"))))
+        own = {"OMP_NUM_THREADS": "1", "MATPLOTLIBRC": str(SMALL_FIGURES)}
         self.process = subprocess.Popen(
             [sys.executable, str(COMMAND_SERVER)],
-            env={**os.environ, "PYTHONPATH": folders, "OMP_NUM_THREADS": "1", "MATPLOTLIBRC": str(SMALL_FIGURES)},
+            env=with_pools_of_threads({**os.environ, **own}),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -131,10 +137,7 @@ class Workplace:
             changes: variables that differ.
         """
         variables = {**os.environ, **self.environment, **changes}
-        if not as_users_do:
-            folders = (str(POOLS_OF_THREADS), variables.get("PYTHONPATH"))
-            variables["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
-        return variables
+        return variables if as_users_do else with_pools_of_threads(variables)
 
     def start(self, command, *arguments, log, **variables):
         """Start one of nnU-Net's console commands, both outputs in a file; return the running `Command`."""

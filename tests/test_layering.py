@@ -19,6 +19,7 @@ LAYERS = {
     "environment": 1,
     "finite": 1,
     "json_files": 1,
+    "nnunet_words": 1,
     "settings": 2,
     "labels": 2,
     "losses": 2,

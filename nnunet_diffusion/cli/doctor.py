@@ -18,6 +18,7 @@ from pathlib import Path
 
 from nnunet_diffusion.cli.errors import first_line
 from nnunet_diffusion.cli.trainers_directory import VARIABLE, search_path, trainers_directory
+from nnunet_diffusion.nnunet_words import says_not_found
 
 OK, WARN, FAIL = "OK", "WARN", "FAIL"
 SET_TRAINERS = f'export {VARIABLE}="$(nnunet_diffusion trainers_directory)"'
@@ -171,7 +172,7 @@ def check_trainer() -> Iterator[Finding]:
         with contextlib.redirect_stdout(io.StringIO()):
             found = finder.recursive_find_trainer_class_by_name(name)
     except Exception as error:  # any trainer file in any folder of the variable can raise anything
-        if "Could not find requested" in str(error):
+        if says_not_found(error):
             yield Finding("trainer", FAIL, f"nnU-Net does not find {name}", SET_TRAINERS)
             return
         seen = f"the search stopped with {type(error).__name__}: {first_line(error)}"

@@ -16,6 +16,7 @@ from typing import Any
 from nnunet_diffusion.cli.errors import CommandError, named_for_the_user
 from nnunet_diffusion.cli.folders import PREPROCESSED, RAW, dataset_prefix, datasets_in, folder_in
 from nnunet_diffusion.json_files import read_dictionary, read_plans, require
+from nnunet_diffusion.nnunet_words import preprocess_command
 
 CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
 DEFAULT_PROCESSES = {"2d": 8, "3d_fullres": 4, "3d_lowres": 8}
@@ -227,7 +228,7 @@ def preprocess(dataset: str, plans: Mapping[str, Any], options: argparse.Namespa
         if is_complete(folder / identifier, cases):
             print(
                 f"{name}: {identifier} is preprocessed already, it is used as it is; should raw files have changed since: "
-                f"nnUNetv2_preprocess -d {int(dataset[7:10])} -plans_name {plans['plans_name']} -c {name}"
+                + preprocess_command(dataset, plans["plans_name"], name)
             )
         else:
             preprocess_dataset(int(dataset[7:10]), plans["plans_name"], [name], [number])

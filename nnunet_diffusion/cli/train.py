@@ -24,6 +24,7 @@ from nnunet_diffusion.cli.folders import (
 from nnunet_diffusion.cli.trainers_directory import trainers_directory, with_trainers
 from nnunet_diffusion.environment import PRESEGMENTOR_FOLDER
 from nnunet_diffusion.json_files import read_dictionary, read_plans
+from nnunet_diffusion.nnunet_words import preprocess_command, says_not_found
 
 DEFAULT_TRAINER = "DiffusionTrainer"
 HELP = "nnUNetv2_train with DiffusionTrainer as default trainer (takes all of its arguments)"
@@ -185,8 +186,7 @@ def check_configuration(plans: Mapping[str, Any], configuration: str, preprocess
     folder = preprocessed / identifier
     if not folder.is_dir() or not any(folder.iterdir()):
         raise CommandError(
-            f"{folder} holds no preprocessed cases; run: nnUNetv2_preprocess -d {int(preprocessed.name[7:10])} "
-            f"-plans_name {plans_name} -c {configuration}"
+            f"{folder} holds no preprocessed cases; run: {preprocess_command(preprocessed.name, plans_name, configuration)}"
         )
 
 
@@ -198,7 +198,7 @@ def check_trainer(name: str) -> None:
         with contextlib.redirect_stdout(io.StringIO()):  # the search says where it looks
             recursive_find_trainer_class_by_name(name)
     except Exception as error:  # any trainer file in any folder of the variable can raise anything
-        if "Could not find requested" not in str(error):
+        if not says_not_found(error):
             raise CommandError(
                 f"nnU-Net's search for the trainer {name} stopped with {type(error).__name__}: {first_line(error)}; for the "
                 "cause run: nnunet_diffusion doctor"

@@ -153,10 +153,9 @@ def plan_memory(
     cpu, notes = torch.device("cpu"), []
     if device.type != "cpu":
         which = "free" if limit_bytes is None else "allowed"
-        if available > 0 or limit_bytes is None:  # else the CPU was asked for
-            notes.append(
-                f"{needed(samples) / GIB:.2f} GiB do not fit on {device} ({available / GIB:.2f} {which}): state on the CPU"
-            )
+        notes.append(
+            f"{needed(samples) / GIB:.2f} GiB do not fit on {device} ({available / GIB:.2f} {which}): state on the CPU"
+        )
         available = free(cpu)
     word = "are free" if limit_bytes is None or device.type != "cpu" else "are allowed (--state_memory)"
     fitting = [count for count in range(samples, 0, -1) if needed(count) <= available]

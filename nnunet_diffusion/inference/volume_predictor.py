@@ -325,16 +325,16 @@ class VolumePredictor(nnUNetPredictor):
         on_tiles: Callable[[int], object],
     ) -> None:
         settings, heads = self.network.settings, self.network.denoiser.state_channels
-        limit = None if self.state_memory_gb is None else self.state_memory_gb * GIB
-        if self.device.type == "cuda" and not self.perform_everything_on_device:
-            limit = 0.0
+        limit, device = None if self.state_memory_gb is None else self.state_memory_gb * GIB, self.device
+        if device.type == "cuda" and not self.perform_everything_on_device:
+            limit, device = None, torch.device("cpu")  # the limit is the GPU's
         empty_cache(self.device)  # what the last networks left there counts as taken
 
         def free(device: torch.device) -> float:
             return free_bytes(device) - (data.nbytes if device.type == "cuda" else 0)  # the image goes with the state
 
         plan = plan_memory(
-            data.shape[1:], heads, settings.samples, settings.sampler, settings.steps, self.device, limit, free
+            data.shape[1:], heads, settings.samples, settings.sampler, settings.steps, device, limit, free
         )
         tell(notes, plan.note)
         number = int(fold) if fold.isdecimal() else 0

@@ -14,6 +14,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_diffusion import labels
 from nnunet_diffusion.finite import all_finite
+from nnunet_diffusion.nnunet_words import preprocess_command
 
 PREPROCESSED, RESULTS = FOLDERS = ("nnUNet_preprocessed", "nnUNet_results")
 PATIENCE_SECONDS = 5.0
@@ -106,12 +107,6 @@ def read_shared_json(path: Path) -> Any:
             time.sleep(0.1)
 
 
-def preprocessing_command(trainer: nnUNetTrainer) -> str:
-    """Return the command that preprocesses a training's data anew; plans of another name may share them."""
-    dataset, plans = trainer.plans_manager.dataset_name, trainer.plans_manager.plans_name
-    return f"nnUNetv2_preprocess -d {int(dataset[7:10])} -plans_name {plans} -c {trainer.configuration_name}"
-
-
 def check_batch(batch: Mapping[str, Any], trainer: nnUNetTrainer) -> None:
     """Raise ValueError, naming the case, on a label that dataset.json does not know and on NaN or infinite voxels.
 
@@ -120,7 +115,8 @@ def check_batch(batch: Mapping[str, Any], trainer: nnUNetTrainer) -> None:
             regions cannot tell an unknown label.
         trainer: whose batch it is.
     """
-    label_manager, again = trainer.label_manager, preprocessing_command(trainer)
+    label_manager, plans = trainer.label_manager, trainer.plans_manager
+    again = preprocess_command(plans.dataset_name, plans.plans_name, trainer.configuration_name)
     classes, ignored = label_manager.num_segmentation_heads, label_manager.ignore_label
     image, target = batch["data"], batch["target"]
     target = target[0] if isinstance(target, (list, tuple)) else target

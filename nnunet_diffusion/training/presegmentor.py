@@ -22,6 +22,7 @@ from nnunetv2.utilities.helpers import empty_cache
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunet_diffusion.environment import PRESEGMENTOR_FOLDER
+from nnunet_diffusion.nnunet_words import says_not_found
 from nnunet_diffusion.planning.data_reuse import SAME_DATA, same_entries
 from nnunet_diffusion.training.checkpoints import (
     DIFFUSION_KEY,
@@ -364,7 +365,7 @@ def build_presegmentor(
     try:
         trainer = recursive_find_trainer_class_by_name(trainer_name)
     except RuntimeError as error:
-        if "Could not find requested" not in str(error):
+        if not says_not_found(error):
             raise
         raise RuntimeError(
             f"The pre-segmentor of this model is a network of {trainer_name}, which nnU-Net does not find: install the package "

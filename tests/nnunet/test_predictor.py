@@ -327,28 +327,18 @@ def test_nan_of_a_network_is_no_segmentation(place, part):
 
 
 def test_settings_and_folds_are_the_predictors_own(place):
-    first, second = loaded(place, samples=3), DiffusionPredictor(device=torch.device("cpu"))
-    second.folds = ["0", "1", "2"]  # of a model before
-    second.manual_initialization(
-        first.network,
-        first.plans_manager,
-        first.configuration_manager,
-        None,
-        first.dataset_json,
-        "DiffusionTrainer",
-        None,
-    )
-    assert second.folds == ["0"] and len(second.list_of_parameters) == 1
-    third = DiffusionPredictor(device=torch.device("cpu"), samples=2)
-    third.manual_initialization(
-        second.network,
-        first.plans_manager,
-        first.configuration_manager,
-        None,
-        first.dataset_json,
-        "DiffusionTrainer",
-        None,
-    )
+    first = loaded(place, samples=3)
+
+    def take(network, **settings):
+        predictor = DiffusionPredictor(device=torch.device("cpu"), **settings)
+        predictor.folds = ["0", "1", "2"]  # of a model before
+        managers = first.plans_manager, first.configuration_manager
+        predictor.manual_initialization(network, *managers, None, first.dataset_json, "DiffusionTrainer", None)
+        assert predictor.folds == ["0"] and len(predictor.list_of_parameters) == 1
+        return predictor
+
+    second = take(first.network)
+    third = take(second.network, samples=2)
     assert [each.network.settings.samples for each in (first, second, third)] == [3, 3, 2]
 
 

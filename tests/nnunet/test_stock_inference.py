@@ -28,11 +28,17 @@ def larger_batch(plans):
 
 
 @pytest.fixture(scope="module")
-def trained(hippocampus, tmp_path_factory):
+def whole_volumes(hippocampus_data, workplace_maker, tmp_path_factory):
+    """Ten real training cases with all of their slices."""
+    return workplace_maker(hippocampus_data, tmp_path_factory.mktemp("whole"), configurations=["2d"])
+
+
+@pytest.fixture(scope="module")
+def trained(whole_volumes, tmp_path_factory):
     """A trainer whose two networks learned on real patches for some seconds; the denoiser is the averaged one."""
     torch.manual_seed(0)
     np.random.seed(0)
-    with hippocampus.in_process(tmp_path_factory.mktemp("results")) as place:
+    with whole_volumes.in_process(tmp_path_factory.mktemp("results")) as place:
         stock = place.trainer(nnUNetTrainer, change=larger_batch)
         stock.initialize()
         loader = stock.get_dataloaders()[0]
@@ -83,22 +89,22 @@ class Offset(nn.Module):
         self.network, self.generator = network, torch.Generator().manual_seed(0)
 
     def forward(self, image):
-        return self.network(image) + 6 * torch.randn(1, 3, 1, 1, generator=self.generator)
+        return self.network(image) + 2 * torch.randn(1, 3, 1, 1, generator=self.generator)
 
 
 def test_measure_sees_seams_where_there_are_some(trained):
-    image = next(cases(trained, 1, 2))
+    image = next(cases(trained, 1, 10))
     hard = {"use_gaussian": False, "use_mirroring": False, "tile_step_size": 1}
     smooth, tiles = predict(trained, trained.segmenter.presegmentor, image, **hard)
     seams, _ = predict(trained, Offset(trained.segmenter.presegmentor), image, **hard)
     plain, shifted = (border_jumps(logits.softmax(0), tiles).ratio for logits in (smooth, seams))
-    assert shifted > 1.15 * plain
+    assert shifted > 1.5 * plain
 
 
 def test_no_more_of_a_jump_across_tile_borders_than_nnunet(trained):
     """Jumps at tile borders, relative to those on the lines around: the denoiser's edges are sharper everywhere."""
     total = {"ours": Jumps(), "nnunet": Jumps()}
-    for image in cases(trained, 4, 2):
+    for image in cases(trained, 4, 4):
         for name, network in (("ours", trained.segmenter), ("nnunet", trained.segmenter.presegmentor)):
             logits, tiles = predict(trained, network, image)
             assert len({tile[2:] for tile in map(str, tiles)}) > 1
@@ -116,7 +122,7 @@ def test_one_reverse_process_per_volume_has_no_more_of_a_jump_than_nnunet(traine
     network = trained.segmenter
     predictor.manual_initialization(network, *managers, None, trained.dataset_json, "DiffusionTrainer", (0, 1))
     total = {"ours": Jumps(), "nnunet": Jumps()}
-    for image in cases(trained, 4, 2):
+    for image in cases(trained, 4, 4):
         nnunet, tiles = predict(trained, network.presegmentor, image)
         total["nnunet"] += border_jumps(nnunet.softmax(0), tiles)
         total["ours"] += border_jumps(predictor.predict_volume(image).logits.softmax(0), tiles)
@@ -160,7 +166,7 @@ class Loud(nn.Module):
 
 
 def test_logits_stay_bounded_in_the_predictors_float16_sums_however_large_the_networks_output(trained):
-    image, network = next(cases(trained, 1, 8)), trained.segmenter
+    image, network = next(cases(trained, 1, 12)), trained.segmenter
     forward = network.denoiser.forward
     presegmentor = network.presegmentor
     try:

@@ -208,6 +208,7 @@ def test_overfits_a_batch_of_real_patches(workplace, prediction_type, steps):
     trainer = started(workplace, change=larger_batch, **options)
     loader = trainer.get_dataloaders()[0]
     batch = next(each for each in loader if min((each["target"] == label).sum() for label in (1, 2)) > 100)
+    assert set(batch["target"].unique().tolist()) == {0, 1, 2}
     losses = [trainer.train_step(batch)["loss"] for _ in range(steps)]
     assert np.mean(losses[-10:]) < np.mean(losses[:10]) - 1
     trainer.on_validation_epoch_start()

@@ -1,0 +1,13 @@
+"""nnU-Net's words: its command that an error text names, and the text of its own that tells one error from another."""
+
+from __future__ import annotations
+
+
+def preprocess_command(dataset_name: str, plans_name: str, configuration: str) -> str:
+    """Return the command that preprocesses a configuration anew; `dataset_name` is DatasetXXX_NAME."""
+    return f"nnUNetv2_preprocess -d {int(dataset_name[7:10])} -plans_name {plans_name} -c {configuration}"
+
+
+def says_not_found(error: Exception) -> bool:
+    """Whether nnU-Net's search for a trainer ended without one; else a file on its way failed to import."""
+    return "Could not find requested" in str(error)
