@@ -23,7 +23,9 @@ LENGTH = re.compile(r"(?P<base>\w+)_(?P<epochs>\d+)epochs?")
 TRAINER_TEMPLATE = '''"""Written by tests/benchmarks/compare.py: {base} for {epochs} epochs."""
 
 import torch
-from {module} import {base}
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+{base} = recursive_find_trainer_class_by_name("{base}")
 
 
 class {name}({base}):
@@ -148,10 +150,9 @@ def write_missing_trainer(folders: Folders, name: str) -> str:
     """
     match = LENGTH.fullmatch(name)
     if _find_trainer(name) is None:
-        base = _find_trainer(match["base"]) if match else None
-        if match is None or base is None:
+        if match is None or _find_trainer(match["base"]) is None:
             raise ValueError(f"nnU-Net finds no trainer {name}, nor one that it would be a length of")
-        text = TRAINER_TEMPLATE.format(module=base.__module__, name=name, **match.groupdict())
+        text = TRAINER_TEMPLATE.format(name=name, **match.groupdict())
         (folders.control_trainers / f"{name}.py").write_text(text)
     return name
 

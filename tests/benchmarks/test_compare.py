@@ -132,6 +132,7 @@ def test_control_trains_for_both_networks_time() -> None:
         ("nnUNetTrainer_37epochs", "nnUNetTrainer"),
         ("nnUNetTrainerNoMirroring_2epochs", "nnUNetTrainerNoMirroring"),
         ("DiffusionTrainerNoMirroring_2epochs", "DiffusionTrainerNoMirroring"),
+        ("nnUNetTrainerUprightBfloat16_2epochs", "nnUNetTrainerUprightBfloat16"),
     ],
 )
 def test_missing_length_is_written_and_found_by_nnunet(
@@ -141,8 +142,8 @@ def test_missing_length_is_written_and_found_by_nnunet(
 
     folders = comparison_plans.Folders(tmp_path, "Dataset004_X")
     folders.control_trainers.mkdir()
-    ours = comparison_plans.REPOSITORY / "trainers"
-    monkeypatch.setenv("nnUNet_extTrainer", f"{ours}{os.pathsep}{folders.control_trainers}")
+    places = (comparison_plans.REPOSITORY / "trainers", comparison_plans.BENCHMARK_TRAINERS, folders.control_trainers)
+    monkeypatch.setenv("nnUNet_extTrainer", os.pathsep.join(map(str, places)))
     assert comparison_training.write_missing_trainer(folders, name) == name
     found = recursive_find_trainer_class_by_name(name)
     assert found.__name__ == name
@@ -192,6 +193,20 @@ def test_mixed_precision_on_a_cpu_trains_as_single_precision_does(
     assert torch.nn.functional.cosine_similarity(one, other, dim=0) > 0.98
     one, other = (float(trainer.validation_step(batch)["loss"]) for trainer in (single, mixed))
     assert one != other == pytest.approx(one, rel=0.02)
+
+
+@pytest.mark.nnunet
+def test_upright_training_keeps_up_and_down(workplace: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    monkeypatch.setenv("nnUNet_extTrainer", str(comparison_plans.BENCHMARK_TRAINERS))
+    for name in ("nnUNetTrainerUprightBfloat16", "nnUNetTrainerUprightDA5Bfloat16"):
+        trainer = workplace.trainer(recursive_find_trainer_class_by_name(name))
+        rotation, dummy_2d, patch, mirrored = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        assert rotation == pytest.approx((-0.2618, 0.2618), abs=1e-4)
+        assert not dummy_2d
+        assert all(patch > trainer.configuration_manager.patch_size)
+        assert mirrored == trainer.inference_allowed_mirroring_axes == (1,)
 
 
 def test_deadline_stops() -> None:
