@@ -269,7 +269,8 @@ def load_presegmentor_weights(
         raise ValueError(
             f"Pre-segmentor {path} ({checkpoint.get('trainer_name')}) never saw images mirrored along axis "
             f"{', '.join(map(str, untrained))}, but this training mirrors them, in prediction too: take "
-            "-tr DiffusionTrainerNoMirroring, or a pre-segmentor that was trained with mirroring."
+            "-tr DiffusionTrainerNoMirroring, a diffusion trainer of your own that mirrors as that one did, or a pre-segmentor "
+            "that was trained with mirroring."
         )
     return {key.removeprefix("module."): value for key, value in checkpoint["network_weights"].items()}
 

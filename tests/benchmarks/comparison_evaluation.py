@@ -273,6 +273,9 @@ def start_from(model: Any, nnunet: Path) -> None:
         model.segmenter.presegmentor.load_state_dict(weights)
     else:
         model.segmenter.presegmentor = _network_of(checkpoint, model)
+    known = checkpoint["inference_allowed_mirroring_axes"] or ()
+    axes = tuple(axis for axis in model.predictor.allowed_mirroring_axes or () if axis in known)
+    model.predictor.allowed_mirroring_axes = axes or None  # nnU-Net takes no empty tuple
     print(f"{model.name} starts from {trainer} instead of {settings.presegmentor_trainer}")
 
 

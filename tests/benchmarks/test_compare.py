@@ -200,13 +200,22 @@ def test_upright_training_keeps_up_and_down(workplace: Any, monkeypatch: pytest.
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
     monkeypatch.setenv("nnUNet_extTrainer", str(comparison_plans.BENCHMARK_TRAINERS))
-    for name in ("nnUNetTrainerUprightBfloat16", "nnUNetTrainerUprightDA5Bfloat16"):
+    names = ("nnUNetTrainerUprightBfloat16", "nnUNetTrainerUprightDA5Bfloat16", "DiffusionTrainerUprightBfloat16")
+    for name in names:
         trainer = workplace.trainer(recursive_find_trainer_class_by_name(name))
         rotation, dummy_2d, patch, mirrored = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         assert rotation == pytest.approx((-0.2618, 0.2618), abs=1e-4)
         assert not dummy_2d
         assert all(patch > trainer.configuration_manager.patch_size)
         assert mirrored == trainer.inference_allowed_mirroring_axes == (1,)
+    # the last one, the denoiser's
+    trainer.initialize()
+    trainer.on_train_epoch_start()
+    seen = []
+    trainer.segmenter.denoiser.register_forward_hook(lambda _, __, output: seen.append(output.dtype))
+    step = trainer.train_step({"data": torch.randn(2, 1, 32, 32), "target": torch.ones(2, 1, 32, 32)})
+    assert math.isfinite(step["loss"])
+    assert torch.bfloat16 in seen
 
 
 def test_deadline_stops() -> None:

@@ -1,6 +1,7 @@
 """nnU-Net's own search finds our trainers, alone and beside another directory."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,9 +28,9 @@ for name in sys.argv[1:]:
 """
 
 
-def search(code, *directories):
+def search(code, *directories, names=NAMES):
     return subprocess.run(
-        [sys.executable, "-c", code, *NAMES],
+        [sys.executable, "-c", code, *names],
         env={**os.environ, "nnUNet_extTrainer": os.pathsep.join(map(str, directories))},
         capture_output=True,
         text=True,
@@ -47,6 +48,19 @@ def test_every_trainer_and_its_presegmentor_is_found(directories):
         suffix = name.removeprefix("DiffusionTrainer")
         assert presegmentor == f"nnUNetTrainer{suffix}"
         assert epochs == ("".join(filter(str.isdecimal, suffix)) or "None")
+
+
+def test_the_quick_starts_own_trainer_is_found_with_its_presegmentor(tmp_path):
+    page = (TESTS.parent / "documentation" / "quick_start.md").read_text(encoding="utf-8")
+    (block,) = (
+        each for each in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "DiffusionTrainerUpright" in each
+    )
+    (tmp_path / "nnUNetTrainerUpright.py").write_text(block, encoding="utf-8")
+    done = search(SEARCH + "print(trainer.__mro__)", TRAINERS, tmp_path, names=["DiffusionTrainerUpright"])
+    assert done.returncode == 0, done.stderr
+    found, mro = (line for line in done.stdout.splitlines() if line.startswith(("FOUND", "(")))
+    assert found == "FOUND DiffusionTrainerUpright DiffusionTrainerUpright None nnUNetTrainerUpright"
+    assert mro.index(".Upright'") < mro.index(".DiffusionTrainer'") < mro.index(".nnUNetTrainer'")
 
 
 def test_a_missing_package_is_said_in_one_line_with_the_cure():

@@ -346,8 +346,10 @@ FINISH = """
 import sys, time
 from pathlib import Path
 folder = Path(sys.argv[1])
-print("began", flush=True)
-time.sleep(2)
+end = time.monotonic() + 30
+while not (folder / "waiting").exists():
+    assert time.monotonic() < end
+    time.sleep(0.1)
 (folder / "validation").mkdir()
 (folder / "checkpoint_final.pth").touch()
 (folder / "validation" / "summary.json").write_text('{"metric_per_case": []}')
@@ -357,12 +359,19 @@ time.sleep(2)
 def test_an_nnunet_trained_by_itself_meanwhile_is_waited_for(workplace, tmp_path, monkeypatch):
     folder = stock_log(workplace, tmp_path, "Epoch time: 30.0 s").parent
     monkeypatch.setattr(presegmentor, "_make_trainer", lambda *_: pytest.fail("it was trained a second time"))
-    with subprocess.Popen([sys.executable, "-c", FINISH, folder], stdout=subprocess.PIPE, text=True) as job:
-        assert job.stdout.readline() == "began\n"
-        begin, lines = time.monotonic(), []
+
+    class Lines(list):
+        def append(self, line):
+            super().append(line)
+            (folder / "waiting").touch()  # only then does the other job finish
+
+    lines = Lines()
+    with subprocess.Popen([sys.executable, "-c", FINISH, folder]) as job:
+        begin = time.monotonic()
         # the other job's checkpoint is taken, though ours had found none
         assert ensure(workplace, lines) == folder / "checkpoint_final.pth"
-        assert 1 < time.monotonic() - begin < 30
+        assert job.wait() == 0
+    assert time.monotonic() - begin < 30
     assert "nnU-Net is being trained by itself" in lines[0]
     (seconds,) = re.findall(r"goes on in (\d+) s", lines[0])
     assert 60 < int(seconds) <= 90

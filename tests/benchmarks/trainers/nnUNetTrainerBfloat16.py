@@ -1,13 +1,16 @@
-"""nnU-Net's trainings in mixed precision on a CPU, where nnU-Net has it on CUDA alone, and for images that have an up and a down."""
+"""nnU-Net trainings in mixed precision on a CPU, which nnU-Net has on CUDA alone, and for images with an up and a down."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerDA5 import nnUNetTrainerDA5
+
+from nnunet_diffusion.training import DiffusionTrainer
 
 
 class nnUNetTrainerBfloat16(nnUNetTrainer):
@@ -36,15 +39,31 @@ class nnUNetTrainerDA5Bfloat16(nnUNetTrainerBfloat16, nnUNetTrainerDA5):
     """`nnUNetTrainerDA5`, nnU-Net's most augmented training, in the same way."""
 
 
-class nnUNetTrainerUprightBfloat16(nnUNetTrainerBfloat16):
+class Upright:
     """For 2D images with the probe at the top, as ultrasound's: rotated by 15 degrees at most, mirrored left to right alone."""
 
+    inference_allowed_mirroring_axes: tuple[int, ...] | None
+
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple[Any, ...]:
-        _, dummy_2d, initial_patch_size, _ = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        parent: Any = super()
+        _, dummy_2d, initial_patch_size, _ = parent.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         left_to_right = (1,)
         self.inference_allowed_mirroring_axes = left_to_right
         return (-math.radians(15), math.radians(15)), dummy_2d, initial_patch_size, left_to_right
 
 
-class nnUNetTrainerUprightDA5Bfloat16(nnUNetTrainerUprightBfloat16, nnUNetTrainerDA5):
+class nnUNetTrainerUprightBfloat16(Upright, nnUNetTrainerBfloat16):
+    """`nnUNetTrainer` that keeps up and down apart."""
+
+
+class nnUNetTrainerUprightDA5Bfloat16(Upright, nnUNetTrainerDA5Bfloat16):
     """The same with `nnUNetTrainerDA5`'s augmentation, which turns square patches by 90 degrees: take others."""
+
+
+class DiffusionTrainerUprightBfloat16(Upright, DiffusionTrainer):
+    """The denoiser beside one of these, augmented as they are (`DiffusionTrainer` has bfloat16 on CUDA alone)."""
+
+    presegmentor_trainer = "nnUNetTrainerUprightBfloat16"
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        return torch.autocast(self.device.type, torch.bfloat16)
