@@ -303,24 +303,31 @@ def test_another_nnunet_takes_the_presegmentors_place_unless_the_denoiser_met_it
     training = comparison_training.Training("nnUNetTrainer_20epochs", "small", "2d", 0, "cpu")
     training.folder(folders).mkdir(parents=True)
     longer, shorter = torch.nn.Conv2d(1, 2, 1), torch.nn.Conv2d(1, 2, 1)
-    torch.save({"network_weights": longer.state_dict()}, training.folder(folders) / "checkpoint_final.pth")
+    checkpoint = {"network_weights": longer.state_dict(), "inference_allowed_mirroring_axes": (1,)}
+    torch.save(checkpoint, training.folder(folders) / "checkpoint_final.pth")
 
-    def start(**changes) -> None:
+    def start(mirrored: tuple[int, ...] | None, **changes) -> tuple[int, ...] | None:
         settings = DiffusionSettings(features_per_stage=(8, 16), **changes)
         manager = SimpleNamespace(has_ignore_label=False)
         model = SimpleNamespace(
             name="logits",
             segmenter=SimpleNamespace(settings=settings, presegmentor=shorter),
-            predictor=SimpleNamespace(label_manager=manager),
+            predictor=SimpleNamespace(label_manager=manager, allowed_mirroring_axes=mirrored),
         )
         start_from(model, training.folder(folders))
+        return model.predictor.allowed_mirroring_axes
 
+    given = {"presegmentor_trainer": "nnUNetTrainer_10epochs"}
     with pytest.raises(ValueError, match="was trained on the segmentations of another nnUNetTrainer_10epochs"):
-        start(presegmentor_trainer="nnUNetTrainer_10epochs", presegmentation_start_probability=0.5)
-    start(presegmentor_trainer="nnUNetTrainer_10epochs")
-    assert torch.equal(shorter.weight, longer.weight)
+        start((0, 1), **given, presegmentation_start_probability=0.5)
+    weights = copy.deepcopy(shorter.state_dict())
+    # mirrored only as both were trained
+    for mirrored, left in (((0, 1), (1,)), ((0,), None), (None, None)):
+        shorter.load_state_dict(weights)
+        assert start(mirrored, **given) == left
+        assert torch.equal(shorter.weight, longer.weight)
     # the same network, whatever its trainer is called
-    start(presegmentor_trainer="nnUNetTrainer_10epochs", presegmentation_start_probability=0.5)
+    start((0, 1), **given, presegmentation_start_probability=0.5)
 
 
 def test_a_presegmentor_of_its_own_is_not_taken_for_the_shared_one(tmp_path: Path) -> None:
