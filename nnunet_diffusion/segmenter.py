@@ -16,6 +16,15 @@ from nnunet_diffusion.diffusion.gaussian import GaussianDiffusion
 from nnunet_diffusion.diffusion.samplers import OnStep, sample, start_state
 from nnunet_diffusion.diffusion.schedules import noise_schedule
 from nnunet_diffusion.finite import all_finite
+from nnunet_diffusion.network_calls import (
+    denoise,
+    encode,
+    evaluate_denoiser,
+    inference_precision,
+    outside_inference_mode,
+    refuse_nan,
+    run,
+)
 from nnunet_diffusion.networks.pgdiffseg import Condition, PGDiffSeg
 from nnunet_diffusion.settings import DiffusionSettings
 
@@ -143,7 +152,7 @@ class DiffusionSegmenter(nn.Module):
 
     def run_presegmentor(self, image: Tensor) -> Any:
         """Return what the pre-segmentor makes of (B, C, *spatial): logits, or a list of such, the finest first."""
-        return _outside_inference_mode(self._run, self.presegmentor, image)
+        return outside_inference_mode(self._run, self.presegmentor, image)
 
     def own_start(self, image: Tensor, presegmented: Tensor | None = None) -> Tensor:
         """Return the probabilities (B, K, *spatial) that `settings.start_from` names.
@@ -181,7 +190,7 @@ class DiffusionSegmenter(nn.Module):
         if not settings.from_noise and presegmentation is not None:
             repeated = presegmentation.float().repeat_interleave(settings.samples, 0)
             start = start_state(repeated, start, settings.start_step, self.process)
-        with torch.no_grad(), self.precision(image):
+        with torch.no_grad(), inference_precision(image.device):
             clean = sample(
                 settings.sampler,
                 self._predictor(self.condition_image(image, presegmentation)),
@@ -221,11 +230,11 @@ class DiffusionSegmenter(nn.Module):
     def encode(self, image: Tensor, timestep: int) -> Condition:
         """Evaluate the condition flow and the prior branch at one timestep; `image` (B, C, *spatial)."""
         times = torch.full((len(image),), timestep, device=image.device)
-        return _outside_inference_mode(self._encode, self.denoiser, image, times)
+        return outside_inference_mode(self._encode, self.denoiser, image, times)
 
     def denoise(self, noisy: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         """Evaluate the denoising side; shapes as `PGDiffSeg.forward`'s."""
-        return _outside_inference_mode(self._denoise, self.denoiser, noisy, timestep, condition)
+        return outside_inference_mode(self._denoise, self.denoiser, noisy, timestep, condition)
 
     def condition_image(self, image: Tensor, presegmentation: Tensor | None) -> Tensor:
         """Return what the condition flow sees: the image, with the start's state below it where the settings say so."""
@@ -330,59 +339,3 @@ class DiffusionSegmenter(nn.Module):
             yield self
         finally:
             self.settings = before
-
-    @staticmethod
-    def precision(image: Tensor) -> contextlib.AbstractContextManager:
-        """Evaluate a denoiser trained in bfloat16 in bfloat16, whatever precision the caller's autocast has."""
-        if has_bfloat16(image.device) and torch.is_autocast_enabled(image.device.type):
-            return torch.autocast(image.device.type, dtype=torch.bfloat16)
-        return contextlib.nullcontext()
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether `device` is a GPU that computes in bfloat16 natively (compute capability 8.0 or newer)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
-
-
-def refuse_nan(probabilities: Tensor) -> None:
-    """Raise ValueError if what the networks made of a finite image is not finite: every voxel would be background."""
-    if not all_finite(probabilities):
-        raise ValueError(
-            "A network gave NaN for an image without: its weights are damaged (take another checkpoint, or train again), or "
-            "half precision overflowed (predict on the CPU: -device cpu)."
-        )
-
-
-def evaluate_denoiser(
-    denoiser: PGDiffSeg, noisy: Tensor, image: Tensor, timestep: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One evaluation that touches every parameter: prediction, presence logits, location logits."""
-    condition = denoiser.encode(image, timestep)
-    return denoiser(noisy, timestep, condition), condition.presence_logits, condition.location_logits
-
-
-def encode(denoiser: PGDiffSeg, image: Tensor, timestep: Tensor) -> Condition:
-    """`PGDiffSeg.encode` as a function, for torch.compile: the trainer exchanges the denoiser for its average."""
-    return denoiser.encode(image, timestep)
-
-
-def denoise(denoiser: PGDiffSeg, noisy: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
-    """`PGDiffSeg.forward` as a function."""
-    return denoiser(noisy, timestep, condition)
-
-
-def run(network: nn.Module, image: Tensor) -> Any:
-    """Call a network."""
-    return network(image)
-
-
-def _outside_inference_mode(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Evaluate a network without gradients, but not in inference mode, where autocast keeps no converted weights.
-
-    Tensors made in inference mode are copied: torch.compile would make graphs of their own for them, and nnU-Net's loop has
-    both kinds.
-    """
-    if not torch.is_inference_mode_enabled():
-        return function(*arguments)
-    with torch.inference_mode(False), torch.no_grad():
-        return function(*[x.clone() if isinstance(x, Tensor) and x.is_inference() else x for x in arguments])

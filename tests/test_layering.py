@@ -25,6 +25,7 @@ LAYERS = {
     "losses": 2,
     "starts": 2,
     "denoiser": 2,
+    "network_calls": 2,
     "segmenter": 2,
     "training": 3,
     "planning": 3,

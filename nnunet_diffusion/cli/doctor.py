@@ -188,8 +188,8 @@ def check_device() -> Iterator[Finding]:
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         yield Finding("GPU", OK, f"{properties.name}, {properties.total_memory / 1e9:.0f} GB")
-        segmenter = importlib.import_module("nnunet_diffusion.segmenter")  # what training goes by
-        if segmenter.has_bfloat16(torch.device("cuda")):
+        network_calls = importlib.import_module("nnunet_diffusion.network_calls")  # what training goes by
+        if network_calls.has_bfloat16(torch.device("cuda")):
             yield Finding("bfloat16", OK, "supported")
         else:
             yield Finding("bfloat16", WARN, "not supported", "training uses float16 instead; nothing to do")

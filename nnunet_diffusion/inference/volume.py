@@ -12,6 +12,7 @@ from torch import Tensor
 from nnunet_diffusion import labels
 from nnunet_diffusion.diffusion.gaussian import GaussianDiffusion
 from nnunet_diffusion.diffusion.samplers import Predict, sample
+from nnunet_diffusion.network_calls import inference_precision
 from nnunet_diffusion.segmenter import DiffusionSegmenter
 
 Tile = tuple[slice | int, ...]
@@ -184,7 +185,7 @@ class VolumeProcess:
         if self.presegmentation is not None and segmenter.settings.condition_on_presegmentation:
             given = torch.stack([self.presegmentation[tile] for tile in tiles]).to(device)
         estimates = []
-        with segmenter.precision(image):
+        with inference_precision(image.device):
             condition = segmenter.encode(segmenter.condition_image(image, given), timestep)
             for part in states.split(max(1, self.tiling.batch // len(tiles)), 1):
                 noisy = part.flatten(0, 1)

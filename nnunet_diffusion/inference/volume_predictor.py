@@ -31,7 +31,8 @@ from nnunet_diffusion.inference.loading import read_model
 from nnunet_diffusion.inference.memory import GIB, free_bytes, peak_bytes, plan_memory
 from nnunet_diffusion.inference.presegmentation import Presegmentation
 from nnunet_diffusion.inference.volume import Evaluations, Tiling, VolumeProcess
-from nnunet_diffusion.segmenter import DiffusionSegmenter, refuse_nan
+from nnunet_diffusion.network_calls import refuse_nan
+from nnunet_diffusion.segmenter import DiffusionSegmenter
 
 Folds = Sequence[int | str] | None
 OVERRIDES = ("sampler", "steps", "start_step", "samples", "seed", "presegmentation_weight")

@@ -23,11 +23,11 @@ from torch.utils.flop_counter import flop_registry
 
 from nnunet_diffusion.denoiser import build_denoiser
 from nnunet_diffusion.losses import squared_error
+from nnunet_diffusion.network_calls import evaluate_denoiser
 from nnunet_diffusion.networks.attention import ParameterSharedAttention, SelfAttention
 from nnunet_diffusion.networks.pgdiffseg import PGDiffSeg
 from nnunet_diffusion.planning.flops import CPU_ATTENTION_FLOPS
 from nnunet_diffusion.planning.steps import build_nnunet, nnunet_step
-from nnunet_diffusion.segmenter import evaluate_denoiser
 from nnunet_diffusion.settings import DiffusionSettings
 
 FLOAT_BYTES = 4

@@ -13,7 +13,8 @@ from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import Tensor, nn
 
-from nnunet_diffusion.segmenter import DiffusionSegmenter, has_bfloat16
+from nnunet_diffusion.network_calls import training_precision
+from nnunet_diffusion.segmenter import DiffusionSegmenter
 
 Step = Callable[[], None]
 
@@ -52,7 +53,7 @@ def nnunet_step(
         network: with deep supervision, in training mode.
         image: (B, C, *spatial).
         target: (B, 1, *spatial) label map.
-        precision: autocast of the forward pass, entered anew in each step; default `precision_of` the image's device.
+        precision: autocast of the forward pass, entered anew in each step; default `training_precision` of the image's device.
         compiled: the network by torch.compile.
         update: the weights; else the step ends with its gradients.
     """
@@ -67,7 +68,7 @@ def nnunet_step(
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        with precision or precision_of(image.device):
+        with precision or training_precision(image.device):
             loss(evaluate(image), targets).backward()
         if update:
             nn.utils.clip_grad_norm_(network.parameters(), 12)
@@ -97,7 +98,7 @@ def diffusion_step(
     def step() -> None:
         network.train()
         optimizer.zero_grad(set_to_none=True)
-        with precision or precision_of(image.device):
+        with precision or training_precision(image.device):
             terms = network(image, target, loss, generator)
         sum(terms.values()).backward()
         nn.utils.clip_grad_norm_(parameters, 12)
@@ -110,10 +111,3 @@ def nnunet_loss() -> nn.Module:
     """nnU-Net's Dice + cross-entropy of label maps, as its trainer makes it for 2D."""
     dice = {"batch_dice": True, "smooth": 1e-5, "do_bg": False, "ddp": False}
     return DC_and_CE_loss(dice, {}, dice_class=MemoryEfficientSoftDiceLoss)
-
-
-def precision_of(device: torch.device) -> contextlib.AbstractContextManager:
-    """Return nnU-Net's autocast, bfloat16 where the device has it; none on a CPU."""
-    if device.type != "cuda":
-        return contextlib.nullcontext()
-    return torch.autocast("cuda", dtype=torch.bfloat16 if has_bfloat16(device) else torch.float16)

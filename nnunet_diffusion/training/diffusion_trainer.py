@@ -22,10 +22,11 @@ from torch.optim.swa_utils import AveragedModel
 
 from nnunet_diffusion.environment import PRESEGMENTOR_FOLDER
 from nnunet_diffusion.explain.figures import curves_figure
+from nnunet_diffusion.network_calls import has_bfloat16, training_precision
 from nnunet_diffusion.networks.pgdiffseg import PGDiffSeg
 from nnunet_diffusion.planning.excess import memory_warning
 from nnunet_diffusion.planning.record import PlanRecord
-from nnunet_diffusion.segmenter import DiffusionSegmenter, has_bfloat16
+from nnunet_diffusion.segmenter import DiffusionSegmenter
 from nnunet_diffusion.settings import PLANS_KEY, VERSION, DiffusionSettings
 from nnunet_diffusion.training.cascade import (
     previous_stage_folder,
@@ -358,9 +359,7 @@ class DiffusionTrainer(nnUNetTrainer):
             self.grad_scaler.update()
 
     def _autocast(self) -> contextlib.AbstractContextManager:
-        if self.device.type != "cuda":
-            return contextlib.nullcontext()
-        return torch.autocast("cuda", dtype=torch.bfloat16 if has_bfloat16(self.device) else torch.float16)
+        return training_precision(self.device)
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         """Log the loss as nnU-Net does, and each of its terms."""

@@ -26,9 +26,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nnunet_diffusion.evaluation.comparison import markdown_table
+from nnunet_diffusion.network_calls import training_precision
 from nnunet_diffusion.networks.attention import ParameterSharedAttention
 from nnunet_diffusion.planning.flops import count_flops
-from nnunet_diffusion.planning.steps import build_nnunet, diffusion_step, nnunet_step, precision_of
+from nnunet_diffusion.planning.steps import build_nnunet, diffusion_step, nnunet_step
 from nnunet_diffusion.training import DiffusionTrainer
 
 NO_WORK = {
@@ -103,7 +104,7 @@ def main() -> None:
     network.eval()
     alone = torch.compile(nnunet) if options.compile else nnunet
     # one for all tiles and mirrors, as in nnU-Net's predictor: it may keep converted weights
-    with precision_of(device):
+    with training_precision(device):
         rows["nnU-Net inference"] = measure(lambda: inference(alone, image), options, device, again=True)
         rows["PD-DDPM inference (default)"] = measure(lambda: inference(network, image), options, device, again=True)
     lines = []
@@ -225,7 +226,7 @@ def attention_memory(device: torch.device) -> None:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
-        with precision_of(device), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with training_precision(device), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             output = attention(features, "denoising")
         output.sum().backward()
         peak = (torch.cuda.max_memory_allocated() - before) / 2**20 if device.type == "cuda" else float("nan")

@@ -197,17 +197,19 @@ def test_mixed_precision_on_a_cpu_trains_as_single_precision_does(
 
 @pytest.mark.nnunet
 def test_upright_training_keeps_up_and_down(workplace: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerDA5 import nnUNetTrainerDA5
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
     monkeypatch.setenv("nnUNet_extTrainer", str(comparison_plans.BENCHMARK_TRAINERS))
-    names = ("nnUNetTrainerUprightBfloat16", "nnUNetTrainerUprightDA5Bfloat16", "DiffusionTrainerUprightBfloat16")
-    for name in names:
+    kinds = ("nnUNetTrainerUpright", "nnUNetTrainerUprightDA5", "DiffusionTrainerUpright", "DiffusionTrainerUprightDA5")
+    for name in (f"{kind}Bfloat16" for kind in kinds):
         trainer = workplace.trainer(recursive_find_trainer_class_by_name(name))
         rotation, dummy_2d, patch, mirrored = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         assert rotation == pytest.approx((-0.2618, 0.2618), abs=1e-4)
         assert not dummy_2d
         assert all(patch > trainer.configuration_manager.patch_size)
         assert mirrored == trainer.inference_allowed_mirroring_axes == (1,)
+        assert (trainer.get_training_transforms is nnUNetTrainerDA5.get_training_transforms) == ("DA5" in name)
     # the last one, the denoiser's
     trainer.initialize()
     trainer.on_train_epoch_start()

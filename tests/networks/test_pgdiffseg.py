@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
+from nnunet_diffusion.network_calls import evaluate_denoiser
 from nnunet_diffusion.networks import PGDiffSeg
 from nnunet_diffusion.networks.blocks import GroupNorm, InstanceNorm, group_count
-from nnunet_diffusion.segmenter import evaluate_denoiser
 
 PLAIN_2D = {"features_per_stage": [8, 16, 16], "strides": [1, 2, 2], "kernel_sizes": [3, 3, 3], "conv_op": nn.Conv2d}
 ANISOTROPIC_3D = {

@@ -67,3 +67,9 @@ class DiffusionTrainerUprightBfloat16(Upright, DiffusionTrainer):
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.device.type, torch.bfloat16)
+
+
+class DiffusionTrainerUprightDA5Bfloat16(DiffusionTrainerUprightBfloat16, nnUNetTrainerDA5):
+    """The same with `nnUNetTrainerDA5`'s augmentation."""
+
+    presegmentor_trainer = "nnUNetTrainerUprightDA5Bfloat16"
