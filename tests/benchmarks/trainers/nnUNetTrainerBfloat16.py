@@ -60,13 +60,17 @@ class nnUNetTrainerUprightDA5Bfloat16(Upright, nnUNetTrainerDA5Bfloat16):
     """The same with `nnUNetTrainerDA5`'s augmentation, which turns square patches by 90 degrees: take others."""
 
 
-class DiffusionTrainerUprightBfloat16(Upright, DiffusionTrainer):
-    """The denoiser beside one of these, augmented as they are (`DiffusionTrainer` has bfloat16 on CUDA alone)."""
-
-    presegmentor_trainer = "nnUNetTrainerUprightBfloat16"
+class DiffusionTrainerBfloat16(DiffusionTrainer):
+    """`DiffusionTrainer` in bfloat16 autocast, which it has on CUDA alone; its losses are float32 in any case."""
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.device.type, torch.bfloat16)
+
+
+class DiffusionTrainerUprightBfloat16(Upright, DiffusionTrainerBfloat16):
+    """The denoiser beside one of these, augmented as they are."""
+
+    presegmentor_trainer = "nnUNetTrainerUprightBfloat16"
 
 
 class DiffusionTrainerUprightDA5Bfloat16(DiffusionTrainerUprightBfloat16, nnUNetTrainerDA5):
