@@ -129,9 +129,9 @@ def evaluate_all(
 
     output = output_folder(folders, options)
     (output / NNUNET).mkdir(parents=True, exist_ok=True)
-    cases = validation_cases(folders, options)
-    classes = json.loads((folders.raw / "dataset.json").read_text())["labels"]
-    rows = RowFile(output / "rows.csv", len(classes) - 1)
+    description = json.loads((folders.raw / "dataset.json").read_text())
+    cases = validation_cases(models["nnU-Net"].folder(folders), description["file_ending"], options.cases)
+    rows = RowFile(output / "rows.csv", len(description["labels"]) - 1)
     try:
         for name, training in models.items():
             model = Model(
@@ -153,11 +153,15 @@ def evaluate_all(
             print(f"Report: {output / 'report.md'}")
 
 
-def validation_cases(folders: Folders, options: argparse.Namespace) -> list[str]:
-    """Return the validation cases of the fold, or `--cases` of them, evenly spaced in their sorted list."""
-    cases = sorted(json.loads((folders.preprocessed / "splits_final.json").read_text())[options.fold]["val"])
-    if options.cases and options.cases < len(cases):
-        cases = [cases[round(place)] for place in np.linspace(0, len(cases) - 1, options.cases)]
+def validation_cases(nnunet: Path, file_ending: str, number: int | None) -> list[str]:
+    """Return the cases of nnU-Net's own validation, or `number` of them, evenly spaced in their sorted list.
+
+    A fold that splits_final.json does not have is a random split of nnU-Net's own.
+    """
+    summary = json.loads((nnunet / "validation" / "summary.json").read_text())
+    cases = sorted(Path(case["reference_file"]).name.removesuffix(file_ending) for case in summary["metric_per_case"])
+    if number and number < len(cases):
+        cases = [cases[round(place)] for place in np.linspace(0, len(cases) - 1, number)]
     return cases
 
 

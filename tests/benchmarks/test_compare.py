@@ -351,12 +351,11 @@ def test_another_seed_has_a_folder_of_its_own(tmp_path: Path) -> None:
 
 
 def test_cases_are_evenly_spaced(tmp_path: Path) -> None:
-    folders = comparison_plans.Folders(tmp_path, "Dataset004_X")
-    folders.preprocessed.mkdir(parents=True)
-    split = [{"train": [], "val": [f"c{number:02d}" for number in range(21)]}]
-    (folders.preprocessed / "splits_final.json").write_text(json.dumps(split))
-    assert compare.validation_cases(folders, options("--cases", "3")) == ["c00", "c10", "c20"]
-    assert len(compare.validation_cases(folders, options())) == 21
+    measured = [{"reference_file": f"/gt_segmentations/c{number:02d}.nii.gz"} for number in reversed(range(21))]
+    (tmp_path / "validation").mkdir()
+    (tmp_path / "validation" / "summary.json").write_text(json.dumps({"metric_per_case": measured}))
+    assert compare.validation_cases(tmp_path, ".nii.gz", 3) == ["c00", "c10", "c20"]
+    assert len(compare.validation_cases(tmp_path, ".nii.gz", None)) == 21
 
 
 def test_rows_survive_an_interruption(tmp_path: Path) -> None:
