@@ -196,28 +196,32 @@ def test_mixed_precision_on_a_cpu_trains_as_single_precision_does(
 
 
 @pytest.mark.nnunet
-def test_upright_training_keeps_up_and_down(workplace: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerDA5 import nnUNetTrainerDA5
+def test_denoiser_in_mixed_precision_on_a_cpu(workplace: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
     monkeypatch.setenv("nnUNet_extTrainer", str(comparison_plans.BENCHMARK_TRAINERS))
-    kinds = ("nnUNetTrainerUpright", "nnUNetTrainerUprightDA5", "DiffusionTrainerUpright", "DiffusionTrainerUprightDA5")
-    for name in (f"{kind}Bfloat16" for kind in kinds):
-        trainer = workplace.trainer(recursive_find_trainer_class_by_name(name))
-        rotation, dummy_2d, patch, mirrored = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-        assert rotation == pytest.approx((-0.2618, 0.2618), abs=1e-4)
-        assert not dummy_2d
-        assert all(patch > trainer.configuration_manager.patch_size)
-        assert mirrored == trainer.inference_allowed_mirroring_axes == (1,)
-        assert (trainer.get_training_transforms is nnUNetTrainerDA5.get_training_transforms) == ("DA5" in name)
-    # the last one, the denoiser's
+    trainer = workplace.trainer(recursive_find_trainer_class_by_name("DiffusionTrainerBfloat16"))
     trainer.initialize()
     trainer.on_train_epoch_start()
     seen = []
     trainer.segmenter.denoiser.register_forward_hook(lambda _, __, output: seen.append(output.dtype))
     step = trainer.train_step({"data": torch.randn(2, 1, 32, 32), "target": torch.ones(2, 1, 32, 32)})
     assert math.isfinite(step["loss"])
-    assert torch.bfloat16 in seen
+    assert seen == [torch.bfloat16]
+
+
+@pytest.mark.nnunet
+def test_upright_training_keeps_up_and_down(workplace: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    monkeypatch.setenv("nnUNet_extTrainer", str(comparison_plans.BENCHMARK_TRAINERS))
+    for name in ("nnUNetTrainerUprightBfloat16", "nnUNetTrainerUprightDA5Bfloat16"):
+        trainer = workplace.trainer(recursive_find_trainer_class_by_name(name))
+        rotation, dummy_2d, patch, mirrored = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        assert rotation == pytest.approx((-0.2618, 0.2618), abs=1e-4)
+        assert not dummy_2d
+        assert all(patch > trainer.configuration_manager.patch_size)
+        assert mirrored == trainer.inference_allowed_mirroring_axes == (1,)
 
 
 def test_deadline_stops() -> None:

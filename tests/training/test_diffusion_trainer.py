@@ -7,6 +7,7 @@ import pytest
 import torch
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerDA5 import nnUNetTrainerDA5
 from torch.nn.functional import interpolate
 
 from nnunet_diffusion.training import DiffusionTrainer, diffusion_trainer
@@ -70,6 +71,28 @@ def test_step_returns_the_loss_and_its_terms(workplace):
     assert losses["loss"] == pytest.approx(
         sum(losses[term] for term in ("denoising", "presence", "location")), rel=1e-5
     )
+
+
+class DiffusionTrainerDA5(DiffusionTrainer, nnUNetTrainerDA5):
+    presegmentor_trainer = "nnUNetTrainerDA5"
+
+
+def test_augmentation_of_another_trainer_is_taken_by_a_second_parent(workplace, monkeypatch):
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    drawn = []
+    transforms = nnUNetTrainerDA5.get_training_transforms
+    monkeypatch.setattr(
+        nnUNetTrainerDA5,
+        "get_training_transforms",
+        staticmethod(lambda *arguments, **named: drawn.append(arguments) or transforms(*arguments, **named)),
+    )
+    trainer = workplace.trainer(DiffusionTrainerDA5)
+    trainer.initialize()
+    trainer.on_train_epoch_start()
+    batches, _ = trainer.get_dataloaders()
+    assert len(drawn) == 1
+    assert trainer.settings.presegmentor_trainer == "nnUNetTrainerDA5"
+    assert np.isfinite(trainer.train_step(next(batches))["loss"])
 
 
 @pytest.mark.parametrize("ema_decay", [0.999, 0.2])  # 0.2 is below the warm-up's (1 + n) / (10 + n) from n = 2 on

@@ -65,15 +65,3 @@ class DiffusionTrainerBfloat16(DiffusionTrainer):
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.device.type, torch.bfloat16)
-
-
-class DiffusionTrainerUprightBfloat16(Upright, DiffusionTrainerBfloat16):
-    """The denoiser beside one of these, augmented as they are."""
-
-    presegmentor_trainer = "nnUNetTrainerUprightBfloat16"
-
-
-class DiffusionTrainerUprightDA5Bfloat16(DiffusionTrainerUprightBfloat16, nnUNetTrainerDA5):
-    """The same with `nnUNetTrainerDA5`'s augmentation."""
-
-    presegmentor_trainer = "nnUNetTrainerUprightDA5Bfloat16"
