@@ -15,8 +15,8 @@ import json
 import math
 from pathlib import Path
 
-import numpy as np
 from comparison_evaluation import Model, start_from
+from comparison_plans import evenly_spaced
 from nnunetv2.paths import nnUNet_preprocessed
 from torch.nn.functional import one_hot
 
@@ -45,10 +45,9 @@ def main() -> None:
     if options.nnunet:
         start_from(model, options.nnunet / f"fold_{options.fold}")
     split = Path(nnUNet_preprocessed or ".") / options.dataset.name / "splits_final.json"
-    names = sorted(json.loads(split.read_text())[options.fold]["val"])
-    places = np.linspace(0, len(names) - 1, min(options.cases, len(names)))
+    cases = evenly_spaced(sorted(json.loads(split.read_text())[options.fold]["val"]), options.cases)
     total = {(method, what): Jumps() for method in METHODS for what in ("probabilities", "segmentation")}
-    for name in [names[round(place)] for place in places]:
+    for name in cases:
         data = model.load(name, options.dataset).data
         tiles = model.predictor._internal_get_sliding_window_slicers(data.shape[1:])
         for method, network in zip(METHODS, (model.segmenter.presegmentor, model.segmenter), strict=True):
@@ -58,7 +57,7 @@ def main() -> None:
             total[method, "probabilities"] += border_jumps(probabilities, tiles)
             total[method, "segmentation"] += border_jumps(labels.float(), tiles)
     planes = total["nnU-Net", "probabilities"].planes
-    print(f"{len(places)} cases, {planes} planes between tiles, settings {model.segmenter.settings}")
+    print(f"{len(cases)} cases, {planes} planes between tiles, settings {model.segmenter.settings}")
     print("\n| | | at borders | beside them | ratio |\n|---|---|---:|---:|---:|")
     for (method, what), found in total.items():
         cells = found.at_borders / planes, found.around / planes, quotient(found.at_borders, found.around)

@@ -4,7 +4,7 @@ r"""Seconds a case from file to file, nnU-Net's and DiffusionTrainer's, by nnU-N
 
 Both networks have random weights, which take as long as trained ones. Each case is read, preprocessed, predicted with
 mirroring and the plans' settings, resampled and written by `nnUNetPredictor.predict_from_files_sequential`, one network
-after the other, so that both meet the same machine; the first case warms up and does not count.
+after the other, so that both meet the same machine; a first run of the first case warms up and does not count.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from comparison_plans import evenly_spaced
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
@@ -35,7 +36,9 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--dataset", type=Path, required=True, help="raw dataset of nnU-Net's")
     parser.add_argument("--plans", type=Path, required=True)
     parser.add_argument("--configuration", default="2d")
-    parser.add_argument("--cases", type=int, default=20, help="evenly spaced, and one more to warm up")
+    parser.add_argument(
+        "--cases", type=int, default=20, help="evenly spaced; the first is predicted once more before, to warm up"
+    )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     return parser.parse_args()
 
@@ -69,7 +72,7 @@ def main() -> None:
     description = json.loads((options.dataset / "dataset.json").read_text())
     files = get_filenames_of_train_images_and_targets(str(options.dataset), description)
     names = sorted(files)
-    chosen = [names[round(place)] for place in np.linspace(0, len(names) - 1, min(options.cases, len(names) - 1))]
+    chosen = evenly_spaced(names, options.cases)
     networks = predictors(options, description)
     seconds: dict[str, list[float]] = {name: [] for name in networks}
     with tempfile.TemporaryDirectory() as folder:

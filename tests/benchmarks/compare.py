@@ -28,6 +28,7 @@ from comparison_plans import (
     STOCK_PLANS,
     Folders,
     diffusion_plans,
+    evenly_spaced,
     plan_and_preprocess,
     planned_before,
     read_plans,
@@ -160,9 +161,7 @@ def validation_cases(nnunet: Path, file_ending: str, number: int | None) -> list
     """
     summary = json.loads((nnunet / "validation" / "summary.json").read_text())
     cases = sorted(Path(case["reference_file"]).name.removesuffix(file_ending) for case in summary["metric_per_case"])
-    if number and number < len(cases):
-        cases = [cases[round(place)] for place in np.linspace(0, len(cases) - 1, number)]
-    return cases
+    return evenly_spaced(cases, number)
 
 
 def _heading(folders: Folders, options: argparse.Namespace, models: dict[str, Training]) -> str:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from comparison_evaluation import NNUNET, Case, Model, Row, RowFile, measured_rows
-from comparison_plans import set_up_folders
+from comparison_plans import evenly_spaced, set_up_folders
 from comparison_report import dice_table, hd95_table, mean_rows
 from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
@@ -226,11 +226,12 @@ def main() -> None:
     weak = folders.results / options.weak if options.weak else None
     bench = Bench(folders.results / options.model, folders.results / options.nnunet, weak, options.fold, options.device)
     reader = Model("reader", folders.results / options.model, options.fold, options.device, mirror=True, tile_batch=1)
-    names = sorted(json.loads((folders.preprocessed / "splits_final.json").read_text())[options.fold]["val"])
-    places = np.linspace(0, len(names) - 1, min(options.cases, len(names)))
+    cases = evenly_spaced(
+        sorted(json.loads((folders.preprocessed / "splits_final.json").read_text())[options.fold]["val"]), options.cases
+    )
     rows, costs = RowFile(options.out / "rows.csv", len(reader.classes)), options.out / "costs.jsonl"
     with bench.predictor.network.overridden(**options.section):
-        for name in [names[round(place)] for place in places]:
+        for name in cases:
             missing = [way for way in ways(weak is not None) if (way.name, "", "", name) not in rows.done]
             if not missing:
                 continue
@@ -244,9 +245,7 @@ def main() -> None:
                         file.write(json.dumps(cost) + "\n")
                     rows.append(found)
             print(f"[{time.strftime('%H:%M:%S')}] {name}", flush=True)
-        print(
-            f"\n{len(places)} cases, settings {bench.predictor.network.settings}, GFLOP of one patch: {bench.flops}\n"
-        )
+        print(f"\n{len(cases)} cases, settings {bench.predictor.network.settings}, GFLOP of one patch: {bench.flops}\n")
     if len(reader.classes) > 1:
         print(dice_table(mean_rows(rows.rows), options.seed))
     for label in reader.classes.values():
