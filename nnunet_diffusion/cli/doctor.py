@@ -23,7 +23,7 @@ from nnunet_diffusion.nnunet_words import says_not_found
 OK, WARN, FAIL = "OK", "WARN", "FAIL"
 SET_TRAINERS = f'export {VARIABLE}="$(nnunet_diffusion trainers_directory)"'
 # package: oldest supported version, versions known to be broken (as prefix)
-REQUIREMENTS = {"nnunetv2": ((2, 8, 0), None), "torch": ((2, 5, 0), (2, 9))}
+REQUIREMENTS = {"nnunetv2": ((2, 8, 0), None), "torch": ((2, 10, 0), None)}
 SMALL_SHARED_MEMORY_BYTES = 1 << 30
 
 

@@ -53,11 +53,11 @@ def run(words: Sequence[str]) -> int:
             words += ["-tr", DEFAULT_TRAINER]
         check_input(options, os.environ)
         check_device(options.device)
-        if options.pretrained_weights is not None and DEFAULT_TRAINER in (options.tr or DEFAULT_TRAINER):
-            check_pretrained_weights(options.pretrained_weights)
     os.environ.update(with_trainers(os.environ))
     if {"-h", "--help"}.isdisjoint(words):
-        check_trainer(options.tr or DEFAULT_TRAINER)
+        trainer = check_trainer(options.tr or DEFAULT_TRAINER)
+        if options.pretrained_weights is not None:
+            check_pretrained_weights(options.pretrained_weights, hasattr(trainer, "presegmentor_trainer"))
     # nnU-Net reads its paths and nnUNet_extTrainer from the environment: import it only now.
     from nnunetv2.run.run_training import run_training_entry
 
@@ -190,13 +190,13 @@ def check_configuration(plans: Mapping[str, Any], configuration: str, preprocess
         )
 
 
-def check_trainer(name: str) -> None:
-    """Raise CommandError unless nnU-Net finds a trainer of that name."""
+def check_trainer(name: str) -> Any:
+    """Return the trainer of that name; raise CommandError unless nnU-Net finds it."""
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # the search says where it looks
-            recursive_find_trainer_class_by_name(name)
+            return recursive_find_trainer_class_by_name(name)
     except Exception as error:  # any trainer file in any folder of the variable can raise anything
         if not says_not_found(error):
             raise CommandError(
@@ -210,15 +210,22 @@ def check_trainer(name: str) -> None:
         ) from error
 
 
-def check_pretrained_weights(path: str) -> None:
-    """Raise CommandError unless `path` is a checkpoint of a diffusion trainer, whose weights alone fit the network."""
+def check_pretrained_weights(path: str, diffusion: bool) -> None:
+    """Raise CommandError unless a checkpoint can be read without running code and is of the trainer's kind.
+
+    nnU-Net itself reads the file given as -pretrained_weights in a way that runs what it holds.
+
+    Args:
+        path: of the checkpoint.
+        diffusion: whether a diffusion trainer starts from it, whose network fits no other weights.
+    """
     from nnunet_diffusion.training.checkpoints import DIFFUSION_KEY, read_checkpoint
 
     try:
         checkpoint = read_checkpoint(path)
     except (OSError, ValueError) as error:
         raise CommandError(f"-pretrained_weights: {error}") from error
-    if DIFFUSION_KEY not in checkpoint:
+    if diffusion and DIFFUSION_KEY not in checkpoint:
         raise CommandError(
             f"-pretrained_weights is {path}, a checkpoint of {checkpoint.get('trainer_name')}, not of a diffusion trainer; "
             f"to start from a trained nnU-Net leave it out and export {PRESEGMENTOR_FOLDER}=MODEL_FOLDER"

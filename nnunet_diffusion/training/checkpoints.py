@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import re
 import time
 import zipfile
 from collections.abc import Callable, Mapping
@@ -14,8 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from nnunet_diffusion.networks.architectures import refuse_unknown_classes
+from nnunet_diffusion.settings import PLANS_KEY
+
 ASIDE = ".tmp"
 LEFT_BEHIND_SECONDS = 600.0
+SAFE_TORCH = (2, 10)  # the first in which no known file makes torch.load(weights_only=True) run code
 DIFFUSION_KEY = "diffusion"  # what a diffusion trainer saves beside nnU-Net's own entries
 
 
@@ -41,30 +46,86 @@ SAFE_TYPES: list[Any] = [
 
 
 def read_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read a checkpoint of an nnU-Net trainer with `weights_only=True` and a short list of safe types.
+    """Read a checkpoint of an nnU-Net trainer without running code from it.
+
+    Only tensors, plain values and a short list of safe types are read (`weights_only=True`), and the plans in it may name
+    network classes only (`refuse_unknown_networks`).
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is truncated, is no checkpoint, or holds anything but tensors and plain values; names the file
-            and the cure.
+        ValueError: if it is truncated, is no checkpoint, holds anything else, or this torch is too old to read it safely; names
+            the file and the cure.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"No checkpoint at {path}. Train first, or correct the path.")
-    if not zipfile.is_zipfile(path):  # torch.save writes zip files, whose directory stands at the end
-        raise ValueError(_damaged(path, "it does not end as a checkpoint does"))
+    _refuse_old_torch(path)
+    _refuse_other_archives(path)
     try:
         with torch.serialization.safe_globals(SAFE_TYPES):
             checkpoint = torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"Checkpoint {path} holds more than tensors and plain values and is not read: {error}"
+            f"Checkpoint {path} holds more than tensors and plain values ({_reason(error)}) and could run code, so it is not "
+            "read: take one as nnU-Net saves it, or, to predict with a model that you trust, give --trust_checkpoint."
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(_damaged(path, error)) from error
+    except Exception as error:  # a malformed pickle calls torch's functions with whatever it holds
+        raise ValueError(_damaged(path, f"{type(error).__name__} while it was read")) from error
     if not isinstance(checkpoint, dict) or "network_weights" not in checkpoint:
         raise ValueError(f"{path} is not a checkpoint of an nnU-Net trainer: it has no 'network_weights'.")
+    arguments = checkpoint.get("init_args")
+    if isinstance(arguments, dict):
+        refuse_unknown_networks(arguments.get("plans"), str(path))
     return checkpoint
+
+
+def refuse_unknown_networks(plans: Any, source: str) -> None:
+    """Raise ValueError if plans, in any of their configurations, name anything but network classes that they may name.
+
+    Args:
+        plans: as read, of any layout; None for none.
+        source: their file, for the message.
+    """
+    configurations = plans.get("configurations") if isinstance(plans, dict) else None
+    for configuration in configurations.values() if isinstance(configurations, dict) else ():
+        if not isinstance(configuration, dict):
+            raise ValueError(f"{source}: a configuration of the plans is {configuration!r}, but must be a dictionary.")
+        section = configuration.get(PLANS_KEY)
+        for architecture in (
+            configuration.get("architecture"),
+            section.get("presegmentor_architecture") if isinstance(section, dict) else None,
+        ):
+            refuse_unknown_classes(architecture or {}, source)
+
+
+def _refuse_old_torch(path: Path) -> None:
+    found = tuple(int(number) for number in re.findall(r"\d+", torch.__version__)[:2])
+    if found < SAFE_TORCH:
+        raise ValueError(
+            f"Checkpoint {path} is not read: torch {torch.__version__} can be made to run code by such a file (CVE-2025-32434, "
+            'CVE-2026-24747). Run: pip install --upgrade "torch>=2.10"'
+        )
+
+
+def _refuse_other_archives(path: Path) -> None:
+    """Raise ValueError unless a file is an archive as torch writes it: whole, and stored without compression."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError) as error:  # the directory stands at the end of the file
+        raise ValueError(_damaged(path, "it does not end as a checkpoint does")) from error
+    if compressed:
+        raise ValueError(
+            f"Checkpoint {path} is not read: it holds compressed records, which torch never writes and which may fill the "
+            "memory. Get it from its author as torch.save wrote it."
+        )
+
+
+def _reason(error: Exception) -> str:
+    """Return what torch stumbled over: the name of a class or function, else its last words."""
+    name = re.search(r"GLOBAL ([\w.]+)", str(error))
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and "documentation" not in line]
+    return name[1] if name else lines[-1] if lines else type(error).__name__
 
 
 def _damaged(path: Path, reason: object) -> str:

@@ -37,6 +37,7 @@ from nnunet_diffusion.training.checkpoints import (
     DIFFUSION_KEY,
     read_checkpoint,
     refuse_foreign_checkpoint,
+    refuse_unknown_networks,
     remove_what_killed_jobs_left,
     write_checkpoint,
 )
@@ -86,6 +87,7 @@ class DiffusionTrainer(nnUNetTrainer):
         """Set nnU-Net up, read the settings and write them into the plans."""
         refuse_unusable_folders()
         refuse_foreign_plans(plans["dataset_name"], dataset_json)
+        refuse_unknown_networks(plans, f"{plans.get('plans_name')}.json")
         # before nnU-Net makes the output folder
         manager = PlansManager(plans)
         planned = manager.get_configuration(configuration)
@@ -440,7 +442,9 @@ class DiffusionTrainer(nnUNetTrainer):
                 differs.
         """
         checkpoint = filename_or_checkpoint
-        if not isinstance(checkpoint, dict):
+        if isinstance(checkpoint, dict):
+            refuse_unknown_networks(checkpoint.get("init_args", {}).get("plans"), "The given dictionary")
+        else:
             checkpoint = read_checkpoint(checkpoint, self.device)
         refuse_foreign_checkpoint(
             checkpoint,

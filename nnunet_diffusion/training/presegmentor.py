@@ -22,6 +22,7 @@ from nnunetv2.utilities.helpers import empty_cache
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunet_diffusion.environment import PRESEGMENTOR_FOLDER
+from nnunet_diffusion.networks.architectures import refuse_unknown_classes
 from nnunet_diffusion.nnunet_words import says_not_found
 from nnunet_diffusion.planning.data_reuse import SAME_DATA, same_entries
 from nnunet_diffusion.training.checkpoints import (
@@ -197,7 +198,8 @@ def given_presegmentor(fold: int | str, patch_size: Sequence[int]) -> GivenPrese
 
     Raises:
         FileNotFoundError: the folder has no finished training of that fold.
-        ValueError: it holds a diffusion model, one of other axes, or the patch is not divisible by the network's strides.
+        ValueError: it holds a diffusion model, one of other axes or with a network of an unknown package, or the patch is not
+            divisible by the network's strides.
     """
     folder = os.environ.get(PRESEGMENTOR_FOLDER)
     if not folder:
@@ -217,6 +219,7 @@ def given_presegmentor(fold: int | str, patch_size: Sequence[int]) -> GivenPrese
     init = checkpoint["init_args"]
     theirs = PlansManager(init["plans"]).get_configuration(init["configuration"]).configuration
     architecture = theirs["architecture"]
+    refuse_unknown_classes(architecture, str(path))
     if len(theirs["patch_size"]) != len(patch_size):
         raise ValueError(
             f"{PRESEGMENTOR_FOLDER} is {folder}, a model of the configuration {init['configuration']} in "
@@ -341,6 +344,31 @@ def _refuse_other_split(path: Path, validation_cases: Sequence[str], file_ending
         )
 
 
+def trainer_class(name: str, trained: str) -> type[nnUNetTrainer]:
+    """Return the trainer that nnU-Net's own search finds under a name, which may come from a stranger's file.
+
+    Args:
+        name: of the trainer.
+        trained: what it trained, for the messages.
+
+    Raises:
+        RuntimeError: if nnU-Net finds nothing of that name.
+        ValueError: if it finds something that is not a trainer.
+    """
+    try:
+        found = recursive_find_trainer_class_by_name(name)
+    except RuntimeError as error:
+        if not says_not_found(error):
+            raise
+        raise RuntimeError(
+            f"{trained} is a network of the trainer {name}, which nnU-Net does not find: install the package it comes from, or "
+            "add the folder of its file to nnUNet_extTrainer."
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, nnUNetTrainer)):
+        raise ValueError(f"{trained} is a network of {name}, which is not a trainer of nnU-Net: correct that name.")
+    return found
+
+
 def build_presegmentor(
     trainer_name: str,
     plans_manager: PlansManager,
@@ -360,18 +388,10 @@ def build_presegmentor(
         architecture: in the place of the configuration's own.
 
     Raises:
-        ValueError: if that trainer needs a pre-segmentor itself.
+        ValueError: if that trainer needs a pre-segmentor itself, or the plans name anything but a network class they may name.
         RuntimeError: if nnU-Net does not find it.
     """
-    try:
-        trainer = recursive_find_trainer_class_by_name(trainer_name)
-    except RuntimeError as error:
-        if not says_not_found(error):
-            raise
-        raise RuntimeError(
-            f"The pre-segmentor of this model is a network of {trainer_name}, which nnU-Net does not find: install the package "
-            "it comes from, or add the folder of its file to nnUNet_extTrainer."
-        ) from error
+    trainer = trainer_class(trainer_name, "The pre-segmentor of this model")
     if hasattr(trainer, "presegmentor_trainer"):
         raise ValueError(
             f"diffusion.presegmentor_trainer is {trainer_name!r}, itself a diffusion trainer: give one of nnU-Net's, "
@@ -381,6 +401,7 @@ def build_presegmentor(
         configuration_manager = ConfigurationManager(
             {**configuration_manager.configuration, "architecture": dict(architecture)}
         )
+    refuse_unknown_classes(configuration_manager.configuration["architecture"], "The plans")
     if "plans_manager" in inspect.signature(trainer.build_network_architecture).parameters:
         return trainer.build_network_architecture(
             plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision=False

@@ -103,8 +103,8 @@ def test_search_path(good, tmp_path):
 
 @pytest.mark.parametrize(
     ("nnunet", "torch", "level"),
-    [("2.8.0", "2.5.0", "OK"), ("2.8.1", "2.14.1+cpu", "OK"), ("2.7.9", "2.8.0", "FAIL"), ("2.8.0", "2.9.1", "FAIL")]
-    + [("2.8.0", "2.4.1", "FAIL"), ("3.0", "2.10.0", "OK"), (None, "2.8.0", "FAIL")],
+    [("2.8.0", "2.10.0", "OK"), ("2.8.1", "2.14.1+cpu", "OK"), ("2.7.9", "2.11.0", "FAIL"), ("2.8.0", "2.9.1", "FAIL")]
+    + [("2.8.0", "2.5.1", "FAIL"), ("3.0", "3.0", "OK"), (None, "2.11.0", "FAIL")],
 )
 def test_versions(monkeypatch, nnunet, torch, level):
     def version(package: str) -> str:

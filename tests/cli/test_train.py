@@ -7,6 +7,7 @@ import os
 import sys
 
 import pytest
+import torch
 
 from nnunet_diffusion.cli import train
 from nnunet_diffusion.cli.main import main
@@ -101,7 +102,7 @@ def test_missing_plans(folders, capsys):
 
 def test_plans_that_are_no_json(folders, capsys):
     (folders / "nnUNetPlans.json").write_text("{")
-    assert "is no valid JSON" in error_of(capsys, "7", "2d", "0")
+    assert "is not valid JSON" in error_of(capsys, "7", "2d", "0")
 
 
 def test_plans_of_another_dataset(folders, capsys):
@@ -143,7 +144,8 @@ def test_pretrained_weights_of_nnunet_itself_and_of_no_checkpoint(folders, tmp_p
     assert "nnUNet_diffusion_presegmentor" in line
 
 
-def test_pretrained_weights_of_nnunets_own_trainer_are_nnunets_affair(folders, monkeypatch, tmp_path):
+def test_pretrained_weights_reach_nnunets_own_trainer(folders, monkeypatch, tmp_path):
+    torch.save({"network_weights": {}}, tmp_path / "a.pth")
     run_training = pytest.importorskip("nnunetv2.run.run_training")
     reached = []
     monkeypatch.setattr(run_training, "run_training_entry", lambda: reached.append(sys.argv[-1]))
@@ -201,3 +203,35 @@ def test_help_tells_the_default_trainer(folders, capsys):
         main(["train", "--help"])
     assert end.value.code == 0
     assert "without -tr the trainer is DiffusionTrainer" in capsys.readouterr().out
+
+
+class Bomb:
+    """Runs code when it is unpickled."""
+
+    def __init__(self, trace):
+        self.trace = str(trace)
+
+    def __reduce__(self):
+        return os.mkdir, (self.trace,)
+
+
+@pytest.mark.parametrize("trainer", ["nnUNetTrainer", "DiffusionTrainer_5epochs", "DiffusionTrainerUpright"])
+def test_pretrained_weights_are_read_safely_whatever_the_trainer(folders, capsys, monkeypatch, tmp_path, trainer):
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "DiffusionTrainerUpright.py").write_text(
+        "from nnunet_diffusion.training import DiffusionTrainer\nclass DiffusionTrainerUpright(DiffusionTrainer): pass\n"
+    )
+    monkeypatch.setenv(VARIABLE, str(own))
+    path = tmp_path / "strange.pth"
+    words = ["7", "2d", "0", "-device", "cpu", "-tr", trainer, "-pretrained_weights", str(path)]
+    torch.save({"network_weights": {}, "more": Bomb(tmp_path / "ran")}, path)
+    assert f"{path} holds more than tensors" in error_of(capsys, *words)
+    network = {"network_class_name": "torch.hub.load", "arch_kwargs": {}, "_kw_requires_import": []}
+    plans = {"configurations": {"2d": {"architecture": network}}}
+    torch.save({"network_weights": {}, "diffusion": {}, "init_args": {"plans": plans}}, path)
+    assert f"{path} names 'torch.hub.load'" in error_of(capsys, *words)
+    assert not (tmp_path / "ran").exists()
+    if trainer != "nnUNetTrainer":
+        torch.save({"network_weights": {}, "trainer_name": "nnUNetTrainer"}, path)
+        assert "not of a diffusion trainer" in error_of(capsys, *words)

@@ -216,6 +216,25 @@ def test_given_diffusion_model_and_network_of_other_axes_are_refused(workplace, 
         workplace.trainer(DiffusionTrainer)
 
 
+def test_code_in_the_plans_of_a_given_one_does_not_run(workplace, stock, tmp_path, monkeypatch):
+    monkeypatch.setenv(PRESEGMENTOR_FOLDER, str(tmp_path / "model"))
+    (tmp_path / "repository").mkdir()
+    (tmp_path / "repository" / "hubconf.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\n")
+    path = tmp_path / "model" / "fold_0" / "checkpoint_final.pth"
+    checkpoint = torch.load(path, weights_only=False)
+    section = checkpoint["init_args"]["plans"]["configurations"]["2d"]
+    keywords = {"repo_or_dir": str(tmp_path / "repository"), "model": "net", "source": "local"}
+    section["architecture"] = {
+        "network_class_name": "torch.hub.load",
+        "arch_kwargs": keywords,
+        "_kw_requires_import": [],
+    }
+    torch.save(checkpoint, path)
+    with pytest.raises(ValueError, match=rf"{path} names 'torch.hub.load'"):
+        workplace.trainer(DiffusionTrainer).initialize()
+    assert not (tmp_path / "ran").exists()
+
+
 def test_given_network_that_the_patch_does_not_fit_is_refused(workplace, stock, tmp_path, monkeypatch):
     monkeypatch.setenv(PRESEGMENTOR_FOLDER, str(tmp_path / "model"))
 
