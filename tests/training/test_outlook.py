@@ -2,7 +2,7 @@
 
 import pytest
 
-from nnunet_diffusion.training import outlook
+from nnunet_diffusion.training import DiffusionTrainer, outlook
 from nnunet_diffusion.training.outlook import announce, remaining_time, two_networks
 
 pytestmark = pytest.mark.nnunet
@@ -80,3 +80,17 @@ def test_block_names_both_networks_and_what_is_done():
     assert "(DiffusionTrainer): 1000 epochs" in block[2]
     resumed = two_networks("nnUNetTrainer", "", "DiffusionTrainer", 1000, 7)
     assert "resumed after 7 of 1000 epochs" in resumed
+
+
+@pytest.mark.parametrize(
+    "resumed, words", [(False, "to be trained and validated first"), (True, "in this model's checkpoint")]
+)
+def test_a_training_begins_with_the_block(workplace, monkeypatch, resumed, words):
+    trainer, lines = workplace.trainer(DiffusionTrainer), []
+    trainer._resumed, trainer.current_epoch = resumed, 3 * resumed
+    monkeypatch.setattr(trainer, "print_to_log_file", lines.append)
+    trainer._say_what_will_happen()
+    (block,) = lines
+    assert "(nnUNetTrainer): " in block
+    assert words in block
+    assert ("resumed after 3 of 1000 epochs" in block) == resumed

@@ -7,7 +7,7 @@ import pytest
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from nnunet_diffusion.training import DiffusionTrainer, verdict
+from nnunet_diffusion.training import DiffusionTrainer, diffusion_trainer, verdict
 from nnunet_diffusion.training.verdict import (
     comparison_content,
     dice_of_cases,
@@ -255,3 +255,17 @@ def test_without_the_embedded_networks_validation_there_is_nothing_to_compare_wi
     content = written(trainer)
     assert (content["n"], content["pddpm_mean"]) == (0, None)
     assert content["cases"]["case_0"] == {"nnunet": None, "pddpm": pytest.approx(0.51)}
+
+
+@pytest.mark.parametrize("rank, expected", [(0, ["validation", True]), (1, ["validation"])])
+def test_verdict_comes_after_the_validation_with_the_averaged_weights_on_one_rank(
+    finished, monkeypatch, rank, expected
+):
+    trainer, _ = finished
+    trainer.local_rank, happened = rank, []
+    monkeypatch.setattr(nnUNetTrainer, "perform_actual_validation", lambda *_: happened.append("validation"))
+    monkeypatch.setattr(
+        diffusion_trainer, "give_verdict", lambda given: happened.append(given.segmenter.denoiser is given.ema.module)
+    )
+    trainer.perform_actual_validation()
+    assert happened == expected
