@@ -16,6 +16,7 @@ import torch.distributed as dist
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.collate_outputs import collate_outputs
+from nnunetv2.utilities.file_path_utilities import get_output_folder
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -49,11 +50,14 @@ from nnunet_diffusion.training.checks import (
     refuse_unusable_folders,
 )
 from nnunet_diffusion.training.network import build_segmenter
+from nnunet_diffusion.training.outlook import announce, two_networks
 from nnunet_diffusion.training.presegmentor import (
     ensure_presegmentor,
     given_presegmentor,
     load_presegmentor_weights,
+    presegmentor_state,
 )
+from nnunet_diffusion.training.verdict import give_verdict
 
 LOSS_TERMS = ("denoising", "presence", "location")
 RANK_SEEDS = 1_000_003  # far beyond the epochs of a training, so that no rank repeats another's noise
@@ -249,12 +253,31 @@ class DiffusionTrainer(nnUNetTrainer):
                 self.settings.presegmentor_trainer,
                 self._number_of_folds(),
             )
+        self._say_what_will_happen()
         if not self._resumed:
             self._embed_presegmentor()
         self._warn_about_presegmentation_starts()
         self._warn_about_memory()
         remove_what_killed_jobs_left(Path(self.output_folder))
         super().on_train_start()
+        announce(self, "denoiser", self.print_to_log_file)
+
+    @property
+    def presegmentor_folder(self) -> Path:
+        """Folder of the pre-segmentor's fold; a resumed training needs it no more, and it may be gone."""
+        if self._given is not None:
+            return self._given.checkpoint.parent
+        manager, trainer = self.plans_manager, self.settings.presegmentor_trainer
+        names = manager.dataset_name, trainer, manager.plans_name, self.configuration_name, self.fold
+        return Path(get_output_folder(*names))
+
+    def _say_what_will_happen(self) -> None:
+        if self._resumed:
+            state = "trained already, its weights are in this model's checkpoint"
+        else:
+            state = presegmentor_state(self.presegmentor_folder, given=self._given is not None)
+        names = self.settings.presegmentor_trainer, state, type(self).__name__
+        self.print_to_log_file(two_networks(*names, self.num_epochs, self.current_epoch))
 
     def _embed_presegmentor(self) -> None:
         if self._given is not None:
@@ -401,9 +424,11 @@ class DiffusionTrainer(nnUNetTrainer):
             curves_figure(curves, Path(self.output_folder) / "progress_diffusion.png")
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        """nnU-Net's own validation, by the averaged weights at the settings of inference."""
+        """nnU-Net's own validation, by the averaged weights at the settings of inference; then compared with nnU-Net's."""
         with self._averaged_weights():
             super().perform_actual_validation(save_probabilities)
+            if self.local_rank == 0:
+                give_verdict(self)
 
     # checkpoints -----------------------------------------------------------------------------------------------------
 

@@ -42,6 +42,7 @@ from nnunet_diffusion.training.other_jobs import (
     locked,
     wait_for_stock_training,
 )
+from nnunet_diffusion.training.outlook import announce
 
 # what must agree for one network's output to be another's start
 SAME_DATASET = ("labels", "regions_class_order", "channel_names")
@@ -90,7 +91,7 @@ def ensure_presegmentor(
             log(f"Pre-segmentor: {trainer_name} of fold {fold} is not trained yet, training it first (in {folder}).")
             resumable = agreed(any((folder / f"checkpoint_{kind}.pth").is_file() for kind in ("latest", "best")))
             trainer = _make_trainer(trainer_name, dataset_name, configuration, fold, plans_name, resumable, device)
-            if not _trained(trainer, resumable):
+            if not _trained(trainer, resumable, log):
                 log(f"Pre-segmentor: nnU-Net's own training began in {folder}, so this one gives way to it.")
                 trainer = None
                 wait_for_stock_training(folder, log)
@@ -112,12 +113,31 @@ def ensure_presegmentor(
     return final
 
 
-def _trained(trainer: nnUNetTrainer, resumable: bool) -> bool:
+def presegmentor_state(folder: Path, given: bool = False) -> str:
+    """Say what is there of a pre-segmentor and what is left to do.
+
+    Args:
+        folder: of its fold.
+        given: whether the user named it.
+    """
+    final = folder / "checkpoint_final.pth"
+    if given or (final.is_file() and _measured(folder / SUMMARY) is not None):
+        named = f", named by {PRESEGMENTOR_FOLDER}" if given else ""
+        return f"trained already, {read_checkpoint(final)['current_epoch']} epochs{named}"
+    if final.is_file():
+        return "trained already, to be validated first"
+    if any((folder / f"checkpoint_{kind}.pth").is_file() for kind in ("latest", "best")):
+        return "half-trained, to be trained to the end first"
+    return "to be trained and validated first"
+
+
+def _trained(trainer: nnUNetTrainer, resumable: bool, log: Callable[[str], None]) -> bool:
     """Train to the end; return False if nnU-Net's own job began to train the same network meanwhile."""
     _save_often_and_whole(trainer)
     _check_batches(trainer)
     give_way_to_stock_training(trainer)
     _load_last_checkpoint(trainer, resumable)
+    announce(trainer, "pre-segmentor", log)
     try:
         trainer.run_training()
     except StockTrainingBegan:

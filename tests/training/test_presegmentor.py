@@ -19,7 +19,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_diffusion.environment import PRESEGMENTOR_FOLDER
 from nnunet_diffusion.training import DiffusionTrainer, other_jobs, presegmentor
-from nnunet_diffusion.training.presegmentor import ensure_presegmentor, load_presegmentor_weights
+from nnunet_diffusion.training.presegmentor import ensure_presegmentor, load_presegmentor_weights, presegmentor_state
 
 pytestmark = pytest.mark.nnunet
 CPU = torch.device("cpu")
@@ -53,6 +53,20 @@ def test_fitting_weights_are_returned_and_load_into_the_segmenter(workplace, sto
     with torch.no_grad():
         stock[0].network.eval()
         assert torch.equal(ours.segmenter.presegment(image), stock[0].network(image)[0].softmax(1))
+
+
+def test_state_is_what_is_left_to_do(stock):
+    final = stock[1]
+    folder, summary = final.parent, final.parent / "validation" / "summary.json"
+    assert presegmentor_state(folder, given=True) == f"trained already, 1 epochs, named by {PRESEGMENTOR_FOLDER}"
+    assert presegmentor_state(folder) == "trained already, to be validated first"
+    summary.parent.mkdir()
+    summary.write_text('{"metric_per_case": []}')
+    assert presegmentor_state(folder) == "trained already, 1 epochs"
+    final.rename(folder / "checkpoint_latest.pth")
+    assert presegmentor_state(folder) == "half-trained, to be trained to the end first"
+    (folder / "checkpoint_latest.pth").unlink()
+    assert presegmentor_state(folder) == "to be trained and validated first"
 
 
 def changed(plans, *keys, value):
