@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,7 @@ from nnunet_diffusion.json_files import read_dictionary, read_plans
 from nnunet_diffusion.nnunet_words import preprocess_command, says_not_found
 
 DEFAULT_TRAINER = "DiffusionTrainer"
+CHECKED = "checked_images.json"
 HELP = "nnUNetv2_train with DiffusionTrainer as default trainer (takes all of its arguments)"
 
 
@@ -55,6 +57,7 @@ def run(words: Sequence[str]) -> int:
         check_device(options.device)
     os.environ.update(with_trainers(os.environ))
     if {"-h", "--help"}.isdisjoint(words):
+        check_raw_images(options, os.environ)
         trainer = check_trainer(options.tr or DEFAULT_TRAINER)
         if options.pretrained_weights is not None:
             check_pretrained_weights(options.pretrained_weights, hasattr(trainer, "presegmentor_trainer"))
@@ -102,6 +105,34 @@ def check_input(options: argparse.Namespace, environment: Mapping[str, str]) -> 
     check_configuration(plans, options.configuration, preprocessed, options.p)
     if options.fold != "all" and not options.fold.isdecimal():
         raise CommandError(f"fold is '{options.fold}', but must be 0, 1, 2, ... or 'all'")
+
+
+def check_raw_images(options: argparse.Namespace, environment: Mapping[str, str]) -> None:
+    """Raise CommandError if a raw NIfTI image of the dataset has NaN voxels, which preprocessing has read as 0.
+
+    What was found good is remembered beside the preprocessed data, by name, size and time of change. Without raw data there is
+    nothing to look at.
+    """
+    folders = check_folders(environment)
+    dataset = find_dataset(options.dataset_name_or_id, folders, options.configuration, options.p)
+    images = folders.get(RAW, Path("/nowhere")) / dataset / "imagesTr"
+    memory = folders[PREPROCESSED] / dataset / CHECKED
+    known = read_dictionary(memory, f"remove {memory}") if memory.is_file() else {}
+    found = {path: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(images.glob("*.nii*"))}
+    new = [path for path in found if known.get(path.name) != found[path]]
+    if not new:
+        return
+    from tqdm import tqdm
+
+    from nnunet_diffusion.inference.reading import check_nifti
+
+    for path in tqdm(new, "Looking for NaN in raw images", disable=None):
+        try:
+            check_nifti(path, whole=False)
+        except (ValueError, MemoryError) as error:
+            again = preprocess_command(dataset, options.p, options.configuration)
+            raise CommandError(f"{error}, then preprocess again: {again}") from error
+    memory.write_text(json.dumps({path.name: seen for path, seen in found.items()}))
 
 
 def check_folders(environment: Mapping[str, str]) -> dict[str, Path]:

@@ -27,6 +27,7 @@ from nnunet_diffusion.inference.presegmentation import (
     read_label_map,
     read_presegmentation,
 )
+from nnunet_diffusion.inference.reading import check_size, constant_channels, read_images
 
 LARGE_BYTES = 2**30  # what is larger is written by this process: it would have to be copied twice to another
 
@@ -58,11 +59,13 @@ class PreparedCase:
         data: (C, *volume), float32.
         properties: of the image, as nnU-Net's preprocessor gives them.
         presegmentation: to start from; None for the embedded nnU-Net's.
+        notes: warnings for the user.
     """
 
     data: NDArray
     properties: dict[str, Any]
     presegmentation: Presegmentation | None
+    notes: Sequence[str] = ()
 
 
 class FailedCases(RuntimeError):
@@ -84,29 +87,24 @@ def prepare_case(case: CaseFiles, managers: Managers) -> PreparedCase:
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: channels are missing, a file cannot be read, holds NaN, or does not fit its image; names the file.
+        MemoryError: the image does not fit into memory, as it is or resampled.
     """
     plans_manager, configuration_manager, dataset_json = managers
     channels = len(dataset_json.get("channel_names") or dataset_json["modality"])
-    missing = [path for path in (*case.images, case.previous_stage) if path is not None and not Path(path).is_file()]
-    if missing:
-        raise FileNotFoundError(f"{missing[0]} is missing")
-    reader = plans_manager.image_reader_writer_class()
-    try:
-        image, properties = reader.read_images(list(case.images))
-    except Exception as error:  # each reader raises what its library raises
-        raise ValueError(f"{', '.join(case.images)} cannot be read: {error}") from error
+    if case.previous_stage is not None and not Path(case.previous_stage).is_file():
+        raise FileNotFoundError(f"{case.previous_stage} is missing")
+    names = ", ".join(case.images)
+    image, properties = read_images(case.images, plans_manager.image_reader_writer_class())
     if len(image) != channels:  # a colour image has three in one file
-        names = ", ".join(Path(path).name for path in case.images)
         raise ValueError(
-            f"it has {len(image)} channels ({names}), the model needs {channels}, as its training images "
+            f"{names} has {len(image)} channels, the model needs {channels}, as its training images "
             f"({case.name}_0000{dataset_json['file_ending']} and so on)"
         )
-    paths = case.images if len(case.images) == channels else [case.images[0]] * channels
-    for path, channel in zip(paths, image, strict=True):
-        if not np.isfinite(channel).all():
-            raise ValueError(f"{path} has NaN or infinite voxels: replace them and predict again")
     if image[0].size == 0 or not image.any():
-        raise ValueError(f"{', '.join(case.images)} is empty: every voxel is 0")
+        raise ValueError(f"{names} is empty: every voxel is 0")
+    heads = plans_manager.get_label_manager(dataset_json).num_segmentation_heads
+    check_size(names, image, properties["spacing"], plans_manager, configuration_manager, heads)
+    notes = constant_channels(case.images, image)
     label_manager, previous = plans_manager.get_label_manager(dataset_json), None
     if case.previous_stage is not None:
         found = read_label_map(
@@ -127,7 +125,7 @@ def prepare_case(case: CaseFiles, managers: Managers) -> PreparedCase:
         given = read_presegmentation(
             source, properties, data.shape[1:], plans_manager, configuration_manager, label_manager
         )
-    return PreparedCase(np.ascontiguousarray(data, dtype=np.float32), properties, given)
+    return PreparedCase(np.ascontiguousarray(data, dtype=np.float32), properties, given, notes)
 
 
 class _Inline(Executor):

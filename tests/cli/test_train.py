@@ -6,6 +6,8 @@ import json
 import os
 import sys
 
+import nibabel
+import numpy as np
 import pytest
 import torch
 
@@ -235,3 +237,24 @@ def test_pretrained_weights_are_read_safely_whatever_the_trainer(folders, capsys
     if trainer != "nnUNetTrainer":
         torch.save({"network_weights": {}, "trainer_name": "nnUNetTrainer"}, path)
         assert "not of a diffusion trainer" in error_of(capsys, *words)
+
+
+def test_raw_images_with_nan_are_refused_once_and_remembered_as_good_else(folders, monkeypatch, capsys, tmp_path):
+    run_training = pytest.importorskip("nnunetv2.run.run_training")
+    monkeypatch.setattr(run_training, "run_training_entry", lambda: None)
+    images = tmp_path / "nnUNet_raw" / DATASET / "imagesTr"
+    images.mkdir()
+    voxels = np.ones((4, 5, 6), np.float32)
+    nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4)), images / "a_0000.nii.gz")
+    nibabel.save(nibabel.Nifti1Image(voxels.astype(np.int16), np.eye(4)), images / "c_0000.nii.gz")
+    voxels[1, 2, 3] = np.nan
+    nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4)), images / "b_0000.nii.gz")
+    words = ["7", "2d", "0", "-device", "cpu", "-tr", "nnUNetTrainer"]
+    line = error_of(capsys, *words)
+    assert (
+        f"{images / 'b_0000.nii.gz'} has NaN or infinite voxels: replace them, then preprocess again: nnUNetv2" in line
+    )
+    nibabel.save(nibabel.Nifti1Image(np.nan_to_num(voxels), np.eye(4)), images / "b_0000.nii.gz")
+    assert main(["train", *words]) == 0
+    monkeypatch.setattr(nibabel, "load", lambda _: pytest.fail("what was found good is read again"))
+    assert main(["train", *words]) == 0
