@@ -47,7 +47,6 @@ if __name__ == "__main__":
             "dynamic-network-architectures",
             "acvl-utils",
             "batchgenerators",
-            "filelock>=3.30",
             "matplotlib",
             "numpy",
             "scipy",
