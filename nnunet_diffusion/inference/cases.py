@@ -8,11 +8,12 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,12 @@ from nnunet_diffusion.inference.presegmentation import (
     read_label_map,
     read_presegmentation,
 )
+from nnunet_diffusion.inference.staging import staging_folders
 
 LARGE_BYTES = 2**30  # what is larger is written by this process: it would have to be copied twice to another
+SMALL_BYTES = 2**26  # image files of two cases together; below it, no process is started for them
+WORKERS = 3  # processes that prepare, and as many that write, as nnU-Net's command has them
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
@@ -66,16 +71,25 @@ class PreparedCase:
 
 
 class FailedCases(RuntimeError):
-    """Some cases could not be predicted, all others are finished.
+    """Some cases could not be predicted or some images were left out, all others are finished.
 
     Attributes:
-        failures: name of each such case -> why.
+        failures: name of each case that failed -> why.
+        left_out: name of each file that is not named as nnU-Net wants it -> why it is left out.
     """
 
-    def __init__(self, failures: dict[str, str], number: int) -> None:
-        self.failures = failures
-        listed = "\n".join(f"  {name}: {reason}" for name, reason in failures.items())
-        super().__init__(f"{len(failures)} of {number} cases failed, the others are finished:\n{listed}")
+    def __init__(self, failures: Mapping[str, str], number: int, left_out: Mapping[str, str] | None = None) -> None:
+        self.failures, self.left_out = dict(failures), dict(left_out or {})
+        parts = []
+        if self.failures:
+            parts.append(f"{len(failures)} of {number} cases failed, the others are finished:\n{_listed(failures)}")
+        if self.left_out:
+            parts.append(f"These images were left out:\n{_listed(self.left_out)}")
+        super().__init__("\n".join(parts))
+
+
+def _listed(reasons: Mapping[str, str]) -> str:
+    return "\n".join(f"  {name}: {reason}" for name, reason in reasons.items())
 
 
 def prepare_case(case: CaseFiles, managers: Managers) -> PreparedCase:
@@ -142,9 +156,27 @@ class _Inline(Executor):
         return future
 
 
+def worker_numbers(cases: Sequence[CaseFiles], cores: int) -> tuple[int, int]:
+    """Numbers of processes that prepare and that write, together at most `cores`.
+
+    None for one core, and none for one or two small cases: a process takes longer to start than they take.
+    """
+    sizes = (os.path.getsize(path) for case in cases for path in case.images if os.path.isfile(path))
+    if cores < 2 or len(cases) < 2 or (len(cases) == 2 and sum(sizes) < SMALL_BYTES):
+        return 0, 0
+    each = min(WORKERS, cores // 2, len(cases) - 1)
+    return each, each
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _begin_worker() -> None:
-    """Leave Ctrl-C to the parent, which lets running work end; end when the parent is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Leave Ctrl-C and SIGTERM to the parent, which lets running work end; end when the parent is killed."""
+    for number in ENDING_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -155,13 +187,29 @@ def _begin_worker() -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
+class _Workers(ProcessPoolExecutor):
+    """Fresh processes, deaf to Ctrl-C and SIGTERM from their start on: both reach a whole process group."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number, multiprocessing.get_context("spawn"), _begin_worker)
+
+    def submit(self, fn: Callable, /, *args: Any, **kwargs: Any) -> Future:
+        if not hasattr(signal, "pthread_sigmask"):
+            return super().submit(fn, *args, **kwargs)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)  # a process that starts here inherits it
+        try:
+            return super().submit(fn, *args, **kwargs)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 @contextmanager
 def workers(number: int) -> Iterator[Executor]:
     """Executor of so many fresh processes, 0 for none; what has not begun is dropped when the block is left by an error."""
     if number == 0:
         yield _Inline()
         return
-    pool = ProcessPoolExecutor(number, multiprocessing.get_context("spawn"), _begin_worker)
+    pool = _Workers(number)
     try:
         yield pool
     except BaseException:
@@ -172,11 +220,12 @@ def workers(number: int) -> Iterator[Executor]:
 
 def _prepared_ahead(readers: Executor, ahead: int, cases: Sequence[CaseFiles], managers: Managers) -> Iterator[Future]:
     """Yield the preparation of each case in order, so many of the next ones begun already."""
-    begun: deque[Future] = deque()
-    for case in cases:
+    following = iter(cases[1:])
+    begun = deque(readers.submit(prepare_case, case, managers) for case in islice(following, ahead))
+    yield _Inline().submit(prepare_case, cases[0], managers)  # the other processes still start
+    for case in following:
         begun.append(readers.submit(prepare_case, case, managers))
-        if len(begun) > ahead:
-            yield begun.popleft()
+        yield begun.popleft()
     while begun:
         yield begun.popleft()
 
@@ -193,7 +242,7 @@ def run_cases(
     """Predict all cases; the network works in this process.
 
     Args:
-        cases: to predict.
+        cases: to predict, at least one.
         predict: what the network does.
         managers: of the model.
         save_probabilities: as `write_case`.
@@ -206,6 +255,7 @@ def run_cases(
 
     Raises:
         FailedCases: some cases failed; the others are finished.
+        OSError: an output folder cannot be written to.
         RuntimeError: a process was killed; finished cases are kept.
     """
     results: list[Any] = [None] * len(cases)
@@ -217,7 +267,7 @@ def run_cases(
         name = names[index]
         if names.count(name) > 1:  # outputs of one name in several folders
             name = cases[index].target or f"{name}, number {index}"
-        failures[name] = f"{type(error).__name__}: {error}"
+        failures[name] = reason_of(error)
         on_case(name, failures[name])
 
     def collect(limit: int) -> None:
@@ -232,8 +282,10 @@ def run_cases(
                 except Exception as error:
                     failed(index, error)
 
+    outputs = [Path(case.target).parent for case in cases if case.target is not None]
     try:
-        with workers(preparing) as readers, workers(writing) as writers:
+        # the folders are the outermost: they are removed when no process writes into them any more
+        with staging_folders(outputs) as stages, workers(preparing) as readers, workers(writing) as writers:
             for index, prepared in enumerate(_prepared_ahead(readers, preparing, cases, managers)):
                 try:
                     predicted = predict(cases[index], prepared.result())
@@ -244,7 +296,7 @@ def run_cases(
                     continue
                 collect(writing)
                 executor = writers if predicted.logits.nbytes < LARGE_BYTES else _Inline()
-                written[executor.submit(write_case, predicted, managers, save_probabilities)] = index
+                written[executor.submit(write_case, predicted, managers, save_probabilities, stages)] = index
                 del predicted
             collect(0)
     except BrokenProcessPool as error:
@@ -252,6 +304,18 @@ def run_cases(
             "A process that prepares or writes cases was killed, mostly for lack of memory or of space in /dev/shm. Finished "
             "cases are kept: run again with --continue_prediction and --sequential (or fewer processes, -npp 1 -nps 1)."
         ) from error
+    except (KeyboardInterrupt, SystemExit):  # what was being written is finished by now
+        for future, index in written.items():
+            if future.done() and not future.cancelled() and future.exception() is None:
+                on_case(names[index], "")
+        raise
     if failures:
         raise FailedCases(failures, len(cases))
     return results
+
+
+def reason_of(error: Exception) -> str:
+    """Text of an exception for the user; the kind is named only where nobody wrote that text for a user."""
+    if str(error) and isinstance(error, (ValueError, OSError, RuntimeError, MemoryError)):
+        return str(error)
+    return f"{type(error).__name__}: {error}"
