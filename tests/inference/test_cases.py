@@ -1,12 +1,13 @@
 """Processes that die, networks that fail: one clear message, and no error taken for another."""
 
 import os
+import time
 
 import pytest
 import torch
 from torch import nn
 
-from nnunet_diffusion.inference.cases import CaseFiles, run_cases
+from nnunet_diffusion.inference.cases import CaseFiles, FailedCases, Workers, run_cases
 from nnunet_diffusion.inference.volume import Evaluations
 from nnunet_diffusion.inference.volume_predictor import VolumePredictor
 from nnunet_diffusion.segmenter import DiffusionSegmenter
@@ -21,9 +22,28 @@ class Deadly:
 
 
 @pytest.mark.slow
-def test_killed_worker_is_named_with_the_cure():
-    with pytest.raises(RuntimeError, match=r"killed.*/dev/shm.*--continue_prediction and --sequential"):
-        run_cases([CaseFiles("a", ["a"])], None, (Deadly(), None, {}), False, 1, 0, lambda *_: None)
+@pytest.mark.parametrize("number", [1, 2])
+def test_killed_process_costs_its_case_only(number):
+    missing = [CaseFiles(name, [name], previous_stage=f"{name}.nii") for name in "acde"]
+    cases = [missing[0], CaseFiles("b", [Deadly()]), *missing[1:]]
+    with pytest.raises(FailedCases) as error:
+        run_cases(cases, None, (None, None, {"channel_names": {"0": "MRI"}}), False, number, 0, lambda *_: None)
+    failures = error.value.failures
+    assert failures.keys() == set("abcde")
+    assert "was killed, most often for lack of memory" in failures.pop("b")
+    assert failures == {name: f"{name}.nii is missing" for name in "acde"}
+
+
+def test_a_killed_process_does_not_take_what_another_was_doing_with_it():
+    pool = Workers(2)
+    try:
+        slow, deadly = pool.submit(time.sleep, 2), pool.submit(Deadly().__reduce__()[0], 1)
+        with pytest.raises(MemoryError, match="killed"):
+            deadly.result()
+        assert slow.result() is None  # done once more
+        assert pool.submit(abs, -3).result() == 3
+    finally:
+        pool.shutdown(cancel=True)
 
 
 class Failing(nn.Module):
