@@ -127,10 +127,8 @@ def planning_commands(options: argparse.Namespace, *, from_raw: bool = False) ->
     number = int(dataset_prefix(options.dataset_name_or_id)[7:10])
     name = options.p or PLANS_OF[DEFAULT_PLANNER]
     if stock := STOCK_PLANS_NAME.fullmatch(name):
-        planner = f" -pl nnUNetPlannerResEnc{stock[1]}" if stock[1] else ""
-        return (
-            f"nnUNetv2_plan_and_preprocess -d {number}{planner} -c {options.configuration} --verify_dataset_integrity"
-        )
+        chosen = f" -pl nnUNetPlannerResEnc{stock[1]}" if stock[1] else ""
+        return f"nnUNetv2_plan_and_preprocess -d {number}{chosen} -c {options.configuration} --verify_dataset_integrity"
     command = f"nnunet_diffusion plan -d {number} --preprocess -c {options.configuration}"
     planner = {plans: planner for planner, plans in PLANS_OF.items()}.get(name)
     if planner is None:
