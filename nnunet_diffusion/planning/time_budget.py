@@ -44,19 +44,14 @@ class Timing:
     """A step that was timed a few times.
 
     Attributes:
-        wall: seconds of the fastest.
-        spread: the median over that.
-        share: of the processor time this process asked for, what it got; 1 on a quiet machine.
+        seconds: estimate of what it takes on a quiet machine.
+        spread: the median of the times over the fastest.
+        share: of the processor time that this process asked for between the repeats, what it got; 1 on a quiet machine.
     """
 
-    wall: float
+    seconds: float
     spread: float = 1.0
     share: float = 1.0
-
-    @property
-    def seconds(self) -> float:
-        """Estimate of the seconds that the step takes on a quiet machine."""
-        return self.wall * max(self.share, LEAST_SHARE)
 
 
 def time_nnunet(
@@ -127,25 +122,42 @@ def _timed(step: Step, device: torch.device) -> Timing:
             torch.cuda.synchronize(device)
 
     step()
-    times: list[float] = []
     threads = torch.get_num_threads()
+    walls: list[float] = []
+    processor: list[float] = []
     shares = [free_share(threads)]
-    while len(times) < REPEATS.start or (sum(times) < TIMED_SECONDS and len(times) < REPEATS.stop - 1):
+    while len(walls) < REPEATS.start or (sum(walls) < TIMED_SECONDS and len(walls) < REPEATS.stop - 1):
         synchronize()
-        begin = time.perf_counter()
+        begin, used = time.perf_counter(), time.process_time()
         step()
         synchronize()
-        times.append(time.perf_counter() - begin)
-    shares.append(free_share(threads))
-    # the fastest, as timeit advises: whatever else runs on the machine only ever adds
-    return Timing(min(times), statistics.median(times) / min(times), max(shares) if device.type == "cpu" else 1.0)
+        walls.append(time.perf_counter() - begin)
+        processor.append((time.process_time() - used) / threads)
+        shares.append(free_share(threads))
+    spread = statistics.median(walls) / min(walls)
+    if device.type != "cpu":
+        return Timing(min(walls), spread)
+    # the least, as timeit advises: whatever else runs on the machine only ever adds
+    return Timing(min(map(quiet_seconds, walls, processor, shares, shares[1:])), spread, statistics.median(shares))
+
+
+def quiet_seconds(wall: float, processor: float, before: float, after: float) -> float:
+    """Estimate the seconds of a step on a quiet machine.
+
+    Args:
+        wall: seconds it took.
+        processor: seconds that each of its threads had a processor; the estimate is no less.
+        before: share of the processors that was free for this process before the step (`free_share`).
+        after: the same after it.
+    """
+    return max(processor, wall * max((before + after) / 2, LEAST_SHARE))
 
 
 def free_share(threads: int) -> float:
     """Return the share of `threads` processors that this process gets when it asks for all of their time: up to 1.
 
-    The processor seconds of the training step itself do not tell: on a quiet machine they are 0.6 to 1 of all, depending on
-    whether threads that wait for each other spin (OMP_WAIT_POLICY).
+    The processor seconds of the training step itself do not tell: even on a quiet machine they are 0.6 to 1 of all, depending
+    on whether threads that wait for each other spin (OMP_WAIT_POLICY).
     """
 
     def keep_busy(_: int) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import inspect
 import json
 import os
 
@@ -10,6 +12,7 @@ import pytest
 
 from nnunet_diffusion.cli import plan
 from nnunet_diffusion.cli.main import main
+from nnunet_diffusion.nnunet_words import PLANS_OF
 
 DATASET = "Dataset007_Toy"
 DESCRIPTION = {"labels": {"background": 0}, "channel_names": {"0": "MRI"}, "numTraining": 1, "file_ending": ".nii.gz"}
@@ -142,6 +145,12 @@ def test_unset_folder_and_ambiguous_number(folders, capsys, monkeypatch):
 
 def test_planners_are_the_modules_of_their_folder():
     assert plan.planner_names() == PLANNERS
+
+
+@pytest.mark.parametrize("planner", PLANNERS)
+def test_messages_name_the_plans_that_a_planner_makes(planner):
+    kind = getattr(importlib.import_module(f"nnunet_diffusion.planners.{planner}"), planner)
+    assert inspect.signature(kind.__init__).parameters["plans_name"].default == PLANS_OF[planner]
 
 
 def test_planning_without_augmentation_processes(monkeypatch):
