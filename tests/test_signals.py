@@ -50,10 +50,17 @@ def test_in_another_thread_nothing_changes():
     assert seen == [before]
 
 
+def sleep_after_a_word(pipe):
+    pipe.send("running")
+    time.sleep(30)
+
+
 def test_forked_workers_end_at_once():
+    here, there = multiprocessing.Pipe()
     with terminated():
-        worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
+        worker = multiprocessing.get_context("fork").Process(target=sleep_after_a_word, args=(there,))
         worker.start()
+        assert here.recv() == "running"
         worker.terminate()
-        worker.join(5)
+        worker.join(20)
         assert worker.exitcode == -signal.SIGTERM

@@ -63,6 +63,8 @@ class _Watch:
 
     def begin(self, code: int) -> None:
         self.code = code
+        # threads of nnU-Net's loaders fail when their workers end, which is nothing to report in a process that ends too
+        threading.excepthook = lambda _: None
         self._begun.set()
 
     def end(self) -> bool:
