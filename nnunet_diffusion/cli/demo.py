@@ -201,7 +201,7 @@ def make_report(place: Workplace) -> None:
     log = place.folder / "logs" / "report.log"
     module = "nnunet_diffusion.cli.demo_report"
     if stream([sys.executable, "-m", module, str(place.folder), place.device], place.environment(), log):
-        raise CommandError(f"the report failed; see {log}; correct what it names and run again")
+        raise CommandError(f"the report failed; its output is in {log}; correct what it names and run again")
 
 
 def plan_and_preprocess(place: Workplace) -> None:
@@ -232,7 +232,9 @@ def run_command(words: Sequence[str], place: Workplace) -> None:
     print(f"$ {' '.join(words)}", flush=True)
     code = stream([find_command(words[0]), *words[1:]], place.environment(), log)
     if code:
-        raise CommandError(f"{words[0]} failed with exit code {code}; see {log}; correct what it names and run again")
+        raise CommandError(
+            f"{words[0]} failed with exit code {code}; its output is in {log}; correct what it names and run again"
+        )
 
 
 def find_command(name: str) -> str:
