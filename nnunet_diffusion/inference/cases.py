@@ -10,16 +10,18 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
 from numpy.typing import NDArray
 
+from nnunet_diffusion.inference.lasting_pool import LastingPool
+from nnunet_diffusion.inference.memory import free_bytes
 from nnunet_diffusion.inference.output import Managers, PredictedCase, write_case
 from nnunet_diffusion.inference.presegmentation import (
     Presegmentation,
@@ -27,7 +29,7 @@ from nnunet_diffusion.inference.presegmentation import (
     read_label_map,
     read_presegmentation,
 )
-from nnunet_diffusion.inference.reading import check_size, constant_channels, read_images
+from nnunet_diffusion.inference.reading import check_size, constant_channels, expected_bytes, read_images
 
 LARGE_BYTES = 2**30  # what is larger is written by this process: it would have to be copied twice to another
 
@@ -81,8 +83,13 @@ class FailedCases(RuntimeError):
         super().__init__(f"{len(failures)} of {number} cases failed, the others are finished:\n{listed}")
 
 
-def prepare_case(case: CaseFiles, managers: Managers) -> PreparedCase:
+def prepare_case(case: CaseFiles, managers: Managers, limit: float | None = None) -> PreparedCase:
     """Read and preprocess a case as nnU-Net does, with what else the reverse process needs.
+
+    Args:
+        case: its files.
+        managers: of the model.
+        limit: main memory that the case may take, in bytes; None for what is free.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -94,16 +101,17 @@ def prepare_case(case: CaseFiles, managers: Managers) -> PreparedCase:
     if case.previous_stage is not None and not Path(case.previous_stage).is_file():
         raise FileNotFoundError(f"{case.previous_stage} is missing")
     names = ", ".join(case.images)
-    image, properties = read_images(case.images, plans_manager.image_reader_writer_class())
+    image, properties = read_images(case.images, plans_manager.image_reader_writer_class(), limit)
     if len(image) != channels:  # a colour image has three in one file
         raise ValueError(
             f"{names} has {len(image)} channels, the model needs {channels}, as its training images "
             f"({case.name}_0000{dataset_json['file_ending']} and so on)"
+            + ("; remove the transparency, its fourth channel" if (len(image), channels) == (4, 3) else "")
         )
     if image[0].size == 0 or not image.any():
         raise ValueError(f"{names} is empty: every voxel is 0")
     heads = plans_manager.get_label_manager(dataset_json).num_segmentation_heads
-    check_size(names, image, properties["spacing"], plans_manager, configuration_manager, heads)
+    check_size(names, image, properties["spacing"], plans_manager, configuration_manager, heads, limit)
     notes = constant_channels(case.images, image)
     label_manager, previous = plans_manager.get_label_manager(dataset_json), None
     if case.previous_stage is not None:
@@ -153,13 +161,17 @@ def _begin_worker() -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
+def _processes(number: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(number, multiprocessing.get_context("spawn"), _begin_worker)
+
+
 @contextmanager
 def workers(number: int) -> Iterator[Executor]:
     """Executor of so many fresh processes, 0 for none; what has not begun is dropped when the block is left by an error."""
     if number == 0:
         yield _Inline()
         return
-    pool = ProcessPoolExecutor(number, multiprocessing.get_context("spawn"), _begin_worker)
+    pool = LastingPool(_processes, number)
     try:
         yield pool
     except BaseException:
@@ -168,15 +180,20 @@ def workers(number: int) -> Iterator[Executor]:
     pool.shutdown()
 
 
-def _prepared_ahead(readers: Executor, ahead: int, cases: Sequence[CaseFiles], managers: Managers) -> Iterator[Future]:
-    """Yield the preparation of each case in order, so many of the next ones begun already."""
-    begun: deque[Future] = deque()
+def _prepared_ahead(
+    readers: Executor, ahead: int, cases: Sequence[CaseFiles], managers: Managers, limit: float
+) -> Iterator[Future]:
+    """Yield the preparation of each case in order, so many of the next ones begun already if they fit into memory together."""
+    begun: deque[tuple[Future, int]] = deque()
+    current = 0  # of the case that the network has, or that is being written
     for case in cases:
-        begun.append(readers.submit(prepare_case, case, managers))
-        if len(begun) > ahead:
-            yield begun.popleft()
+        needed = expected_bytes(case.images, managers) if ahead else 0
+        while begun and (len(begun) > ahead or current + sum(each for _, each in begun) + needed > limit):
+            prepared, current = begun.popleft()
+            yield prepared
+        begun.append((readers.submit(prepare_case, case, managers, limit), needed))
     while begun:
-        yield begun.popleft()
+        yield begun.popleft()[0]
 
 
 def run_cases(
@@ -203,8 +220,7 @@ def run_cases(
         What `write_case` returns, in the order of the cases.
 
     Raises:
-        FailedCases: some cases failed; the others are finished.
-        RuntimeError: a process was killed; finished cases are kept.
+        FailedCases: some cases failed, also those whose process was killed; the others are finished.
     """
     results: list[Any] = [None] * len(cases)
     failures: dict[str, str] = {}
@@ -225,31 +241,22 @@ def run_cases(
                 try:
                     results[index] = future.result()
                     on_case(cases[index].name, "")
-                except BrokenProcessPool:
-                    raise
                 except Exception as error:
                     failed(index, error)
 
-    try:
-        with workers(preparing) as readers, workers(writing) as writers:
-            for index, prepared in enumerate(_prepared_ahead(readers, preparing, cases, managers)):
-                try:
-                    predicted = predict(cases[index], prepared.result())
-                except BrokenProcessPool:
-                    raise
-                except Exception as error:
-                    failed(index, error)
-                    continue
-                collect(writing)
-                executor = writers if predicted.logits.nbytes < LARGE_BYTES else _Inline()
-                written[executor.submit(write_case, predicted, managers, save_probabilities)] = index
-                del predicted
-            collect(0)
-    except BrokenProcessPool as error:
-        raise RuntimeError(
-            "A process that prepares or writes cases was killed, mostly for lack of memory or of space in /dev/shm. Finished "
-            "cases are kept: run again with --continue_prediction and --sequential (or fewer processes, -npp 1 -nps 1)."
-        ) from error
+    limit = free_bytes(torch.device("cpu"))  # now that no case takes any
+    with workers(preparing) as readers, workers(writing) as writers:
+        for index, prepared in enumerate(_prepared_ahead(readers, preparing, cases, managers, limit)):
+            try:
+                predicted = predict(cases[index], prepared.result())
+            except Exception as error:
+                failed(index, error)
+                continue
+            collect(writing)
+            executor = writers if predicted.logits.nbytes < LARGE_BYTES else _Inline()
+            written[executor.submit(write_case, predicted, managers, save_probabilities)] = index
+            del predicted
+        collect(0)
     if failures:
         raise FailedCases(failures, len(cases))
     return results
