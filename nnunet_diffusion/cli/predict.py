@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import multiprocessing
 import os
 import sys
 from collections.abc import Iterator
@@ -91,6 +90,13 @@ def _add_own_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="GIB",
         help="memory of the device that a volume's state may take (what is free)",
     )
+    add(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="of the CPU; results depend on it in the last bits (cores; with a GPU 1)",
+    )
+    add("--deterministic", action="store_true", help="the same bits on a GPU in each run; slower")
     add("--trust_checkpoint", action="store_true", help="load a checkpoint that may run code")
     add("--quiet", action="store_true", help="say nothing but errors")
 
@@ -125,6 +131,8 @@ def check_options(options: argparse.Namespace) -> None:
     for name in ("npp", "nps"):
         if getattr(options, name) < 0:
             raise CommandError(f"-{name} is {getattr(options, name)}, but must be 0 (no further process) or more")
+    if options.threads is not None and options.threads < 1:
+        raise CommandError(f"--threads is {options.threads}, but must be 1 or more")
     if options.state_memory is not None and not 0 <= options.state_memory < float("inf"):
         raise CommandError(f"--state_memory is {options.state_memory:g}, but must be a number of GiB, 0 or more")
     for fold in options.f:
@@ -140,8 +148,6 @@ def _loaded_predictor(options: argparse.Namespace) -> Any:
     from nnunet_diffusion.inference import DiffusionPredictor
 
     check_device(options.device)
-    # as nnUNetv2_predict sets them
-    torch.set_num_threads(multiprocessing.cpu_count() if options.device == "cpu" else 1)
     with named_for_the_user(FileNotFoundError, ValueError, RuntimeError):
         folder = options.m or get_output_folder(options.d, options.tr, options.p, options.c)
         predictor = DiffusionPredictor(
@@ -163,6 +169,8 @@ def _loaded_predictor(options: argparse.Namespace) -> Any:
             keep_samples=options.keep_samples,
             trust_checkpoint=options.trust_checkpoint,
             state_memory_gb=options.state_memory,
+            threads=options.threads,
+            deterministic=options.deterministic,
         )
         predictor.initialize_from_trained_model_folder(folder, options.f, options.chk)
     return predictor

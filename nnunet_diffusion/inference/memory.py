@@ -159,12 +159,14 @@ def plan_memory(
     steps: int,
     device: torch.device,
     limit_bytes: float | None = None,
+    together: int = 1,
     free: Callable[[torch.device], float] = free_bytes,
 ) -> MemoryPlan:
     """Choose the device of the state and the number of samples at once.
 
     The GPU is taken if all samples fit there, else the CPU; where memory is short there too, fewer samples at once, each
-    group with a condition flow of its own.
+    group with a condition flow of its own. A group is made of whole calls of the denoiser, so that its bits do not depend on
+    it; only where not even the states of one call fit, of fewer samples.
 
     Args:
         volume: its size in voxels, per axis.
@@ -174,6 +176,7 @@ def plan_memory(
         steps: of each reverse process.
         device: of the networks.
         limit_bytes: of the device's memory, instead of what is free.
+        together: samples that the denoiser sees in one call.
         free: device -> bytes.
 
     Raises:
@@ -201,9 +204,10 @@ def plan_memory(
             f"{readable_size(needed(1))}, {readable_size(available)} {word}: take a machine with more memory, --steps 1, or a "
             "configuration with a coarser spacing (3d_lowres)."
         )
-    if fitting[0] < samples:
-        notes.append(f"{readable_size(needed(samples))} for {samples} samples: {fitting[0]} at a time")
-    return MemoryPlan(cpu, fitting[0], needed(fitting[0]), "; ".join(notes))
+    at_once = next((count for count in fitting if count == samples or count % together == 0), fitting[0])
+    if at_once < samples:
+        notes.append(f"{readable_size(needed(samples))} for {samples} samples: {at_once} at a time")
+    return MemoryPlan(cpu, at_once, needed(at_once), "; ".join(notes))
 
 
 def readable_size(number: float) -> str:

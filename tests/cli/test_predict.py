@@ -36,6 +36,7 @@ def test_every_argument_of_nnunet_is_there():
         (["-m", "model", "-npp", "-1"], "-npp is -1"),
         (["-m", "model", "--state_memory", "nan"], "--state_memory is nan"),
         (["-m", "model", "--state_memory", "-1"], "--state_memory is -1"),
+        (["-m", "model", "--threads", "0"], "--threads is 0, but must be 1 or more"),
         (["-m", "model", "-device", "mps"], "torch finds none"),
         (["-m", "model", "-f", "five"], "-f has 'five'"),
         (["-m", "model", "-device", "cpu"], "no model folder model"),

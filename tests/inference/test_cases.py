@@ -107,7 +107,7 @@ def predictor_with(error):
     predictor.network, predictor.perform_everything_on_device = network, True
     predictor.label_manager = type("Labels", (), {"num_segmentation_heads": 2})
     tiles = type("Tiles", (), {"tiles": [(slice(None), slice(0, 4), slice(0, 4))]})
-    return predictor, lambda: predictor._presegment(torch.zeros(1, 4, 4), tiles, Evaluations())
+    return predictor, lambda: predictor._presegment(torch.zeros(1, 4, 4), tiles, Evaluations(), [])
 
 
 def test_only_lack_of_memory_is_tried_again_on_the_cpu():

@@ -40,6 +40,14 @@ def test_fewer_samples_at_once_where_memory_is_short():
     assert "3 at a time" in plan.note
 
 
+def test_samples_of_one_call_of_the_denoiser_stay_together_where_they_fit():
+    """Else a sample's last bits would depend on the memory that is free."""
+    for together, at_once in ((2, 2), (3, 3), (4, 3)):
+        plan = plan_memory(LARGE, 5, 5, "ddim", 1, CPU, free=lambda _: 32 * GIB, together=together)
+        assert plan.at_once == at_once
+    assert plan_memory(LARGE, 5, 5, "ddim", 1, CPU, free=lambda _: 99 * GIB, together=4).at_once == 5
+
+
 def test_too_little_memory_for_one_sample_is_refused_with_numbers():
     with pytest.raises(MemoryError, match=r"600 x 512 x 512 voxels and 5 channels needs .* GiB, 4.00 GiB are free"):
         plan_memory(LARGE, 5, 1, "ddim", 1, CPU, free=lambda _: 4 * GIB)
