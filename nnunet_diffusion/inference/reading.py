@@ -184,11 +184,13 @@ def check_nifti(path: str | Path, whole: bool = True) -> None:
         whole: read voxels that are integers too, to notice a file that is cut off.
 
     Raises:
-        ValueError: it is damaged or cut off, holds complex numbers, NaN or infinite voxels, or no positive spacing.
+        ValueError: it is damaged or cut off, or holds complex numbers, NaN or infinite voxels.
     """
-    check_nifti_header(path)
-    image: Any = nibabel.load(path)
-    kind, shape = image.get_data_dtype(), image.shape
+    try:
+        image: Any = nibabel.load(path)
+        kind, shape = image.get_data_dtype(), image.shape
+    except Exception as error:  # nibabel raises what gzip, zlib and struct raise
+        raise ValueError(f"{path} is damaged or not a NIfTI file: {one_line(error)}") from error
     if kind.kind == "c":
         raise ValueError(f"{path} has complex numbers as voxels: save their magnitude")
     if not (whole or kind.kind == "f"):

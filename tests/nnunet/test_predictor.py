@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import gzip
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -283,6 +284,23 @@ def test_class_returns_what_nnunets_returns(place, tmp_path):
     with pytest.raises(FailedCases, match="nothing_0000.nii.gz is missing") as failed:
         predictor.predict_from_files_sequential([[str(paths[0])], [str(tmp_path / "nothing_0000.nii.gz")]], None)
     assert set(failed.value.failures) == {"nothing"}
+
+
+def test_class_gives_the_commands_bits_whatever_threads_torch_had(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(multiprocessing, "cpu_count", lambda: 2)
+    found = predict(place, tmp_path / "out", "--samples", 3, "--save_probabilities")
+    torch.set_num_threads(1)  # `place` restores them
+    for path in sorted((place.raw / "imagesTs").iterdir()):
+        segmentation, probabilities = loaded(place, samples=3).predict_single_npy_array(
+            *SimpleITKIO().read_images([str(path)]), save_or_return_probabilities=True
+        )
+        output = found[path.name.replace("_0000", "")]
+        assert np.array_equal(segmentation, label_maps({"": output})[""])
+        saved = np.load(str(output).replace(".nii.gz", ".npz"))["probabilities"]
+        assert np.array_equal(probabilities.astype(saved.dtype), saved)
+        assert torch.get_num_threads() == 1
+    report = json.loads(next((tmp_path / "out" / "reports").iterdir()).read_text())
+    assert (report["threads"], report["deterministic"]) == (2, False)
 
 
 def test_outputs_may_have_other_names_and_folders_than_the_images(place, tmp_path):
