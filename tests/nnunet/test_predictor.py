@@ -139,7 +139,7 @@ def test_finished_cases_are_left_out(place, tmp_path):
 
 @pytest.fixture
 def with_bad_cases(place, tmp_path):
-    """One good case and one of each kind of bad one; no NaN: ITK's reader of NIfTI makes zeros of them."""
+    """One good case and one of each kind of bad one."""
     folder = tmp_path / "images"
     folder.mkdir()
     good = sorted((place.raw / "imagesTs").iterdir())[0]
@@ -153,6 +153,7 @@ def with_bad_cases(place, tmp_path):
         sitk.WriteImage(changed, str(folder / f"{name}.nii.gz"))
 
     write("empty_0000", values * 0)
+    write("nan_0000", np.where(values == values.max(), np.nan, values))
     write("two_0000", values)
     write("two_0001", values)
     (folder / "broken_0000.nii.gz").write_bytes(gzip.compress(b"no image"))
@@ -163,9 +164,10 @@ def with_bad_cases(place, tmp_path):
 def test_bad_cases_are_named_and_the_others_finished(place, tmp_path, with_bad_cases, capsys, processes):
     assert main(words(place, tmp_path / "out", *processes, images=with_bad_cases)) == 1
     message = capsys.readouterr().err
-    assert "3 of 4 cases failed" in message
+    assert "4 of 5 cases failed" in message
     for name, reason in {
         "empty": "every voxel is 0",
+        "nan": "has NaN or infinite voxels",
         "two": "2 channels",
         "broken": "is damaged",
     }.items():
