@@ -8,11 +8,12 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 EXIT_TERMINATED = 128 + signal.SIGTERM  # 143
 EXIT_INTERRUPTED = 128 + signal.SIGINT  # 130
 
-_FORKED = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+_FORKED: dict[signal.Signals, Any] = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
 _handled: set[signal.Signals] = set()
 
 
@@ -61,14 +62,15 @@ def _raised(
         yield
         return
     nested = which in _handled
-    previous = signal.signal(which, handle)
+    previous: Any = signal.getsignal(which) or signal.SIG_DFL  # None: a handler that C code set
+    signal.signal(which, handle)
     _handled.add(which)
     try:
         yield
     finally:
         if not nested:
             _handled.discard(which)
-        signal.signal(which, signal.SIG_DFL if previous is None else previous)
+        signal.signal(which, previous)
 
 
 def _restore_in_child() -> None:

@@ -18,6 +18,7 @@ LAYERS = {
     "networks": 1,
     "environment": 1,
     "finite": 1,
+    "input_files": 1,
     "json_files": 1,
     "locks": 1,
     "nnunet_words": 1,

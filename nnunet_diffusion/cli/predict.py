@@ -12,13 +12,15 @@ from typing import Any
 
 from nnunet_diffusion.cli.devices import DEVICES, check_device
 from nnunet_diffusion.cli.errors import CommandError, named_for_the_user
-from nnunet_diffusion.cli.folders import RESULTS, folder_in
+from nnunet_diffusion.cli.models import finished_folds, model_folder
 from nnunet_diffusion.cli.trainers_directory import with_trainers
+from nnunet_diffusion.input_files import find_images, refuse_overwriting
+from nnunet_diffusion.json_files import read_dictionary
+from nnunet_diffusion.signals import EXIT_INTERRUPTED, EXIT_TERMINATED, Terminated, terminated
 
 # what diffusion.samplers and inference.fusion know, without their imports: help must not wait for torch
 SAMPLERS = ("ddpm", "ddim", "dpm_solver", "dpm_solver++", "unipc")
 FUSIONS = ("mean", "majority", "staple")
-INTERRUPTED = 130  # as a shell reports Ctrl-C
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -39,19 +41,19 @@ def _add_arguments_of_nnunet(parser: argparse.ArgumentParser) -> None:
     add("-i", required=True, metavar="FOLDER", help="images, with channel numbers (_0000)")
     add("-o", required=True, metavar="FOLDER", help="output; made if it does not exist")
     add("-d", metavar="ID", help="dataset, number or name")
-    add("-p", default="nnUNetPlans", help="plans (nnUNetPlans)")
-    add("-tr", default="DiffusionTrainer", help="trainer of the model (DiffusionTrainer)")
-    add("-c", metavar="CONFIG", help="configuration, for example 2d")
+    add("-p", help="plans (those of the one trained model)")
+    add("-tr", help="trainer of the model (that of the one trained model)")
+    add("-c", metavar="CONFIG", help="configuration, for example 2d (that of the one trained model)")
     add("-m", metavar="FOLDER", help="model folder, in the place of -d, -p, -tr and -c")
-    add("-f", nargs="+", default=["0", "1", "2", "3", "4"], metavar="FOLD", help="folds (0 1 2 3 4)")
+    add("-f", nargs="+", metavar="FOLD", help="folds (all that are finished)")
     add("-step_size", type=float, default=0.5, help="step of the tiles, share of the patch, at most 1 (0.5)")
     add("--disable_tta", action="store_true", help="do not mirror the pre-segmentation: faster, less accurate")
     add("--verbose", action="store_true")
     add("--save_probabilities", action="store_true", help="also write .npz, for nnUNetv2_ensemble")
-    add("--continue_prediction", action="store_true", help="leave out cases that are finished")
+    add("--continue_prediction", action="store_true", help="leave out cases that are finished, with the same settings")
     add("-chk", default="checkpoint_final.pth", help="checkpoint (checkpoint_final.pth)")
-    add("-npp", type=int, default=_number_in("nnUNet_npp", 3), help="processes that preprocess (3)")
-    add("-nps", type=int, default=_number_in("nnUNet_nps", 3), help="processes that write (3)")
+    add("-npp", type=int, default=_number_in("nnUNet_npp"), help="processes that preprocess (by cores and cases)")
+    add("-nps", type=int, default=_number_in("nnUNet_nps"), help="processes that write (by cores and cases)")
     add("-prev_stage_predictions", metavar="FOLDER", help="segmentations of the cascade's previous stage")
     add("-num_parts", type=int, default=1, help="calls that share the images (1)")
     add("-part_id", type=int, default=0, help="which of them this is, from 0")
@@ -60,10 +62,10 @@ def _add_arguments_of_nnunet(parser: argparse.ArgumentParser) -> None:
     add("--not_on_device", action="store_true", help="keep volumes in the CPU's memory")
 
 
-def _number_in(variable: str, default: int) -> int:
-    """Number in an environment variable, as nnU-Net reads it: anything else gives the default."""
+def _number_in(variable: str) -> int | None:
+    """Number in an environment variable that nnU-Net reads too; None for anything else."""
     text = os.environ.get(variable, "")
-    return int(text) if text.isdecimal() else default
+    return int(text) if text.isdecimal() else None
 
 
 def _add_own_arguments(parser: argparse.ArgumentParser) -> None:
@@ -98,58 +100,96 @@ def _add_own_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--deterministic", action="store_true", help="the same bits on a GPU in each run; slower")
     add("--trust_checkpoint", action="store_true", help="load a checkpoint that may run code")
-    add("--quiet", action="store_true", help="say nothing but errors")
+    add("--quiet", action="store_true", help="print errors only")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Predict; returns 0, or 1 if a case failed.
+    """Predict; returns 0, 1 if a case failed or an image was left out, 130 or 143 if interrupted or terminated.
 
     Raises:
         CommandError: wrong arguments, or the model cannot be loaded.
     """
     check_options(options)
+    model = model_folder(options, os.environ)
+    folds = options.f or finished_folds(model, options.chk)
+    check_names(options, model)
     os.environ.update(with_trainers(os.environ))
-    with _silence(options.quiet):
-        predictor = _loaded_predictor(options)
-        return _predict(predictor, options)
+    predictor = None
+    with _silence(options.quiet), terminated():
+        try:
+            predictor = _loaded_predictor(options, model, folds)
+            return _predict(predictor, options)
+        except (KeyboardInterrupt, Terminated) as stop:
+            interrupted = isinstance(stop, KeyboardInterrupt)
+            print(f"nnunet_diffusion predict: {_stopped(predictor, options, interrupted)}", file=sys.stderr)
+            return EXIT_INTERRUPTED if interrupted else EXIT_TERMINATED
+
+
+def _stopped(predictor: Any, options: argparse.Namespace, interrupted: bool) -> str:
+    """Say how far a run got that was told to end, and how to go on."""
+    what = "interrupted" if interrupted else "terminated"
+    if predictor is None or predictor.progress is None:
+        return f"{what} before the first case; run the same command again"
+    done = f"{predictor.progress.finished} of {predictor.progress.total} cases are finished"
+    return f"{what}, {done} in {options.o}; go on with --continue_prediction"
 
 
 def check_options(options: argparse.Namespace) -> None:
     """Raise CommandError on arguments that do not go together, and on folders that are not there."""
-    if options.m is None and (options.d is None or options.c is None):
-        raise CommandError("give the model as -d ID -c CONFIG (with -tr and -p where they differ), or its folder as -m")
-    if options.m is None:
-        folder_in(os.environ, RESULTS, ", or give -m MODEL_FOLDER")
     for name in ("i", "presegmentation", "prev_stage_predictions"):
         folder = getattr(options, name)
         if folder is not None and not Path(folder).is_dir():
-            raise CommandError(f"-{'-' * (name == 'presegmentation')}{name} is {folder}, which is no folder")
+            wrong = (
+                "is a file: give the folder that it is in" if Path(folder).exists() else "does not exist: correct it"
+            )
+            raise CommandError(f"-{'-' * (name == 'presegmentation')}{name} is {folder}, which {wrong}")
+    if Path(options.o).exists() and not Path(options.o).is_dir():
+        raise CommandError(f"-o is {options.o}, which is a file: give a folder for the output")
     if not 0 <= options.part_id < options.num_parts:
         raise CommandError(f"-part_id is {options.part_id}, but must be 0 to num_parts - 1 = {options.num_parts - 1}")
     if not 0 < options.step_size <= 1:
         raise CommandError(f"-step_size is {options.step_size}, but must be above 0 and at most 1")
     for name in ("npp", "nps"):
-        if getattr(options, name) < 0:
+        if (getattr(options, name) or 0) < 0:
             raise CommandError(f"-{name} is {getattr(options, name)}, but must be 0 (no further process) or more")
     if options.threads is not None and options.threads < 1:
         raise CommandError(f"--threads is {options.threads}, but must be 1 or more")
     if options.state_memory is not None and not 0 <= options.state_memory < float("inf"):
         raise CommandError(f"--state_memory is {options.state_memory:g}, but must be a number of GiB, 0 or more")
-    for fold in options.f:
+    for fold in options.f or ():
         if fold != "all" and not fold.isdecimal():
             raise CommandError(f"-f has '{fold}', but folds are 0, 1, 2, ... or 'all'")
 
 
-def _loaded_predictor(options: argparse.Namespace) -> Any:
+def check_names(options: argparse.Namespace, model: Path) -> None:
+    """Name the images that will be left out.
+
+    Raises:
+        CommandError: no image is named as nnU-Net wants it, two give one output, or the output would overwrite input.
+    """
+    with named_for_the_user(FileNotFoundError, ValueError):
+        description = read_dictionary(
+            model / "dataset.json", "bring it back from where the model was trained", {"file_ending": str}
+        )
+        ending = description["file_ending"]
+        images = find_images(options.i, ending)
+        folders = {"-i": options.i, "--presegmentation": options.presegmentation}
+        folders["-prev_stage_predictions"] = options.prev_stage_predictions
+        targets = [Path(options.o, case) for case in images.cases]
+        refuse_overwriting(targets, ending, list(images.cases.values()), folders)
+    for name, why in images.left_out.items():
+        print(f"nnunet_diffusion predict: {name} is left out: {why}", file=sys.stderr)
+
+
+def _loaded_predictor(options: argparse.Namespace, model: Path, folds: list[str]) -> Any:
+    print(f"Loading the model {model} (fold {', '.join(folds)}) ...", flush=True)
     # nnU-Net reads its paths from the environment: import it only now
     import torch
-    from nnunetv2.utilities.file_path_utilities import get_output_folder
 
     from nnunet_diffusion.inference import DiffusionPredictor
 
     check_device(options.device)
     with named_for_the_user(FileNotFoundError, ValueError, RuntimeError):
-        folder = options.m or get_output_folder(options.d, options.tr, options.p, options.c)
         predictor = DiffusionPredictor(
             tile_step_size=options.step_size,
             use_mirroring=not options.disable_tta,
@@ -172,7 +212,7 @@ def _loaded_predictor(options: argparse.Namespace) -> Any:
             threads=options.threads,
             deterministic=options.deterministic,
         )
-        predictor.initialize_from_trained_model_folder(folder, options.f, options.chk)
+        predictor.initialize_from_trained_model_folder(str(model), folds, options.chk)
     return predictor
 
 
@@ -195,9 +235,6 @@ def _predict(predictor: Any, options: argparse.Namespace) -> int:
     except (RuntimeError, OSError) as error:
         print(f"nnunet_diffusion predict: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("nnunet_diffusion predict: interrupted; go on with --continue_prediction", file=sys.stderr)
-        return INTERRUPTED
     return 0
 
 

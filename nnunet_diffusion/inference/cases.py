@@ -8,10 +8,12 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,6 @@ import torch
 from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
 from numpy.typing import NDArray
 
-from nnunet_diffusion.inference.lasting_pool import LastingPool
 from nnunet_diffusion.inference.memory import free_bytes
 from nnunet_diffusion.inference.output import Managers, PredictedCase, write_case
 from nnunet_diffusion.inference.presegmentation import (
@@ -30,8 +31,12 @@ from nnunet_diffusion.inference.presegmentation import (
     read_presegmentation,
 )
 from nnunet_diffusion.inference.reading import check_size, constant_channels, expected_bytes, read_images
+from nnunet_diffusion.inference.staging import staging_folders
 
 LARGE_BYTES = 2**30  # what is larger is written by this process: it would have to be copied twice to another
+SMALL_BYTES = 2**26  # image files of two cases together; below it, no process is started for them
+WORKERS = 3  # processes that prepare, and as many that write, as nnU-Net's command has them
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
@@ -71,16 +76,25 @@ class PreparedCase:
 
 
 class FailedCases(RuntimeError):
-    """Some cases could not be predicted, all others are finished.
+    """Some cases could not be predicted or some images were left out, all others are finished.
 
     Attributes:
-        failures: name of each such case -> why.
+        failures: name of each case that failed -> why.
+        left_out: name of each file that is not named as nnU-Net wants it -> why it is left out.
     """
 
-    def __init__(self, failures: dict[str, str], number: int) -> None:
-        self.failures = failures
-        listed = "\n".join(f"  {name}: {reason}" for name, reason in failures.items())
-        super().__init__(f"{len(failures)} of {number} cases failed, the others are finished:\n{listed}")
+    def __init__(self, failures: Mapping[str, str], number: int, left_out: Mapping[str, str] | None = None) -> None:
+        self.failures, self.left_out = dict(failures), dict(left_out or {})
+        parts = []
+        if self.failures:
+            parts.append(f"{len(failures)} of {number} cases failed, the others are finished:\n{_listed(failures)}")
+        if self.left_out:
+            parts.append(f"These images were left out:\n{_listed(self.left_out)}")
+        super().__init__("\n".join(parts))
+
+
+def _listed(reasons: Mapping[str, str]) -> str:
+    return "\n".join(f"  {name}: {reason}" for name, reason in reasons.items())
 
 
 def prepare_case(case: CaseFiles, managers: Managers, limit: float | None = None) -> PreparedCase:
@@ -136,21 +150,27 @@ def prepare_case(case: CaseFiles, managers: Managers, limit: float | None = None
     return PreparedCase(np.ascontiguousarray(data, dtype=np.float32), properties, given, notes)
 
 
-class _Inline(Executor):
-    """Executor that does its work at once, in this process."""
+def worker_numbers(cases: Sequence[CaseFiles], cores: int) -> tuple[int, int]:
+    """Numbers of processes that prepare and that write, together at most `cores`.
 
-    def submit(self, fn: Callable, /, *args: Any, **kwargs: Any) -> Future:
-        future: Future = Future()
-        try:
-            future.set_result(fn(*args, **kwargs))
-        except Exception as error:
-            future.set_exception(error)
-        return future
+    None for one core, and none for one or two small cases: a process takes longer to start than they take.
+    """
+    sizes = (os.path.getsize(path) for case in cases for path in case.images if os.path.isfile(path))
+    if cores < 2 or len(cases) < 2 or (len(cases) == 2 and sum(sizes) < SMALL_BYTES):
+        return 0, 0
+    each = min(WORKERS, cores // 2, len(cases) - 1)
+    return each, each
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _begin_worker() -> None:
-    """Leave Ctrl-C to the parent, which lets running work end; end when the parent is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Leave Ctrl-C and SIGTERM to the parent, which lets running work end; end when the parent is killed."""
+    for number in ENDING_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -161,39 +181,139 @@ def _begin_worker() -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def _processes(number: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(number, multiprocessing.get_context("spawn"), _begin_worker)
+class _Workers(ProcessPoolExecutor):
+    """Fresh processes, deaf to Ctrl-C and SIGTERM from their start on: both reach a whole process group."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number, multiprocessing.get_context("spawn"), _begin_worker)
+
+    def submit(self, fn: Callable, /, *args: Any, **kwargs: Any) -> Future:
+        if not hasattr(signal, "pthread_sigmask"):
+            return super().submit(fn, *args, **kwargs)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)  # a process that starts here inherits it
+        try:
+            return super().submit(fn, *args, **kwargs)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """Work that was given to other processes.
+
+    Attributes:
+        future: its outcome.
+        again: does the work once more, alone, and returns its outcome.
+    """
+
+    future: Future
+    again: Callable[[], Any]
+
+    def result(self) -> Any:
+        """Wait for the outcome; raise what the work raised, MemoryError if its process is killed even alone."""
+        try:
+            return self.future.result()
+        except BrokenProcessPool:  # who was killed is not known: the pool forgets all that it was working on
+            return self.again()
+
+
+class Workers:
+    """Processes for one kind of work; they are replaced when the system kills one of them."""
+
+    def __init__(self, number: int) -> None:
+        """Start no process yet; with 0, the work is done at once, in this process."""
+        self._number = number
+        self._pool = _Workers(number) if number else None
+
+    def submit(self, function: Callable, *arguments: Any) -> Job:
+        """Begin `function(*arguments)`."""
+        if self._pool is None:
+            return done_here(function, *arguments)
+        try:
+            future = self._pool.submit(function, *arguments)
+        except BrokenProcessPool:
+            self._pool.shutdown()
+            self._pool = _Workers(self._number)
+            future = self._pool.submit(function, *arguments)
+        return Job(future, partial(done_alone, function, *arguments))
+
+    def shutdown(self, cancel: bool) -> None:
+        """Wait for what has begun, and for the rest too unless it is cancelled."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=cancel)
+
+
+def done_here(function: Callable, *arguments: Any) -> Job:
+    """Do work at once, in this process."""
+    future: Future = Future()
+    try:
+        future.set_result(function(*arguments))
+    except Exception as error:
+        future.set_exception(error)
+    return Job(future, future.result)
+
+
+def done_alone(function: Callable, *arguments: Any) -> Any:
+    """Do work in a process of its own.
+
+    Raises:
+        MemoryError: the process was killed.
+    """
+    with _Workers(1) as pool:
+        try:
+            return pool.submit(function, *arguments).result()
+        except BrokenProcessPool as error:
+            raise MemoryError(
+                "the process that worked on this case was killed, most often for lack of memory or of space in /dev/shm: "
+                "crop the image, or take a machine with more memory"
+            ) from error
 
 
 @contextmanager
-def workers(number: int) -> Iterator[Executor]:
-    """Executor of so many fresh processes, 0 for none; what has not begun is dropped when the block is left by an error."""
-    if number == 0:
-        yield _Inline()
-        return
-    pool = LastingPool(_processes, number)
+def workers(number: int) -> Iterator[Workers]:
+    """So many fresh processes, 0 for none; what has not begun is dropped when the block is left by an error."""
+    pool = Workers(number)
     try:
         yield pool
     except BaseException:
-        pool.shutdown(wait=True, cancel_futures=True)
+        pool.shutdown(cancel=True)
         raise
-    pool.shutdown()
+    pool.shutdown(cancel=False)
 
 
 def _prepared_ahead(
-    readers: Executor, ahead: int, cases: Sequence[CaseFiles], managers: Managers, limit: float
-) -> Iterator[Future]:
-    """Yield the preparation of each case in order, so many of the next ones begun already if they fit into memory together."""
-    begun: deque[tuple[Future, int]] = deque()
-    current = 0  # of the case that the network has, or that is being written
-    for case in cases:
-        needed = expected_bytes(case.images, managers) if ahead else 0
-        while begun and (len(begun) > ahead or current + sum(each for _, each in begun) + needed > limit):
-            prepared, current = begun.popleft()
-            yield prepared
-        begun.append((readers.submit(prepare_case, case, managers, limit), needed))
-    while begun:
-        yield begun.popleft()[0]
+    readers: Workers, ahead: int, cases: Sequence[CaseFiles], managers: Managers, limit: float
+) -> Iterator[Job]:
+    """Yield the preparation of each case in order; so many of the next are begun already, if memory holds them together."""
+    begun: deque[tuple[Job, int]] = deque()
+    following = 0
+
+    @cache
+    def needed(place: int) -> int:
+        return expected_bytes(cases[place].images, managers) if ahead else 0
+
+    def begin() -> None:
+        nonlocal following
+        job = readers.submit(prepare_case, cases[following], managers, limit)
+        begun.append((job, needed(following)))
+        following += 1
+
+    def begin_next(taken: int) -> None:
+        while following < len(cases) and len(begun) < ahead:
+            if taken + sum(each for _, each in begun) + needed(following) > limit:
+                break
+            begin()
+
+    if needed(0) < LARGE_BYTES:
+        following = 1
+        begin_next(needed(0))
+        yield done_here(prepare_case, cases[0], managers, limit)  # the other processes still start
+    while begun or following < len(cases):
+        if not begun:
+            begin()
+        job, taken = begun.popleft()
+        begin_next(taken)
+        yield job
 
 
 def run_cases(
@@ -208,7 +328,7 @@ def run_cases(
     """Predict all cases; the network works in this process.
 
     Args:
-        cases: to predict.
+        cases: to predict, at least one.
         predict: what the network does.
         managers: of the model.
         save_probabilities: as `write_case`.
@@ -220,43 +340,60 @@ def run_cases(
         What `write_case` returns, in the order of the cases.
 
     Raises:
-        FailedCases: some cases failed, also those whose process was killed; the others are finished.
+        FailedCases: some cases failed; the others are finished.
+        OSError: an output folder cannot be written to.
     """
     results: list[Any] = [None] * len(cases)
     failures: dict[str, str] = {}
     names = [case.name for case in cases]
-    written: dict[Future, int] = {}
+    written: dict[Future, tuple[int, Job]] = {}
 
     def failed(index: int, error: Exception) -> None:
         name = names[index]
         if names.count(name) > 1:  # outputs of one name in several folders
             name = cases[index].target or f"{name}, number {index}"
-        failures[name] = f"{type(error).__name__}: {error}"
+        failures[name] = reason_of(error)
         on_case(name, failures[name])
 
     def collect(limit: int) -> None:
         while len(written) > limit:
             for future in wait(written, return_when=FIRST_COMPLETED).done:
-                index = written.pop(future)
+                index, job = written.pop(future)
                 try:
-                    results[index] = future.result()
+                    results[index] = job.result()
                     on_case(cases[index].name, "")
                 except Exception as error:
                     failed(index, error)
 
     limit = free_bytes(torch.device("cpu"))  # now that no case takes any
-    with workers(preparing) as readers, workers(writing) as writers:
-        for index, prepared in enumerate(_prepared_ahead(readers, preparing, cases, managers, limit)):
-            try:
-                predicted = predict(cases[index], prepared.result())
-            except Exception as error:
-                failed(index, error)
-                continue
-            collect(writing)
-            executor = writers if predicted.logits.nbytes < LARGE_BYTES else _Inline()
-            written[executor.submit(write_case, predicted, managers, save_probabilities)] = index
-            del predicted
-        collect(0)
+    outputs = [Path(case.target).parent for case in cases if case.target is not None]
+    try:
+        # the folders are the outermost: they are removed when no process writes into them any more
+        with staging_folders(outputs) as stages, workers(preparing) as readers, workers(writing) as writers:
+            for index, prepared in enumerate(_prepared_ahead(readers, preparing, cases, managers, limit)):
+                try:
+                    predicted = predict(cases[index], prepared.result())
+                except Exception as error:
+                    failed(index, error)
+                    continue
+                collect(writing)
+                submit = writers.submit if predicted.logits.nbytes < LARGE_BYTES else done_here
+                job = submit(write_case, predicted, managers, save_probabilities, stages)
+                written[job.future] = index, job
+                del predicted, job
+            collect(0)
+    except (KeyboardInterrupt, SystemExit):  # what was being written is finished by now
+        for future, (index, _) in written.items():
+            if future.done() and not future.cancelled() and future.exception() is None:
+                on_case(names[index], "")
+        raise
     if failures:
         raise FailedCases(failures, len(cases))
     return results
+
+
+def reason_of(error: Exception) -> str:
+    """Text of an exception for the user; the kind is named only where nobody wrote that text for a user."""
+    if str(error) and isinstance(error, (ValueError, OSError, RuntimeError, MemoryError)):
+        return str(error)
+    return f"{type(error).__name__}: {error}"

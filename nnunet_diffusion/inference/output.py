@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-import socket
-import tempfile
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +19,6 @@ from nnunetv2.inference.export_prediction import (
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from numpy.typing import NDArray
 
-UNFINISHED = ".unfinished_"
-FOREIGN_SECONDS = 86400.0
 SAMPLES, REPORTS = "samples", "reports"
 Managers = tuple[PlansManager, ConfigurationManager, dict[str, Any]]
 """Plans, configuration and dataset.json of a model."""
@@ -51,15 +47,51 @@ class PredictedCase:
     report: Mapping[str, Any] = field(default_factory=dict)
 
 
-def write_case(case: PredictedCase, managers: Managers, save_probabilities: bool) -> Any:
+def mask_of(target: str | Path, ending: str) -> Path:
+    """File of a case's segmentation; `target` is its path without the file ending."""
+    return Path(f"{target}{ending}")
+
+
+def report_of(target: str | Path) -> Path:
+    """File of a case's report."""
+    return Path(target).parent / REPORTS / f"{Path(target).name}.json"
+
+
+def remove_case(target: str | Path, ending: str) -> None:
+    """Remove all files of a case, the segmentation first: without it, the others count for nothing.
+
+    Args:
+        target: path of the segmentation without its file ending.
+        ending: of the segmentation.
+    """
+    target = Path(target)
+    mask = mask_of(target, ending)
+    for path in (mask, Path(f"{target}.npz"), Path(f"{target}.pkl"), report_of(target)):
+        path.unlink(missing_ok=True)
+    samples = target.parent / SAMPLES
+    for folder in samples.iterdir() if samples.is_dir() else ():
+        if folder.is_dir():
+            (folder / mask.name).unlink(missing_ok=True)
+            _remove_if_empty(folder)
+    _remove_if_empty(samples)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    if folder.is_dir() and not any(folder.iterdir()):
+        with contextlib.suppress(OSError):  # another run may have written a sample into it meanwhile
+            folder.rmdir()
+
+
+def write_case(case: PredictedCase, managers: Managers, save_probabilities: bool, stages: Mapping[Path, Path]) -> Any:
     """Resample a case to its image and write its files, or return what nnU-Net's predictor returns.
 
-    Files are made in a folder of their own and renamed, the segmentation last: where it is, all others are.
+    Files are made aside and renamed, the segmentation last: where it is, all others are. A case that fails has no file.
 
     Args:
         case: the prediction.
         managers: of the model.
         save_probabilities: also write (or return) the mean probabilities.
+        stages: output folder -> folder of this run in it, see `staging_folders`.
 
     Returns:
         None if files were written, else the segmentation (*image), with `save_probabilities` a pair with the probabilities
@@ -72,25 +104,59 @@ def write_case(case: PredictedCase, managers: Managers, save_probabilities: bool
         return _converted(case, managers, save_probabilities)
     target = Path(case.target)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        prefix = f"{UNFINISHED}{os.getpid()}_{socket.gethostname()}_"
-        stage = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
+        stage = stages[target.parent] / target.name
+        stage.mkdir(exist_ok=True)  # it is there if a process was killed that wrote this case
         try:
             _write_all(case, stage, managers, save_probabilities)
-            made = [path for path in stage.rglob("*") if path.is_file()]
-            segmentation = stage / f"{case.name}{managers[2]['file_ending']}"
-            for path in sorted(made, key=lambda each: each == segmentation):
-                place = target.parent / path.relative_to(stage)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(path, place)
+            _publish(stage, target, managers[2]["file_ending"])
         finally:
             shutil.rmtree(stage, ignore_errors=True)
     except OSError as error:
         raise OSError(
-            f"The prediction of {case.name} could not be written to {target.parent}: {error}. Free some space or make the "
-            "folder writable, then run again with --continue_prediction."
+            f"{target}{managers[2]['file_ending']} could not be written ({error.strerror or error}): free some space or make "
+            "the folder writable, then run again with --continue_prediction"
         ) from error
     return None
+
+
+def _publish(stage: Path, target: Path, ending: str) -> None:
+    """Rename all files of a case to their places, each written to the disk before and its folder after."""
+    mask = stage / mask_of(target, ending).name
+    others = [path for path in stage.rglob("*") if path.is_file() and path != mask]
+    for path in (*others, mask):
+        _to_disk(path)
+    try:
+        for path in others:
+            _rename(path, target.parent / path.relative_to(stage))
+        for folder in {path.parent for path in others}:
+            _to_disk(target.parent / folder.relative_to(stage))
+        _rename(mask, target.parent / mask.name)
+        _to_disk(target.parent)
+    except BaseException:  # also when the run is told to end: a case is there as a whole or not at all
+        remove_case(target, ending)
+        raise
+
+
+def _rename(path: Path, place: Path) -> None:
+    while True:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.replace(path, place)
+            return
+        except FileNotFoundError:  # another run removed the folder because it was empty
+            if not path.is_file():
+                raise
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    if os.name != "posix":  # folders cannot be opened elsewhere, nor files synced that are opened for reading
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _write_all(case: PredictedCase, stage: Path, managers: Managers, save_probabilities: bool) -> None:
@@ -99,7 +165,7 @@ def _write_all(case: PredictedCase, stage: Path, managers: Managers, save_probab
     def export(logits: NDArray, folder: Path, probabilities: bool = False) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         export_prediction_from_logits(
-            logits, case.properties, configuration_manager, plans_manager, dataset_json, str(folder / case.name),
+            logits, case.properties, configuration_manager, plans_manager, dataset_json, str(folder / stage.name),
             probabilities,
         )  # fmt: skip
 
@@ -109,7 +175,7 @@ def _write_all(case: PredictedCase, stage: Path, managers: Managers, save_probab
     for name, logits in case.samples.items():
         export(logits.astype(np.float32), stage / SAMPLES / name)
     (stage / REPORTS).mkdir()
-    (stage / REPORTS / f"{case.name}.json").write_text(json.dumps(case.report, indent=2) + "\n")
+    (stage / REPORTS / f"{stage.name}.json").write_text(json.dumps(case.report, indent=2) + "\n")
 
 
 def _converted(case: PredictedCase, managers: Managers, save_probabilities: bool) -> Any:
@@ -125,25 +191,3 @@ def _converted(case: PredictedCase, managers: Managers, save_probabilities: bool
         return convert(case.logits, save_probabilities)
     segmentation = convert(case.decision, False)
     return (segmentation, convert(case.logits, True)[1]) if save_probabilities else segmentation
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Remove what killed runs left half made in an output folder, but nothing that another run is still making."""
-    for path in folder.glob(f"{UNFINISHED}*"):
-        if _is_abandoned(path):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_abandoned(path: Path) -> bool:
-    """Whether the process that its name tells has ended; on another machine, whether it is a day old."""
-    process, _, rest = path.name.removeprefix(UNFINISHED).partition("_")
-    try:
-        # elsewhere than on POSIX, signal 0 is no question
-        if os.name != "posix" or not (process.isdigit() and rest.startswith(f"{socket.gethostname()}_")):
-            return time.time() - path.stat().st_mtime > FOREIGN_SECONDS
-        os.kill(int(process), 0)
-    except (ProcessLookupError, PermissionError) as error:
-        return isinstance(error, ProcessLookupError)
-    except FileNotFoundError:  # renamed or removed meanwhile
-        return False
-    return False

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import os
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +14,22 @@ from batchgenerators.utilities.file_and_folder_operations import save_json
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.inference.data_iterators import PreprocessAdapterFromNpy
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
-from tqdm import tqdm
 
-from nnunet_diffusion.inference.cases import CaseFiles, PreparedCase, run_cases
+from nnunet_diffusion.inference.cases import (
+    CaseFiles,
+    FailedCases,
+    PreparedCase,
+    available_cores,
+    run_cases,
+    worker_numbers,
+)
 from nnunet_diffusion.inference.ensemble import VolumePrediction
-from nnunet_diffusion.inference.output import Managers, PredictedCase, remove_unfinished, write_case
+from nnunet_diffusion.inference.finished import hash_of_json, hash_of_weights, is_finished, why_not_kept
+from nnunet_diffusion.inference.output import Managers, PredictedCase, mask_of, remove_case, write_case
+from nnunet_diffusion.inference.progress import Progress
+from nnunet_diffusion.inference.staging import not_writable, staging_folders
 from nnunet_diffusion.inference.volume_predictor import OVERRIDES, VolumePredictor
+from nnunet_diffusion.input_files import find_images, refuse_overwriting
 
 VERSIONS = ("nnunet-diffusion", "nnunetv2", "torch", "numpy", "SimpleITK")
 
@@ -30,7 +38,12 @@ class DiffusionPredictor(VolumePredictor):
     """nnU-Net's predictor for models of `DiffusionTrainer`: its methods take and return what nnU-Net's do.
 
     All settings of the reverse process are those of `VolumePredictor`.
+
+    Attributes:
+        progress: of the last call of `predict_from_files`; None before its first case begins.
     """
+
+    progress: Progress | None = None
 
     # many cases ------------------------------------------------------------------------------------------------------
 
@@ -40,8 +53,8 @@ class DiffusionPredictor(VolumePredictor):
         output_folder_or_list_of_truncated_output_files: str | list[str] | None,
         save_probabilities: bool = False,
         overwrite: bool = True,
-        num_processes_preprocessing: int = default_num_processes,
-        num_processes_segmentation_export: int = default_num_processes,
+        num_processes_preprocessing: int | None = None,
+        num_processes_segmentation_export: int | None = None,
         folder_with_segs_from_prev_stage: str | None = None,
         num_parts: int = 1,
         part_id: int = 0,
@@ -50,58 +63,112 @@ class DiffusionPredictor(VolumePredictor):
         """Predict files as nnU-Net's method does; with `presegmentation_folder`, from the segmentations in it.
 
         Beside nnU-Net's files the output folder gets `reports/CASE.json` and, where samples are kept,
-        `samples/fold_F_sample_N/CASE`.
+        `samples/fold_F_sample_N/CASE`. What a case has there from a run before is removed when it is predicted again. With
+        `overwrite=False` finished cases are left out, if they were predicted with the same model and settings. Numbers of
+        processes that are None go by the cores and the cases.
 
         Raises:
-            FailedCases: some cases failed, with their names and reasons; all others are finished.
-            ValueError: images or arguments are missing.
+            FailedCases: some cases failed or images were left out, with their names and reasons; all others are finished.
+            OSError: nothing can be written to the output folder.
+            ValueError: images or arguments are missing or do not go together, or finished cases have other settings.
         """
         arguments = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
-        if not 0 <= part_id < num_parts:
-            raise ValueError(f"part_id is {part_id}; it must be 0 to num_parts - 1 = {num_parts - 1}")
-        if presegmentation_folder is not None and self.network.settings.from_noise:
+        self.progress = None
+        self._check_arguments(arguments)
+        cases, left_out = self._find_cases(arguments)
+        part = cases[part_id::num_parts]
+        if not overwrite:
+            self._refuse_other_settings(cases, save_probabilities)
+            part = [
+                case
+                for case in part
+                if case.target is None or not is_finished(case.target, self._managers, save_probabilities)
+            ]
+        self._prepare_output(arguments, part)
+        numbers = num_processes_preprocessing, num_processes_segmentation_export
+        try:
+            results = self._run_cases(part, save_probabilities, numbers)
+        except FailedCases as error:
+            raise FailedCases(error.failures, len(part), left_out) from None
+        if left_out:
+            raise FailedCases({}, len(part), left_out)
+        return results
+
+    def _check_arguments(self, arguments: dict[str, Any]) -> None:
+        number, of = arguments["part_id"], arguments["num_parts"]
+        if not 0 <= number < of:
+            raise ValueError(f"part_id is {number}; it must be 0 to num_parts - 1 = {of - 1}")
+        given = arguments["presegmentation_folder"]
+        if given is not None and self.network.settings.from_noise:
             raise ValueError(
-                f"The model starts from pure noise (from_noise in its plans), so what {presegmentation_folder} holds would not "
-                "be the start: give a start step too (--start_step)."
+                f"The model starts from pure noise (from_noise in its plans), so what {given} holds would not be the start: "
+                "give a start step too (--start_step)."
             )
-        previous = self.configuration_manager.previous_stage_name
-        if previous is not None and folder_with_segs_from_prev_stage is None:
-            raise ValueError(f"This configuration needs the segmentations of {previous}: give their folder.")
-        if previous is None and folder_with_segs_from_prev_stage is not None:
-            raise ValueError(
-                f"This configuration has no previous stage, whose segmentations {folder_with_segs_from_prev_stage} would be: "
-                "leave them out, or give them as presegmentation_folder (--presegmentation) to start from."
-            )
-        first = f"_0000{self.dataset_json['file_ending']}"
-        source = list_of_lists_or_source_folder
-        if isinstance(source, str) and not any(Path(source).glob(f"*{first}")):
-            raise ValueError(
-                f"{source} holds no image: no file in it ends with {first}, as the model's dataset has them."
-            )
-        self._write_description(arguments)
-        images, targets, from_previous = self._manage_input_and_output_lists(
-            list_of_lists_or_source_folder,
-            output_folder_or_list_of_truncated_output_files,
-            folder_with_segs_from_prev_stage,
-            overwrite,
-            part_id,
-            num_parts,
-            save_probabilities,
+        previous, folder = (
+            self.configuration_manager.previous_stage_name,
+            arguments["folder_with_segs_from_prev_stage"],
         )
-        ending = len(self.dataset_json["file_ending"]) + len("_0000")
+        if previous is not None and folder is None:
+            raise ValueError(f"This configuration needs the segmentations of {previous}: give their folder.")
+        if previous is None and folder is not None:
+            raise ValueError(
+                f"This configuration has no previous stage, whose segmentations {folder} would be: leave them out, or give "
+                "them as presegmentation_folder (--presegmentation) to start from."
+            )
+
+    def _find_cases(self, arguments: dict[str, Any]) -> tuple[list[CaseFiles], dict[str, str]]:
+        """All cases, of other parts too, and the images that are none, with the reason of each."""
+        source = arguments["list_of_lists_or_source_folder"]
+        output = arguments["output_folder_or_list_of_truncated_output_files"]
+        previous, given = arguments["folder_with_segs_from_prev_stage"], arguments["presegmentation_folder"]
+        ending = self.dataset_json["file_ending"]
+        left_out: dict[str, str] = {}
+        if isinstance(source, list):
+            names, images = [Path(files[0]).name[: -len(f"_0000{ending}")] for files in source], source
+        else:
+            found = find_images(source, ending)
+            names, images, left_out = list(found.cases), list(found.cases.values()), found.left_out
+        targets = (
+            output if isinstance(output, list) else [str(Path(output, name)) for name in names] if output else None
+        )
+        if targets is not None:
+            folders = {"-i": None if isinstance(source, list) else source}
+            folders |= {"--presegmentation": given, "-prev_stage_predictions": previous}
+            refuse_overwriting([Path(target) for target in targets], ending, images, folders)
         cases = [
             CaseFiles(
-                Path(targets[number]).name if targets else Path(files[0]).name[:-ending],
+                Path(targets[number]).name if targets else names[number],
                 files,
                 targets[number] if targets else None,
-                from_previous[number],
-                presegmentation_folder,
+                None if previous is None else str(Path(previous, f"{names[number]}{ending}")),
+                given,
             )
             for number, files in enumerate(images)
         ]
-        return self._run_cases(
-            cases, save_probabilities, num_processes_preprocessing, num_processes_segmentation_export
-        )
+        return cases, left_out
+
+    def _refuse_other_settings(self, cases: list[CaseFiles], save_probabilities: bool) -> None:
+        """Raise ValueError if a finished case was not predicted as this run would predict it."""
+        ending = self.dataset_json["file_ending"]
+        for case in cases:
+            if case.target is None or not mask_of(case.target, ending).is_file():
+                continue
+            reason = why_not_kept(case.target, ending, self._deciding(case, save_probabilities))
+            if reason and is_finished(case.target, self._managers, save_probabilities):
+                raise ValueError(reason)
+
+    def _prepare_output(self, arguments: dict[str, Any], cases: list[CaseFiles]) -> None:
+        """Write what describes the run, and remove what the cases have from a run before."""
+        target = arguments["output_folder_or_list_of_truncated_output_files"]
+        if not target:
+            return
+        folder = Path(target[0]).parent if isinstance(target, list) else Path(target)
+        try:
+            for case in cases:
+                remove_case(str(case.target), self.dataset_json["file_ending"])
+            self._write_description(folder, arguments)
+        except OSError as error:
+            raise not_writable(folder, error) from error
 
     def predict_from_files_sequential(
         self,
@@ -140,8 +207,9 @@ class DiffusionPredictor(VolumePredictor):
             target = item["ofile"]
             name = "image" if target is None else Path(target).name
             prepared = PreparedCase(np.asarray(data), item["data_properties"], None)
-            predicted = self._predict_case(CaseFiles(name, (), target), prepared)
-            results.append(write_case(predicted, self._managers, save_probabilities))
+            predicted = self._predict_case(CaseFiles(name, (), target), prepared, save_probabilities)
+            with staging_folders([] if target is None else [Path(target).parent]) as stages:
+                results.append(write_case(predicted, self._managers, save_probabilities, stages))
         return results
 
     def predict_single_npy_array(
@@ -164,27 +232,27 @@ class DiffusionPredictor(VolumePredictor):
     def _managers(self) -> Managers:
         return self.plans_manager, self.configuration_manager, self.dataset_json
 
-    def _run_cases(self, cases: list[CaseFiles], save_probabilities: bool, preparing: int, writing: int) -> list[Any]:
-        for folder in {Path(case.target).parent for case in cases if case.target is not None}:
-            remove_unfinished(folder)
-        # in a log file, or where nnU-Net's bars are off, a line per case
-        bar = tqdm(total=len(cases), unit="case", disable=None if self.allow_tqdm else True)
-        begin = time.perf_counter()
+    def _run_cases(
+        self, cases: list[CaseFiles], save_probabilities: bool, numbers: tuple[int | None, int | None]
+    ) -> list[Any]:
+        if not cases:
+            print("No case is left to predict.", flush=True)
+            return []
+        chosen = worker_numbers(cases, available_cores())
+        preparing, writing = (number if given is None else given for given, number in zip(numbers, chosen, strict=True))
+        self.progress = Progress(len(cases), self.allow_tqdm)
 
-        def on_case(name: str, failure: str) -> None:
-            bar.update()
-            seconds = time.perf_counter() - begin
-            if failure:
-                tqdm.write(f"{name} FAILED: {failure}", file=sys.stderr)
-            elif self.allow_tqdm and bar.disable:
-                print(f"{name} is finished, {seconds:.0f} s after the start", flush=True)
+        def predict(case: CaseFiles, prepared: PreparedCase) -> PredictedCase:
+            return self._predict_case(case, prepared, save_probabilities)
 
         try:
-            return run_cases(cases, self._predict_case, self._managers, save_probabilities, preparing, writing, on_case)
+            return run_cases(
+                cases, predict, self._managers, save_probabilities, preparing, writing, self.progress.count
+            )
         finally:
-            bar.close()
+            self.progress.close()
 
-    def _predict_case(self, case: CaseFiles, prepared: PreparedCase) -> PredictedCase:
+    def _predict_case(self, case: CaseFiles, prepared: PreparedCase, save_probabilities: bool) -> PredictedCase:
         prediction = self.predict_volume(torch.from_numpy(prepared.data), prepared.presegmentation)
         for note in (*prepared.notes, *prediction.notes):
             print(f"{case.name}: {note}", flush=True)
@@ -196,8 +264,31 @@ class DiffusionPredictor(VolumePredictor):
             None if prediction.decision is None else prediction.decision.numpy(),
             prepared.properties,
             {name: logits.numpy() for name, logits in prediction.samples.items()},
-            self._report(case, prepared, prediction),
+            {**self._deciding(case, save_probabilities), **self._report(case, prepared, prediction)},
         )
+
+    def _deciding(self, case: CaseFiles, save_probabilities: bool) -> dict[str, Any]:
+        """All that decides which files a case gets and what they hold, beside its image."""
+        if not self.weight_hashes:
+            self.weight_hashes = [hash_of_weights(weights) for weights in self.list_of_parameters]
+        given, previous = case.presegmentation, case.previous_stage
+        settings = self.network.settings
+        return {
+            **self.identity,
+            "folds": self.folds,
+            **{key: getattr(settings, key) for key in (*OVERRIDES, "eta", "from_noise", "start_from")},
+            "fusion": self.fusion,
+            "joint": self.joint,
+            "tile_step_size": self.tile_step_size,
+            "use_gaussian": self.use_gaussian,
+            "mirrored_presegmentation": bool(self.use_mirroring and self.allowed_mirroring_axes),
+            "presegmentation_folder": None if given is None else str(Path(given).resolve()),
+            "previous_stage_folder": None if previous is None else str(Path(previous).resolve().parent),
+            "save_probabilities": save_probabilities,
+            "keep_samples": self.keep_samples,
+            "weights_sha256": self.weight_hashes,
+            "plans_sha256": hash_of_json(self.plans_manager.plans),
+        }
 
     def _report(self, case: CaseFiles, prepared: PreparedCase, prediction: VolumePrediction) -> dict[str, Any]:
         settings, given = self.network.settings, prepared.presegmentation
@@ -206,12 +297,7 @@ class DiffusionPredictor(VolumePredictor):
             "case": case.name,
             "images": [str(path) for path in case.images],
             "voxels": list(prepared.data.shape[1:]),
-            **{key: getattr(settings, key) for key in (*OVERRIDES, "eta", "from_noise")},
             "start": own if given is None else given.source,
-            "fusion": self.fusion,
-            "joint": self.joint,
-            "folds": self.folds,
-            "mirrored_presegmentation": bool(self.use_mirroring and self.allowed_mirroring_axes),
             "network_evaluations": dataclasses.asdict(prediction.evaluations),
             "seconds": round(prediction.seconds, 3),
             "peak_memory_bytes": prediction.peak_bytes,
@@ -222,12 +308,8 @@ class DiffusionPredictor(VolumePredictor):
             "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
         }
 
-    def _write_description(self, arguments: dict[str, Any]) -> None:
+    def _write_description(self, folder: Path, arguments: dict[str, Any]) -> None:
         """Write beside the segmentations what nnU-Net writes and its other commands look for."""
-        target = arguments["output_folder_or_list_of_truncated_output_files"]
-        if target is None:
-            return
-        folder = Path(target) if isinstance(target, str) else Path(target[0]).parent
         described = {
             **arguments,
             "diffusion": self.network.settings.to_plans(),
@@ -240,11 +322,6 @@ class DiffusionPredictor(VolumePredictor):
             "dataset.json": self.dataset_json,
             "plans.json": self.plans_manager.plans,
         }
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for name, content in files.items():
-                save_json(content, str(folder / name), sort_keys=False)
-        except OSError as error:
-            raise OSError(
-                f"Nothing can be written to {folder} ({error}): make it writable or choose another -o."
-            ) from error
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            save_json(content, str(folder / name), sort_keys=False)

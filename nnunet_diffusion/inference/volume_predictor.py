@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import io
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -39,6 +41,10 @@ from nnunet_diffusion.training.presegmentor import trainer_class
 Folds = Sequence[int | str] | None
 OVERRIDES = ("sampler", "steps", "start_step", "samples", "seed", "presegmentation_weight")
 COMPILE = "nnUNet_compile"
+
+
+def _silent() -> contextlib.AbstractContextManager:
+    return contextlib.redirect_stdout(io.StringIO())
 
 
 class VolumePredictor(nnUNetPredictor):
@@ -102,8 +108,9 @@ class VolumePredictor(nnUNetPredictor):
         deterministic: bool = False,
     ) -> None:
         on_device = perform_everything_on_device and device.type == "cuda"
-        super().__init__(tile_step_size, use_gaussian, use_mirroring, on_device, device, verbose, verbose_preprocessing,
-                         allow_tqdm)  # fmt: skip
+        with _silent():  # off a GPU, nnU-Net warns of perform_everything_on_device unasked
+            super().__init__(tile_step_size, use_gaussian, use_mirroring, on_device, device, verbose, verbose_preprocessing,
+                             allow_tqdm)  # fmt: skip
         self.allow_tqdm: bool = allow_tqdm
         if fusion not in FUSIONS:
             raise ValueError(f"fusion is {fusion!r}; known: {', '.join(FUSIONS)}")
@@ -119,6 +126,8 @@ class VolumePredictor(nnUNetPredictor):
         if deterministic:
             ask_cublas()
         self.folds: list[str] = []
+        self.identity: dict[str, Any] = {}  # of the model, for the report of each case
+        self.weight_hashes: list[str] = []  # of each fold, once they are needed
 
     # loading ---------------------------------------------------------------------------------------------------------
 
@@ -135,8 +144,9 @@ class VolumePredictor(nnUNetPredictor):
         model = read_model(Path(model_training_output_dir), folds, checkpoint_name, self.trust_checkpoint)
         plans = PlansManager(model.plans)
         configuration = plans.get_configuration(model.configuration)
-        trainer = trainer_class(model.trainer_name, f"{model_training_output_dir}")
-        with trusting(self.trust_checkpoint):
+        # nnU-Net's search for trainers says where it looks
+        with _silent(), trusting(self.trust_checkpoint):
+            trainer = trainer_class(model.trainer_name, model_training_output_dir)
             network = trainer.build_network_architecture(
                 plans,
                 configuration,
@@ -151,6 +161,7 @@ class VolumePredictor(nnUNetPredictor):
             network, plans, configuration, model.weights, model.dataset_json, model.trainer_name, model.mirroring_axes
         )
         self.folds = model.folds
+        self.identity |= {"configuration": model.configuration, "checkpoint": checkpoint_name}
 
     def manual_initialization(
         self,
@@ -181,6 +192,8 @@ class VolumePredictor(nnUNetPredictor):
         self.allowed_mirroring_axes = inference_allowed_mirroring_axes
         self.label_manager = plans_manager.get_label_manager(dataset_json)
         self.folds = [str(number) for number in range(len(self.list_of_parameters))]
+        self.identity = {"trainer": trainer_name, "plans": plans_manager.plans_name}
+        self.weight_hashes = []
 
     def _fitting_overrides(self, network: DiffusionSegmenter) -> dict[str, Any]:
         """The settings given; without `steps`, no more of them than a given start step allows."""

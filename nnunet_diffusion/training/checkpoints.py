@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import pickle
 import re
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from nnunet_diffusion.finite import all_finite
 from nnunet_diffusion.networks.architectures import refuse_unknown_classes
 from nnunet_diffusion.settings import PLANS_KEY
 
@@ -159,16 +161,20 @@ def refuse_foreign_checkpoint(checkpoint: Mapping[str, Any], name: str, training
 
 
 def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
-    """Write a checkpoint aside and rename it, so that the previous one stays whole until the new one is.
+    """Write a checkpoint aside and rename it, so that the previous one stays whole until the new one is on the disk.
 
     Raises:
+        FloatingPointError: as `refuse_not_finite`; the previous file is untouched.
         OSError: if it cannot be written (full disk, read-only folder); the previous file is untouched.
     """
+    refuse_not_finite(checkpoint["network_weights"], path)
     write_aside(lambda aside: torch.save(checkpoint, aside), path)
 
 
 def write_aside(write: Callable[[str], object], path: str | Path) -> None:
     """Let `write` make a file under another name, then rename it to `path`; nothing is renamed if it makes none.
+
+    When this returns, the file survives a power loss.
 
     Raises:
         OSError: as `write_checkpoint`.
@@ -178,13 +184,51 @@ def write_aside(write: Callable[[str], object], path: str | Path) -> None:
     try:
         write(str(aside))
         if aside.is_file():
+            _sync(aside)
             os.replace(aside, path)
-    except (OSError, RuntimeError) as error:
+            _sync(path.parent)
+    except BaseException as error:  # signals, too, leave nothing behind
         aside.unlink(missing_ok=True)
+        if not isinstance(error, (OSError, RuntimeError)):
+            raise
         raise OSError(
             f"Could not write {path}: {error}. The previous checkpoint, if any, is untouched: free some space or make the "
             "folder writable, then continue with --c."
         ) from error
+
+
+def _sync(path: Path) -> None:
+    """Have the system write a file, or a folder's list of names, to the disk."""
+    folder = path.is_dir()
+    if folder and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not folder or error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise  # else a file system whose folders cannot be synced, such as some network shares
+    finally:
+        os.close(descriptor)
+
+
+def refuse_not_finite(weights: Mapping[str, torch.Tensor], path: str | Path) -> None:
+    """Keep a network with NaN or infinite weights from replacing a good checkpoint.
+
+    Args:
+        weights: of the network.
+        path: of the checkpoint to write.
+
+    Raises:
+        FloatingPointError: naming the first such weights, the file and the cure.
+    """
+    for name, values in weights.items():
+        if values.is_floating_point() and values.numel() and not all_finite(values):
+            raise FloatingPointError(
+                f"{path} was not written: the network's {name} has become NaN or infinite. What was written before is kept: "
+                "continue from it (with --c if the denoiser was trained, else by the same command). If it happens again, look "
+                "for extreme intensities in the training cases, or train anew with a lower learning rate."
+            )
 
 
 def remove_what_killed_jobs_left(folder: Path) -> None:

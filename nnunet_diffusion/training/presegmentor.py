@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import inspect
-import json
 import math
 import os
 import time
@@ -28,10 +27,12 @@ from nnunet_diffusion.planning.data_reuse import SAME_DATA, same_entries
 from nnunet_diffusion.training.checkpoints import (
     DIFFUSION_KEY,
     read_checkpoint,
+    refuse_not_finite,
     remove_what_killed_jobs_left,
     write_aside,
 )
 from nnunet_diffusion.training.checks import check_batch
+from nnunet_diffusion.training.ending import end_loaders
 from nnunet_diffusion.training.other_jobs import (
     LOCK_SECONDS,
     SUMMARY,
@@ -40,6 +41,7 @@ from nnunet_diffusion.training.other_jobs import (
     claim_log,
     give_way_to_stock_training,
     locked,
+    measured_cases,
     wait_for_stock_training,
 )
 from nnunet_diffusion.training.outlook import announce
@@ -64,9 +66,8 @@ def ensure_presegmentor(
     """Return the final checkpoint of the pre-segmentor, training and validating it first where it does not exist.
 
     The training is nnU-Net's own, with a checkpoint each epoch; a half-trained one is resumed. A lock in the fold's folder
-    keeps other jobs from training the same network meanwhile; it is the operating system's, so it ends with its job. A job
-    of nnU-Net's own, which knows no lock, is waited for, also if it begins later. All ranks of a distributed training call
-    this together.
+    keeps other jobs from training the same network meanwhile; it ends with its job. A job of nnU-Net's own, which knows no
+    lock, is waited for, also if it begins later. All ranks of a distributed training call this together.
 
     Args:
         trainer_name: an nnU-Net trainer that nnU-Net's own search finds.
@@ -79,7 +80,7 @@ def ensure_presegmentor(
     """
     folder = Path(get_output_folder(dataset_name, trainer_name, plans_name, configuration, fold))
     final, summary = folder / "checkpoint_final.pth", folder / SUMMARY
-    if agreed(final.is_file() and _measured(summary) is not None):
+    if agreed(final.is_file() and measured_cases(summary) is not None):
         log(f"Pre-segmentor: {final} is trained already.")
         return final
     folder.mkdir(parents=True, exist_ok=True)
@@ -95,14 +96,14 @@ def ensure_presegmentor(
                 log(f"Pre-segmentor: nnU-Net's own training began in {folder}, so this one gives way to it.")
                 trainer = None
                 wait_for_stock_training(folder, log)
-        if not agreed(_measured(summary) is not None):
+        if not agreed(measured_cases(summary) is not None):
             if trainer is None:
                 trainer = _make_trainer(trainer_name, dataset_name, configuration, fold, plans_name, True, device)
                 _refuse_other_plans(final, trainer)
                 trainer.load_checkpoint(str(final))
             log("Pre-segmentor: validation with probabilities.")
             trainer.perform_actual_validation(save_probabilities=True)
-            while trainer.local_rank != 0 and _measured(summary) is None:
+            while trainer.local_rank != 0 and measured_cases(summary) is None:
                 time.sleep(LOCK_SECONDS)  # rank 0 measures all cases: a collective call would not wait that long
         if trainer is not None:
             _finish_loggers(trainer)
@@ -121,7 +122,7 @@ def presegmentor_state(folder: Path, given: bool = False) -> str:
         given: whether the user named it.
     """
     final = folder / "checkpoint_final.pth"
-    if given or (final.is_file() and _measured(folder / SUMMARY) is not None):
+    if given or (final.is_file() and measured_cases(folder / SUMMARY) is not None):
         named = f", named by {PRESEGMENTOR_FOLDER}" if given else ""
         return f"trained already, {read_checkpoint(final)['current_epoch']} epochs{named}"
     if final.is_file():
@@ -140,6 +141,9 @@ def _trained(trainer: nnUNetTrainer, resumable: bool, log: Callable[[str], None]
     announce(trainer, "pre-segmentor", log)
     try:
         trainer.run_training()
+    except (KeyboardInterrupt, SystemExit):
+        end_loaders(trainer)
+        raise
     except StockTrainingBegan:
         for loader in (trainer.dataloader_train, trainer.dataloader_val):
             if hasattr(loader, "_finish"):  # worker processes
@@ -167,8 +171,13 @@ def _make_trainer(
 def _save_often_and_whole(trainer: nnUNetTrainer) -> None:
     """Save each epoch, aside: nnU-Net saves every 50 and writes over the last file, which a killed job leaves in pieces."""
     save = trainer.save_checkpoint
+
+    def save_whole(path: str) -> None:
+        refuse_not_finite(trainer.network.state_dict(), path)
+        write_aside(save, path)
+
     trainer.save_every = 1
-    trainer.save_checkpoint = lambda path: write_aside(save, path)
+    trainer.save_checkpoint = save_whole
 
 
 def _load_last_checkpoint(trainer: nnUNetTrainer, resumable: bool) -> None:
@@ -339,19 +348,9 @@ def _refuse_misfit(
             )
 
 
-def _measured(summary: Path) -> list[Any] | None:
-    """Return the cases of a validation's summary; None if it is not there or not whole, as nnU-Net writes it in place."""
-    if not summary.is_file():
-        return None
-    try:
-        return json.loads(summary.read_text())["metric_per_case"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return None
-
-
 def _refuse_other_split(path: Path, validation_cases: Sequence[str], file_ending: str) -> None:
     """Raise ValueError if the pre-segmentor's own validation had other cases; without one there is nothing to compare."""
-    measured = _measured(path.parent / SUMMARY)
+    measured = measured_cases(path.parent / SUMMARY)
     if not measured:
         return
     theirs = {Path(case["prediction_file"]).name.removesuffix(file_ending) for case in measured}

@@ -68,7 +68,8 @@ def test_unset_folder(folders, monkeypatch, capsys, name):
 def test_folder_that_does_not_exist(folders, monkeypatch, capsys):
     monkeypatch.setenv("nnUNet_preprocessed", "/nowhere/at/all")
     line = error_of(capsys, "7", "2d", "0")
-    assert "/nowhere/at/all" in line and "nnUNetv2_plan_and_preprocess" in line
+    assert "/nowhere/at/all, which is not a folder" in line
+    assert "nnUNetv2_extract_fingerprint -d 7 --verify_dataset_integrity && nnunet_diffusion plan -d 7" in line
 
 
 def test_unknown_dataset(folders, capsys):
@@ -79,7 +80,12 @@ def test_unknown_dataset(folders, capsys):
 
 def test_dataset_that_is_only_raw(folders, capsys):
     (folders.parents[1] / "nnUNet_raw" / "Dataset008_Raw").mkdir()
+    extract = "is not preprocessed yet; run: nnUNetv2_extract_fingerprint -d 8 --verify_dataset_integrity && "
+    ours = f"{extract}nnunet_diffusion plan -d 8 --preprocess -c 3d_fullres"
     line = error_of(capsys, "8", "3d_fullres", "0")
+    assert line.endswith(f"{ours}, then train with -p nnUNetDiffusionPlans")
+    assert f"{ours} -device cpu, then" in error_of(capsys, "8", "3d_fullres", "0", "-device", "cpu")
+    line = error_of(capsys, "Dataset008_Raw", "3d_fullres", "0", "-p", "nnUNetPlans")
     assert "run: nnUNetv2_plan_and_preprocess -d 8 -c 3d_fullres --verify_dataset_integrity" in line
 
 
@@ -97,9 +103,9 @@ def test_missing_fingerprint(folders, capsys, name):
 
 def test_missing_plans(folders, capsys):
     line = error_of(capsys, "7", "2d", "0", "-p", "nnUNetResEncUNetMPlans")
-    assert "there are: nnUNetPlans" in line and "nnUNetv2_plan_experiment -d 7" in line
+    assert "with -p nnUNetPlans, or run: nnUNetv2_plan_and_preprocess -d 7 -pl nnUNetPlannerResEncM -c 2d" in line
     (folders / "nnUNetPlans.json").unlink()
-    assert "run: nnUNetv2_plan_experiment -d 7" in error_of(capsys, "7", "2d", "0")
+    assert "run: nnunet_diffusion plan -d 7 --preprocess -c 2d" in error_of(capsys, "7", "2d", "0")
 
 
 def test_plans_that_are_no_json(folders, capsys):
@@ -129,7 +135,7 @@ def test_gpu_that_is_not_there(folders, monkeypatch, capsys):
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "add: -device cpu" in error_of(capsys, "7", "2d", "0")
+    assert "add -device cpu" in error_of(capsys, "7", "2d", "0")
 
 
 def test_pretrained_weights_of_nnunet_itself_and_of_no_checkpoint(folders, tmp_path, capsys):
@@ -181,9 +187,13 @@ def test_everything_reaches_nnunet_unchanged(folders, monkeypatch, trainer, conf
 @pytest.mark.parametrize(
     ("plans_name", "command"),
     [
-        ("nnUNetPlans", "nnUNetv2_plan_experiment -d 7"),
-        ("nnUNetDiffusionPlans", "nnunet_diffusion plan -d 7"),
-        ("nnUNetDiffusionResEncUNetLPlans", "nnunet_diffusion plan -d 7 -pl DiffusionPlannerResEncL"),
+        ("nnUNetPlans", "nnUNetv2_plan_and_preprocess -d 7 -c 2d --verify_dataset_integrity"),
+        ("nnUNetDiffusionPlans", "nnunet_diffusion plan -d 7 --preprocess -c 2d"),
+        ("myPlans", "nnunet_diffusion plan -d 7 --preprocess -c 2d -overwrite_plans_name myPlans"),
+        (
+            "nnUNetDiffusionResEncUNetLPlans",
+            "nnunet_diffusion plan -d 7 --preprocess -c 2d -pl DiffusionPlannerResEncL",
+        ),
     ],
 )
 def test_the_cure_is_a_command_that_makes_these_plans(folders, capsys, plans_name, command):

@@ -1,7 +1,7 @@
 """Processes that die, networks that fail: one clear message, and no error taken for another."""
 
 import os
-from concurrent.futures import Executor, Future
+import time
 
 import nibabel
 import numpy as np
@@ -10,7 +10,8 @@ import torch
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from torch import nn
 
-from nnunet_diffusion.inference.cases import CaseFiles, FailedCases, _prepared_ahead, run_cases
+from nnunet_diffusion.inference import cases
+from nnunet_diffusion.inference.cases import CaseFiles, FailedCases, Workers, _prepared_ahead, run_cases
 from nnunet_diffusion.inference.output import PredictedCase
 from nnunet_diffusion.inference.reading import expected_bytes
 from nnunet_diffusion.inference.volume import Evaluations
@@ -19,16 +20,41 @@ from nnunet_diffusion.segmenter import DiffusionSegmenter
 from nnunet_diffusion.settings import DiffusionSettings
 
 
-class Deadly(list):
-    """Files that kill the process that receives them, as the system does when memory is short."""
+class Deadly(str):
+    """Kills the process that receives it, as the system does when memory is short."""
 
     def __reduce__(self):
         return os._exit, (1,)
 
 
-def image(folder, name, shape=(6, 7, 8), spacing=(1, 1, 1)):
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [1, 2])
+def test_killed_process_costs_its_case_only(number, managers_of):
+    missing = [CaseFiles(name, [name], previous_stage=f"{name}.nii") for name in "acde"]
+    listed = [missing[0], CaseFiles("b", [Deadly()]), *missing[1:]]
+    with pytest.raises(FailedCases) as error:
+        run_cases(listed, None, managers_of(), False, number, 0, lambda *_: None)
+    failures = error.value.failures
+    assert failures.keys() == set("abcde")
+    assert "was killed, most often for lack of memory" in failures.pop("b")
+    assert failures == {name: f"{name}.nii is missing" for name in "acde"}
+
+
+def test_a_killed_process_does_not_take_what_another_was_doing_with_it():
+    pool = Workers(2)
+    try:
+        slow, deadly = pool.submit(time.sleep, 2), pool.submit(Deadly().__reduce__()[0], 1)
+        with pytest.raises(MemoryError, match="killed"):
+            deadly.result()
+        assert slow.result() is None  # done once more
+        assert pool.submit(abs, -3).result() == 3
+    finally:
+        pool.shutdown(cancel=True)
+
+
+def image(folder, name, spacing=(1, 1, 1)):
     path = folder / f"{name}_0000.nii.gz"
-    voxels = np.random.default_rng(0).random(shape).astype(np.float32)
+    voxels = np.random.default_rng(0).random((6, 7, 8)).astype(np.float32)
     nibabel.save(nibabel.Nifti1Image(voxels, np.diag([*spacing, 1])), path)
     return [str(path)]
 
@@ -40,53 +66,51 @@ def first_class(case, prepared):
     return PredictedCase(case.name, case.target, logits, None, prepared.properties)
 
 
-@pytest.mark.slow
 @pytest.mark.nnunet
-@pytest.mark.parametrize("processes", [1, 2])
-def test_killed_worker_costs_its_case_only(tmp_path, managers_of, processes):
-    """Beside a case whose spacing, 1000 mm, asks for more memory than any machine has."""
-    images = {name: image(tmp_path, name) for name in "abd"} | {"c": image(tmp_path, "c", spacing=(1000,) * 3)}
-    images["b"] = Deadly(images["b"])
-    cases = [CaseFiles(name, images[name], str(tmp_path / "out" / name)) for name in "abcd"]
-    ended = []
-    with pytest.raises(FailedCases, match="2 of 4 cases failed") as failed:
-        run_cases(cases, first_class, managers_of(), False, processes, 0, lambda name, _: ended.append(name))
-    assert sorted(ended) == list("abcd")
-    assert set(failed.value.failures) == {"b", "c"}
-    assert "was killed, mostly for lack of memory" in failed.value.failures["b"]
-    assert "8000 x 7000 x 6000 voxels" in failed.value.failures["c"]
-    for name in "ad":
-        assert (SimpleITKIO().read_seg(str(tmp_path / "out" / f"{name}.nii.gz"))[0] == 1).all()
+def test_case_that_would_be_resampled_to_more_than_any_memory_costs_itself_only(tmp_path, managers_of):
+    spacings = {"a": (1, 1, 1), "b": (1000, 1000, 1000), "c": (1, 1, 1)}
+    listed = [CaseFiles(name, image(tmp_path, name, edge), str(tmp_path / name)) for name, edge in spacings.items()]
+    with pytest.raises(FailedCases, match="1 of 3 cases failed") as failed:
+        run_cases(listed, first_class, managers_of(), False, 0, 0, lambda *_: None)
+    assert "b_0000.nii.gz, resampled from 1000 x 1000 x 1000 mm" in failed.value.failures["b"]
+    assert "would have 8000 x 7000 x 6000 voxels and need" in failed.value.failures["b"]
+    for name in "ac":
+        assert (SimpleITKIO().read_seg(str(tmp_path / f"{name}.nii.gz"))[0] == 1).all()
 
 
-class Recorder(Executor):
+class Recorder:
     """Takes work and never does it."""
 
     def __init__(self):
         self.begun = []
 
-    def submit(self, fn, case, *arguments):
+    def submit(self, function, case, *arguments):
         self.begun.append(case.name)
-        return Future()
 
 
 @pytest.mark.nnunet
 @pytest.mark.parametrize(
     ("room", "begun"),
     [
-        (100, [4, 5, 6, 6, 6, 6]),
-        (3.5, [3, 3, 4, 5, 6, 6]),  # one of the three is the one that the network has
-        (2.5, [2, 2, 3, 4, 5, 6]),
-        (0.5, [1, 2, 3, 4, 5, 6]),
+        (100, [3, 4, 5, 5, 5, 5]),
+        (3.5, [2, 3, 4, 5, 5, 5]),  # beside the one that the network has
+        (2.5, [1, 2, 3, 4, 5, 5]),
+        (0.5, [0, 1, 2, 3, 4, 5]),
     ],
 )
-def test_only_as_many_cases_are_prepared_ahead_as_fit_into_memory_together(tmp_path, managers_of, room, begun):
+def test_only_as_many_cases_are_prepared_ahead_as_fit_into_memory_together(
+    tmp_path, managers_of, monkeypatch, room, begun
+):
     managers, readers = managers_of(), Recorder()
-    cases = [CaseFiles(name, image(tmp_path, name)) for name in "abcdef"]
-    one = expected_bytes(cases[0].images, managers)
+    listed = [CaseFiles(name, image(tmp_path, name)) for name in "abcdef"]
+    one = expected_bytes(listed[0].images, managers)
     assert one > 6 * 7 * 8 * 4
-    assert [len(readers.begun) for _ in _prepared_ahead(readers, 3, cases, managers, room * one)] == begun
-    assert readers.begun == list("abcdef")
+    assert [len(readers.begun) for _ in _prepared_ahead(readers, 3, listed, managers, room * one)] == begun
+    assert readers.begun == list("bcdef")  # the first one is prepared here
+    monkeypatch.setattr(cases, "LARGE_BYTES", one)
+    readers = Recorder()
+    assert len(list(_prepared_ahead(readers, 3, listed, managers, room * one))) == 6
+    assert readers.begun == list("abcdef")  # but not where that could end the run
 
 
 class Failing(nn.Module):

@@ -4,6 +4,7 @@ import os
 import pickle
 import re
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -106,7 +107,7 @@ def test_failed_write_leaves_the_previous_file_whole_and_nothing_else(tmp_path, 
 
     monkeypatch.setattr(torch, "save", half)
     with pytest.raises(OSError, match=r"checkpoint_latest\.pth: No space left.*untouched.*--c"):
-        write_checkpoint({}, path)
+        write_checkpoint(CHECKPOINT, path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
@@ -307,3 +308,58 @@ def test_torch_that_checkpoints_can_break_reads_none(tmp_path, monkeypatch, vers
         return
     with pytest.raises(ValueError, match=rf"a\.pth is not read: torch {re.escape(version)}.*torch>=2.10"):
         read_checkpoint(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+def test_write_that_a_signal_ends_leaves_nothing(tmp_path, monkeypatch, stop):
+    path = tmp_path / "checkpoint_latest.pth"
+    write_checkpoint(CHECKPOINT, path)
+    before = path.read_bytes()
+
+    def half(checkpoint, file):
+        with open(file, "wb") as opened:
+            opened.write(before[:100])
+        raise stop
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(stop):
+        write_checkpoint(CHECKPOINT, path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_checkpoint_is_on_the_disk_before_it_has_its_name_and_the_name_is_too(tmp_path, monkeypatch):
+    events = []
+    sync, replace = os.fsync, os.replace
+
+    def synced(descriptor):
+        events.append(("sync", Path(os.readlink(f"/proc/self/fd/{descriptor}"))))
+        sync(descriptor)
+
+    def renamed(source, target):
+        events.append(("rename", Path(target)))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    write_checkpoint(CHECKPOINT, tmp_path / "a.pth")
+    (first, aside), *rest = events
+    assert first == "sync" and aside.name.startswith(".a.pth") and aside.parent == tmp_path
+    assert rest == [("rename", tmp_path / "a.pth"), ("sync", tmp_path)]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_network_that_is_not_finite_replaces_no_good_checkpoint(workplace, tmp_path, value):
+    trainer = workplace.trainer(DiffusionTrainer)
+    trainer.initialize()
+    path = tmp_path / "checkpoint_latest.pth"
+    trainer.save_checkpoint(str(path))
+    before = path.read_bytes()
+    with torch.no_grad():
+        next(trainer.ema.module.parameters()).view(-1)[0] = value
+    with pytest.raises(
+        FloatingPointError, match=r"checkpoint_latest.pth was not written: the network's denoiser\..*kept"
+    ):
+        trainer.save_checkpoint(str(path))
+    assert path.read_bytes() == before
+    assert list(tmp_path.glob("*.pth")) == [path]

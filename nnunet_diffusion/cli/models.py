@@ -1,0 +1,103 @@
+"""Which trained model `nnunet_diffusion predict` means, found without importing torch."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+
+from nnunet_diffusion.cli.errors import CommandError
+from nnunet_diffusion.cli.folders import RESULTS, dataset_prefix, datasets_in, folder_in
+from nnunet_diffusion.json_files import read_plans
+
+NAME_PARTS = ("tr", "p", "c")  # arguments that make up a model folder's name, in their order
+
+
+def model_folder(options: argparse.Namespace, environment: Mapping[str, str]) -> Path:
+    """Folder of the one model that `-m`, or `-d` with what is given of `-tr`, `-p` and `-c`, means.
+
+    Args:
+        options: with m, d, tr, p, c (None where not given) and chk.
+        environment: variables of the process.
+
+    Raises:
+        CommandError: no model fits, or several do; names them and what to type.
+    """
+    if options.m is not None:
+        if not Path(options.m).is_dir():
+            raise CommandError(
+                f"-m is {options.m}, but there is no model folder of that name: correct it, or train first"
+            )
+        return Path(options.m)
+    if options.d is None:
+        raise CommandError(
+            "give the model as -d ID (with -c, -p and -tr where several are trained), or its folder as -m"
+        )
+    dataset = _dataset_folder(options.d, Path(folder_in(environment, RESULTS, ", or give -m MODEL_FOLDER")))
+    trained = [path for path in sorted(dataset.glob("*__*__*")) if any(path.glob(f"fold_*/{options.chk}"))]
+    found = [path for path in trained if _fits(path, options)]
+    if len(found) == 1:
+        return found[0]
+    given = " ".join(f"-{name} {value}" for name in ("d", *NAME_PARTS) if (value := getattr(options, name)) is not None)
+    if found:
+        raise CommandError(f"{len(found)} trained models fit {given}; type one of:\n{_to_type(found, options.d)}")
+    if trained:
+        raise CommandError(
+            f"no trained model of a diffusion trainer fits {given}; in {dataset} there are:\n{_to_type(trained, options.d)}"
+        )
+    raise CommandError(f"{dataset} has no trained model of a diffusion trainer with {options.chk}; train one first")
+
+
+def _dataset_folder(name_or_id: str, results: Path) -> Path:
+    found = datasets_in(results, dataset_prefix(name_or_id))
+    if len(found) > 1:
+        raise CommandError(f"-d is {name_or_id}, which {results} has several of; type one of: {', '.join(found)}")
+    if not found:
+        raise CommandError(
+            f"-d is {name_or_id}, but {results} has no models of that dataset: correct -d, or train first"
+        )
+    return results / found[0]
+
+
+def _to_type(models: list[Path], dataset: str) -> str:
+    lines = []
+    for model in models:
+        words = zip(NAME_PARTS, model.name.split("__"), strict=False)
+        lines.append(f"  -d {dataset} " + " ".join(f"-{name} {value}" for name, value in words))
+    return "\n".join(lines)
+
+
+def _fits(model: Path, options: argparse.Namespace) -> bool:
+    parts = zip(NAME_PARTS, model.name.split("__"), strict=False)
+    if any(getattr(options, name) not in (None, part) for name, part in parts):
+        return False
+    return options.tr is not None or _is_of_diffusion_trainer(model)
+
+
+def _is_of_diffusion_trainer(model: Path) -> bool:
+    """Whether its plans have settings of a diffusion trainer; stock trainers may have used such plans too."""
+    trainer, _, configuration = (*model.name.split("__"), "", "")[:3]
+    if trainer.startswith("nnUNetTrainer"):
+        return False
+    try:
+        plans = read_plans(model / "plans.json", "")
+    except (OSError, ValueError):
+        return True  # what is wrong with them is said when the model is loaded
+    section = plans["configurations"].get(configuration, {}).get("diffusion")
+    return section is not None and section.get("presegmentor_trainer") != trainer
+
+
+def finished_folds(model: Path, checkpoint: str) -> list[str]:
+    """Names of the folds that have a checkpoint: numbers, or "all" where there is no other.
+
+    Raises:
+        CommandError: no fold has one; names those there are.
+    """
+    found = sorted(path.parent.name.removeprefix("fold_") for path in model.glob(f"fold_*/{checkpoint}"))
+    if not found:
+        others = sorted({path.name for path in model.glob("fold_*/checkpoint_*.pth")})
+        raise CommandError(
+            f"no fold of {model} has {checkpoint}"
+            + (f"; its training has not ended, there is: {', '.join(others)} (-chk)" if others else ": train first")
+        )
+    return [fold for fold in found if fold != "all"] or found
