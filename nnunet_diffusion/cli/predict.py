@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import multiprocessing
 import os
 import sys
 from collections.abc import Iterator
@@ -93,6 +92,13 @@ def _add_own_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="GIB",
         help="memory of the device that a volume's state may take (what is free)",
     )
+    add(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="of the CPU; results depend on it in the last bits (cores; with a GPU 1)",
+    )
+    add("--deterministic", action="store_true", help="the same bits on a GPU in each run; slower")
     add("--trust_checkpoint", action="store_true", help="load a checkpoint that may run code")
     add("--quiet", action="store_true", help="print errors only")
 
@@ -146,6 +152,8 @@ def check_options(options: argparse.Namespace) -> None:
     for name in ("npp", "nps"):
         if (getattr(options, name) or 0) < 0:
             raise CommandError(f"-{name} is {getattr(options, name)}, but must be 0 (no further process) or more")
+    if options.threads is not None and options.threads < 1:
+        raise CommandError(f"--threads is {options.threads}, but must be 1 or more")
     if options.state_memory is not None and not 0 <= options.state_memory < float("inf"):
         raise CommandError(f"--state_memory is {options.state_memory:g}, but must be a number of GiB, 0 or more")
     for fold in options.f or ():
@@ -181,8 +189,6 @@ def _loaded_predictor(options: argparse.Namespace, model: Path, folds: list[str]
     from nnunet_diffusion.inference import DiffusionPredictor
 
     check_device(options.device)
-    # as nnUNetv2_predict sets them
-    torch.set_num_threads(multiprocessing.cpu_count() if options.device == "cpu" else 1)
     with named_for_the_user(FileNotFoundError, ValueError, RuntimeError):
         predictor = DiffusionPredictor(
             tile_step_size=options.step_size,
@@ -203,6 +209,8 @@ def _loaded_predictor(options: argparse.Namespace, model: Path, folds: list[str]
             keep_samples=options.keep_samples,
             trust_checkpoint=options.trust_checkpoint,
             state_memory_gb=options.state_memory,
+            threads=options.threads,
+            deterministic=options.deterministic,
         )
         predictor.initialize_from_trained_model_folder(str(model), folds, options.chk)
     return predictor

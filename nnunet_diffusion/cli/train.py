@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -116,25 +117,48 @@ def check_raw_images(options: argparse.Namespace, environment: Mapping[str, str]
     nothing to look at.
     """
     folders = check_folders(options, environment)
+    if RAW not in folders:
+        return
     dataset = find_dataset(options, folders)
-    images = folders.get(RAW, Path("/nowhere")) / dataset / "imagesTr"
     memory = folders[PREPROCESSED] / dataset / CHECKED
-    known = read_dictionary(memory, f"remove {memory}") if memory.is_file() else {}
-    found = {path: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(images.glob("*.nii*"))}
+    with named_for_the_user(ValueError):
+        known = read_dictionary(memory, "remove it") if memory.is_file() else {}
+    images = sorted((folders[RAW] / dataset / "imagesTr").glob("*.nii*"))
+    found = {path: [path.stat().st_size, path.stat().st_mtime_ns] for path in images}
     new = [path for path in found if known.get(path.name) != found[path]]
     if not new:
         return
+    from nnunet_diffusion.training.checkpoints import write_aside
+
+    problems = nan_problems(new)
+    good = {path.name: seen for path, seen in found.items() if path not in problems}
+    with contextlib.suppress(OSError):  # preprocessed data that cannot be written to are looked at again each time
+        write_aside(lambda aside: Path(aside).write_text(json.dumps(good)), memory)
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        again = preprocess_command(dataset, options.p or DEFAULT_PLANS, options.configuration)
+        raise CommandError(f"{next(iter(problems.values()))}{more}, then preprocess again: {again}")
+
+
+def nan_problems(paths: Sequence[Path]) -> dict[Path, str]:
+    """Return what is wrong with the voxels of NIfTI files, by file; shows how far it is.
+
+    Only files of floats are read whole: others cannot have NaN.
+    """
     from tqdm import tqdm
 
     from nnunet_diffusion.inference.reading import check_nifti
 
-    for path in tqdm(new, "Looking for NaN in raw images", disable=None):
+    def problem(path: Path) -> str:
         try:
             check_nifti(path, whole=False)
-        except (ValueError, MemoryError) as error:
-            again = preprocess_command(dataset, options.p or DEFAULT_PLANS, options.configuration)
-            raise CommandError(f"{error}, then preprocess again: {again}") from error
-    memory.write_text(json.dumps({path.name: seen for path, seen in found.items()}))
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # unpacking gzip leaves Python's lock to others
+        found = list(tqdm(pool.map(problem, paths), "Looking for NaN in raw images", len(paths), disable=None))
+    return {path: text for path, text in zip(paths, found, strict=True) if text}
 
 
 def check_folders(options: argparse.Namespace, environment: Mapping[str, str]) -> dict[str, Path]:

@@ -13,15 +13,16 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from itertools import islice
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
 from numpy.typing import NDArray
 
+from nnunet_diffusion.inference.memory import free_bytes
 from nnunet_diffusion.inference.output import Managers, PredictedCase, write_case
 from nnunet_diffusion.inference.presegmentation import (
     Presegmentation,
@@ -29,7 +30,7 @@ from nnunet_diffusion.inference.presegmentation import (
     read_label_map,
     read_presegmentation,
 )
-from nnunet_diffusion.inference.reading import check_size, constant_channels, read_images
+from nnunet_diffusion.inference.reading import check_size, constant_channels, expected_bytes, read_images
 from nnunet_diffusion.inference.staging import staging_folders
 
 LARGE_BYTES = 2**30  # what is larger is written by this process: it would have to be copied twice to another
@@ -96,8 +97,13 @@ def _listed(reasons: Mapping[str, str]) -> str:
     return "\n".join(f"  {name}: {reason}" for name, reason in reasons.items())
 
 
-def prepare_case(case: CaseFiles, managers: Managers) -> PreparedCase:
+def prepare_case(case: CaseFiles, managers: Managers, limit: float | None = None) -> PreparedCase:
     """Read and preprocess a case as nnU-Net does, with what else the reverse process needs.
+
+    Args:
+        case: its files.
+        managers: of the model.
+        limit: main memory that the case may take, in bytes; None for what is free.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -109,16 +115,17 @@ def prepare_case(case: CaseFiles, managers: Managers) -> PreparedCase:
     if case.previous_stage is not None and not Path(case.previous_stage).is_file():
         raise FileNotFoundError(f"{case.previous_stage} is missing")
     names = ", ".join(case.images)
-    image, properties = read_images(case.images, plans_manager.image_reader_writer_class())
+    image, properties = read_images(case.images, plans_manager.image_reader_writer_class(), limit)
     if len(image) != channels:  # a colour image has three in one file
         raise ValueError(
             f"{names} has {len(image)} channels, the model needs {channels}, as its training images "
             f"({case.name}_0000{dataset_json['file_ending']} and so on)"
+            + ("; remove the transparency, its fourth channel" if (len(image), channels) == (4, 3) else "")
         )
     if image[0].size == 0 or not image.any():
         raise ValueError(f"{names} is empty: every voxel is 0")
     heads = plans_manager.get_label_manager(dataset_json).num_segmentation_heads
-    check_size(names, image, properties["spacing"], plans_manager, configuration_manager, heads)
+    check_size(names, image, properties["spacing"], plans_manager, configuration_manager, heads, limit)
     notes = constant_channels(case.images, image)
     label_manager, previous = plans_manager.get_label_manager(dataset_json), None
     if case.previous_stage is not None:
@@ -274,16 +281,39 @@ def workers(number: int) -> Iterator[Workers]:
     pool.shutdown(cancel=False)
 
 
-def _prepared_ahead(readers: Workers, ahead: int, cases: Sequence[CaseFiles], managers: Managers) -> Iterator[Job]:
-    """Yield the preparation of each case in order, so many of the next ones begun already."""
-    following = iter(cases[1:])
-    begun = deque(readers.submit(prepare_case, case, managers) for case in islice(following, ahead))
-    yield done_here(prepare_case, cases[0], managers)  # the other processes still start
-    for case in following:
-        begun.append(readers.submit(prepare_case, case, managers))
-        yield begun.popleft()
-    while begun:
-        yield begun.popleft()
+def _prepared_ahead(
+    readers: Workers, ahead: int, cases: Sequence[CaseFiles], managers: Managers, limit: float
+) -> Iterator[Job]:
+    """Yield the preparation of each case in order; so many of the next are begun already, if memory holds them together."""
+    begun: deque[tuple[Job, int]] = deque()
+    following = 0
+
+    @cache
+    def needed(place: int) -> int:
+        return expected_bytes(cases[place].images, managers) if ahead else 0
+
+    def begin() -> None:
+        nonlocal following
+        job = readers.submit(prepare_case, cases[following], managers, limit)
+        begun.append((job, needed(following)))
+        following += 1
+
+    def begin_next(taken: int) -> None:
+        while following < len(cases) and len(begun) < ahead:
+            if taken + sum(each for _, each in begun) + needed(following) > limit:
+                break
+            begin()
+
+    if needed(0) < LARGE_BYTES:
+        following = 1
+        begin_next(needed(0))
+        yield done_here(prepare_case, cases[0], managers, limit)  # the other processes still start
+    while begun or following < len(cases):
+        if not begun:
+            begin()
+        job, taken = begun.popleft()
+        begin_next(taken)
+        yield job
 
 
 def run_cases(
@@ -335,11 +365,12 @@ def run_cases(
                 except Exception as error:
                     failed(index, error)
 
+    limit = free_bytes(torch.device("cpu"))  # now that no case takes any
     outputs = [Path(case.target).parent for case in cases if case.target is not None]
     try:
         # the folders are the outermost: they are removed when no process writes into them any more
         with staging_folders(outputs) as stages, workers(preparing) as readers, workers(writing) as writers:
-            for index, prepared in enumerate(_prepared_ahead(readers, preparing, cases, managers)):
+            for index, prepared in enumerate(_prepared_ahead(readers, preparing, cases, managers, limit)):
                 try:
                     predicted = predict(cases[index], prepared.result())
                 except Exception as error:

@@ -16,6 +16,10 @@ FLOAT_BYTES = 4
 # Volumes of K channels that live at once, beside what each sample needs: start, its probabilities, their mean, scratch.
 SHARED = 4
 NETWORK_SHARE = 0.25  # of a GPU's memory stays free for the networks' own evaluations
+# What nnU-Net's resampling of one channel takes, as measured: per voxel before it (padded and filtered in float64), per voxel
+# after it, and there where it resamples the coarse axis apart from the others (the coordinates of every voxel).
+BEFORE_BYTES, AFTER_BYTES, SEPARATE_AXIS_BYTES = 32, 16, 64
+DOUBLE_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,38 @@ def state_bytes(volume: Sequence[int], heads: int, samples: int, sampler: str, s
     one = FLOAT_BYTES * math.prod(volume)
     # the tiles' summed weight, and each sample's probabilities summed over the channels
     return one * (heads * (SHARED + samples * volumes_per_sample(sampler, steps)) + 1 + samples)
+
+
+def reading_bytes(shape: Sequence[int]) -> int:
+    """Main memory that reading an image (C, *image) takes: the file's voxels, at most 8 bytes each, and their float32."""
+    return math.prod(shape) * (8 + FLOAT_BYTES)
+
+
+def case_bytes(
+    channels: int, heads: int, image: Sequence[int], grid: Sequence[int], resampled: bool, separate_axis: bool
+) -> int:
+    """Main memory that a case takes at most on its way from the image's file to the segmentation's, in bytes.
+
+    The reverse processes are not in it: `plan_memory` plans for them.
+
+    Args:
+        channels: of the image.
+        heads: K.
+        image: its size in voxels, per axis.
+        grid: its size for the network.
+        resampled: whether nnU-Net resamples it at all.
+        separate_axis: whether it resamples one axis apart from the others.
+    """
+    coarse, fine = math.prod(image), math.prod(grid)
+    double, before = (DOUBLE_BYTES, BEFORE_BYTES) if resampled else (0, 0)
+    after = SEPARATE_AXIS_BYTES if separate_axis else AFTER_BYTES if resampled else 0
+    # the image as it was read, a copy, and that in float64; the mask of what is not 0; the result
+    preparing = coarse * (channels * (2 * FLOAT_BYTES + double) + 2 + before) + fine * (channels * FLOAT_BYTES + after)
+    # the image and its copy on the way to this process; start, sum and mean of the probabilities, and the logits
+    predicting = fine * FLOAT_BYTES * (2 * channels + 4 * heads)
+    # the logits, in float64 too; resampled to the image, their probabilities and what is the largest of them
+    exporting = fine * heads * (FLOAT_BYTES + double) + coarse * (2 * heads * FLOAT_BYTES + DOUBLE_BYTES + after)
+    return max(reading_bytes((channels, *image)), preparing, predicting, exporting)
 
 
 def free_bytes(device: torch.device) -> float:
@@ -123,12 +159,14 @@ def plan_memory(
     steps: int,
     device: torch.device,
     limit_bytes: float | None = None,
+    together: int = 1,
     free: Callable[[torch.device], float] = free_bytes,
 ) -> MemoryPlan:
     """Choose the device of the state and the number of samples at once.
 
     The GPU is taken if all samples fit there, else the CPU; where memory is short there too, fewer samples at once, each
-    group with a condition flow of its own.
+    group with a condition flow of its own. A group is made of whole calls of the denoiser, so that its bits do not depend on
+    it; only where not even the states of one call fit, of fewer samples.
 
     Args:
         volume: its size in voxels, per axis.
@@ -138,6 +176,7 @@ def plan_memory(
         steps: of each reverse process.
         device: of the networks.
         limit_bytes: of the device's memory, instead of what is free.
+        together: samples that the denoiser sees in one call.
         free: device -> bytes.
 
     Raises:
@@ -165,9 +204,10 @@ def plan_memory(
             f"{readable_size(needed(1))}, {readable_size(available)} {word}: take a machine with more memory, --steps 1, or a "
             "configuration with a coarser spacing (3d_lowres)."
         )
-    if fitting[0] < samples:
-        notes.append(f"{readable_size(needed(samples))} for {samples} samples: {fitting[0]} at a time")
-    return MemoryPlan(cpu, fitting[0], needed(fitting[0]), "; ".join(notes))
+    at_once = next((count for count in fitting if count == samples or count % together == 0), fitting[0])
+    if at_once < samples:
+        notes.append(f"{readable_size(needed(samples))} for {samples} samples: {at_once} at a time")
+    return MemoryPlan(cpu, at_once, needed(at_once), "; ".join(notes))
 
 
 def readable_size(number: float) -> str:

@@ -302,6 +302,8 @@ class DiffusionPredictor(VolumePredictor):
             "seconds": round(prediction.seconds, 3),
             "peak_memory_bytes": prediction.peak_bytes,
             "device": str(self.device),
+            "threads": self.threads,
+            "deterministic": self.deterministic,
             "notes": [*prepared.notes, *prediction.notes],
             "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
         }

@@ -5,33 +5,36 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import nibabel
 import numpy as np
+import SimpleITK as sitk
 import torch
-from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
+from nibabel.openers import ImageOpener
+from nnunetv2.imageio.nibabel_reader_writer import NibabelIO, NibabelIOWithReorient
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape, determine_do_sep_z_and_axis
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from numpy.typing import NDArray
 
-from nnunet_diffusion.inference.memory import free_bytes, readable_size
+from nnunet_diffusion.inference.memory import case_bytes, free_bytes, readable_size, reading_bytes
+from nnunet_diffusion.inference.output import Managers
 
 NIFTI = (".nii", ".nii.gz")
 SPACING_OF_2D = 999  # what nnU-Net's readers give an image with two axes as the third
-IMAGE_BYTES = 8  # of a voxel and channel on the image's grid: the file's values and their float32 copy
-EXPORT_BYTES = 12  # of a voxel and class there: logits in float32, resampled in float64
-NETWORK_BYTES = 8  # of a voxel and channel on the network's grid: float32 before and after normalisation
-RESAMPLING_BYTES = 16  # of a voxel there: one channel at a time in float64, with its interpolation
-LOGIT_BYTES = 4  # of a voxel and class there
+BLOCK_BYTES = 2**24  # of a NIfTI file looked at once; whole voxels of every type
 
 
-def read_images(paths: Sequence[str], reader: Any) -> tuple[NDArray, dict[str, Any]]:
+def read_images(paths: Sequence[str], reader: Any, limit: float | None = None) -> tuple[NDArray, dict[str, Any]]:
     """Read the channels of a case by nnU-Net's reader.
 
     Args:
         paths: one file per channel, or one with all of them.
         reader: an instance of nnU-Net's image reader of the plans.
+        limit: main memory that the image may take, in bytes; None for what is free.
 
     Returns:
         The image (C, *image), float32, and its properties.
@@ -41,9 +44,11 @@ def read_images(paths: Sequence[str], reader: Any) -> tuple[NDArray, dict[str, A
         ValueError: a file cannot be read, is cut off, or holds NaN or infinite voxels or no usable spacing; names it.
         MemoryError: the image does not fit into memory.
     """
+    headers = read_headers(paths, reader)
+    for header in headers:
+        header.check_beside(headers[0])
+        _check_reading(header, limit)
     for path in paths:
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"{path} is {'a folder, not a file' if Path(path).is_dir() else 'missing'}")
         if path.endswith(NIFTI):
             check_nifti(path)
     try:
@@ -54,41 +59,173 @@ def read_images(paths: Sequence[str], reader: Any) -> tuple[NDArray, dict[str, A
     for path, channel in zip(by_channel, image, strict=True):
         if not np.isfinite(channel).all():
             raise ValueError(f"{path} has NaN or infinite voxels: replace them and predict again")
+    _check_spacing(paths[0], properties["spacing"])
     return image, properties
 
 
+@dataclass(frozen=True)
+class Header:
+    """What a file says of its image before its voxels are read.
+
+    Attributes:
+        path: of the file.
+        shape: (C, *image), as nnU-Net's reader will give it: three axes, also for an image of two.
+        spacing: in mm, per axis of the image.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    spacing: tuple[float, ...]
+
+    def check_beside(self, first: Header) -> None:
+        """Raise ValueError if the channels of a case differ in shape or spacing."""
+        for what in ("shape", "spacing"):
+            found, expected = getattr(self, what), getattr(first, what)
+            if found != expected:
+                raise ValueError(
+                    f"{self.path} has {what} {_times(found)}, but {first.path} has {_times(expected)}: resample one channel to "
+                    "the other"
+                )
+
+
+def read_headers(paths: Sequence[str], reader: Any) -> list[Header]:
+    """Read the headers of the channels of a case; none where the files are not ITK's or NIfTI files.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a header cannot be read or makes no sense; names the file.
+    """
+    if not paths:
+        raise FileNotFoundError("the case has no image: give one file per channel")
+    for path in paths:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path} is {'a folder, not a file' if Path(path).is_dir() else 'missing'}")
+        if path.endswith(NIFTI):
+            check_nifti_header(path)
+    if isinstance(reader, SimpleITKIO):
+        return [_itk_header(path) for path in paths]
+    if isinstance(reader, (NibabelIO, NibabelIOWithReorient)):
+        return [_nibabel_header(path) for path in paths]
+    return []
+
+
+def _itk_header(path: str) -> Header:
+    file = sitk.ImageFileReader()
+    file.SetFileName(path)
+    try:
+        file.ReadImageInformation()
+    except RuntimeError as error:
+        raise ValueError(f"{path} cannot be read: {one_line(error)}") from error
+    size, spacing = file.GetSize()[::-1], file.GetSpacing()[::-1]
+    if "vector" in sitk.GetPixelIDValueAsString(file.GetPixelID()):
+        raise ValueError(
+            f"{path} has {file.GetNumberOfComponents()} values in each voxel (a colour image?), but must have one: save each "
+            "channel as a file of its own"
+        )
+    if not 2 <= len(size) <= 4:
+        raise ValueError(
+            f"{path} has {len(size)} axes, but must have two or three, or four of which the last is the channels"
+        )
+    if len(size) == 2:
+        size, spacing = (1, *size), (SPACING_OF_2D * max(spacing), *spacing)
+    header = Header(path, size if len(size) == 4 else (1, *size), spacing[-3:])
+    _check_spacing(path, header.spacing)
+    return header
+
+
+def _nibabel_header(path: str) -> Header:
+    image: Any = nibabel.load(path)
+    if len(image.shape) != 3:
+        raise ValueError(f"{path} has {len(image.shape)} axes, but must have three")
+    zooms = image.header.get_zooms()
+    return Header(path, (1, *image.shape[::-1]), tuple(float(edge) for edge in zooms[::-1]))
+
+
+def _check_reading(header: Header, limit: float | None) -> None:
+    needed, free = reading_bytes(header.shape), free_bytes(torch.device("cpu")) if limit is None else limit
+    if needed > free:
+        raise MemoryError(
+            f"{header.path} has {_times(header.shape[1:])} voxels, which need {readable_size(needed)} "
+            f"({readable_size(free)} are free): crop the image, or take a machine with more memory"
+        )
+
+
+def _check_spacing(path: str, spacing: Sequence[Any]) -> None:
+    # in Tiff3DIO's JSON files anything may stand
+    if not all(isinstance(edge, (int, float, np.number)) and 0 < edge < math.inf for edge in spacing):
+        raise ValueError(f"{path} has a spacing of {_times(spacing)} mm: correct its header")
+
+
+def check_nifti_header(path: str | Path) -> None:
+    """Look at the spacing as it is stored, because ITK and nibabel read 0 as 1 and drop a minus sign.
+
+    Raises:
+        ValueError: the file is damaged, or a spacing is not a positive number.
+    """
+    try:
+        kind: Any = type(nibabel.load(path).header)
+        with ImageOpener(str(path)) as file:
+            header = kind.from_fileobj(file, check=False)
+        axes = min(3, int(header["dim"][0]))
+        sizes, spacing = (header[key][1 : axes + 1].tolist() for key in ("dim", "pixdim"))
+    except Exception as error:  # nibabel raises what gzip, zlib and struct raise
+        raise ValueError(f"{path} is damaged or not a NIfTI file: {one_line(error)}") from error
+    # of one slice some programs write no spacing
+    _check_spacing(
+        str(path), [1 if size == 1 and edge == 0 else edge for size, edge in zip(sizes, spacing, strict=True)]
+    )
+
+
 def check_nifti(path: str | Path, whole: bool = True) -> None:
-    """Look at a NIfTI file as it is stored, because ITK reads NaN, and what is cut off, as 0.
+    """Look at the voxels of a NIfTI file as they are stored, because ITK reads NaN, and what is cut off, as 0.
 
     Args:
         path: of the file.
         whole: read voxels that are integers too, to notice a file that is cut off.
 
     Raises:
-        ValueError: it is damaged or cut off, holds NaN or infinite voxels, or has a spacing that is not finite.
-        MemoryError: its voxels do not fit into memory.
+        ValueError: it is damaged or cut off, or holds complex numbers, NaN or infinite voxels.
     """
     try:
-        file = nibabel.load(path)
-        shape, spacing = file.shape, [float(edge) for edge in file.header.get_zooms()[:3]]  # type: ignore[attr-defined]
+        image: Any = nibabel.load(path)
+        kind, shape = image.get_data_dtype(), image.shape
     except Exception as error:  # nibabel raises what gzip, zlib and struct raise
         raise ValueError(f"{path} is damaged or not a NIfTI file: {one_line(error)}") from error
-    needed, free = IMAGE_BYTES * math.prod(shape), free_bytes(torch.device("cpu"))
-    if needed > free:
-        raise MemoryError(
-            f"{path} has {_times(shape)} voxels, which need {readable_size(needed)} ({readable_size(free)} are free): crop the "
-            "image, or take a machine with more memory"
-        )
-    if not all(math.isfinite(edge) for edge in spacing):
-        raise ValueError(f"{path} has a spacing of {_times(spacing)} mm: correct its header")
-    if not (whole or file.header.get_data_dtype().kind in "fc"):  # type: ignore[attr-defined]
+    if kind.kind == "c":
+        raise ValueError(f"{path} has complex numbers as voxels: save their magnitude")
+    if not (whole or kind.kind == "f"):
         return
+    left = math.prod(shape) * kind.itemsize
     try:
-        voxels = np.asanyarray(file.dataobj)  # type: ignore[attr-defined]
+        with ImageOpener(str(path)) as file:
+            file.seek(image.dataobj.offset)
+            while left > 0:
+                block = file.read(min(left, BLOCK_BYTES))
+                if len(block) < min(left, BLOCK_BYTES):
+                    raise EOFError(f"{left - len(block)} bytes are missing")
+                if kind.kind == "f" and not np.isfinite(np.frombuffer(block, kind)).all():
+                    break
+                left -= len(block)
+            else:
+                file.read(1)  # at its end gzip compares the checksum
+                return
     except Exception as error:
         raise ValueError(f"{path} is damaged or cut off: {one_line(error)}") from error
-    if voxels.dtype.kind in "fc" and not np.isfinite(voxels).all():
-        raise ValueError(f"{path} has NaN or infinite voxels: replace them")
+    raise ValueError(f"{path} has NaN or infinite voxels: replace them")
+
+
+def expected_bytes(paths: Sequence[str], managers: Managers) -> int:
+    """Main memory that a case takes at most by the headers of its images alone, in bytes; 0 where they do not tell."""
+    plans_manager, configuration_manager, dataset_json = managers
+    try:
+        headers = read_headers(paths, plans_manager.image_reader_writer_class())
+    except (OSError, ValueError):  # said when the case is prepared
+        return 0
+    if not headers:
+        return 0
+    shape = (sum(header.shape[0] for header in headers), *headers[0].shape[1:])
+    heads = plans_manager.get_label_manager(dataset_json).num_segmentation_heads
+    return _resampled(shape, shape[1:], headers[0].spacing, plans_manager, configuration_manager, heads)[1]
 
 
 def check_size(
@@ -98,6 +235,7 @@ def check_size(
     plans_manager: PlansManager,
     configuration_manager: ConfigurationManager,
     heads: int,
+    limit: float | None = None,
 ) -> None:
     """Refuse an image that resampling would make too large for the memory, or smaller than a voxel.
 
@@ -110,34 +248,49 @@ def check_size(
         plans_manager: of the model.
         configuration_manager: of the model.
         heads: K.
+        limit: main memory that the case may take, in bytes; None for what is free.
 
     Raises:
         ValueError: it would be smaller than a voxel of the model, or the model needs three axes.
         MemoryError: it would be too large; says how large, what it needs and what there is.
     """
-    order = plans_manager.transpose_forward
-    before, target = [float(spacing[axis]) for axis in order], [float(edge) for edge in configuration_manager.spacing]
-    if len(target) == 3 and spacing[0] == SPACING_OF_2D:
+    before, target = ([float(edge) for edge in each] for each in (spacing, configuration_manager.spacing))
+    if len(target) == 3 and image.shape[1] == 1 and before[0] == SPACING_OF_2D * max(before[1:]):
         raise ValueError(f"{name} has two axes, but this model is for images with three")
-    target = target if len(target) == len(before) else [before[0], *target]
-    shape = nonzero_shape(image.transpose([0, *[axis + 1 for axis in order]]))
-    resampled = [int(edge) for edge in compute_new_shape(shape, before, target)]
-    spacings = f"{_times(before)} mm to the model's {_times(target)} mm"
+    shape = nonzero_shape(image)
+    resampled, needed = _resampled(image.shape, shape, before, plans_manager, configuration_manager, heads)
+    order = plans_manager.transpose_forward
+    spacings = f"{_times([before[axis] for axis in order])} mm to the model's {_times(target)} mm"
     if min(resampled) < 1:
         raise ValueError(
-            f"{name} has {_times(shape)} voxels, of which resampling from {spacings} leaves none: correct the spacing in its "
-            "header"
+            f"{name} has {_times([shape[axis] for axis in order])} voxels, of which resampling from {spacings} leaves none: "
+            "correct the spacing in its header"
         )
-    channels = len(image)
-    needed = math.prod(image.shape[1:]) * (IMAGE_BYTES * channels + EXPORT_BYTES * heads)
-    needed += math.prod(resampled) * (NETWORK_BYTES * channels + RESAMPLING_BYTES + LOGIT_BYTES * heads)
-    free = free_bytes(torch.device("cpu"))
+    free = free_bytes(torch.device("cpu")) if limit is None else limit
     if needed > free:
         raise MemoryError(
             f"{name}, resampled from {spacings}, would have {_times(resampled)} voxels and need {readable_size(needed)} "
             f"({readable_size(free)} are free): correct the spacing in its header if it is wrong, else crop the image or take "
             "a machine with more memory"
         )
+
+
+def _resampled(
+    shape: Sequence[int],
+    cropped: Sequence[int],
+    spacing: Sequence[float],
+    plans_manager: PlansManager,
+    configuration_manager: ConfigurationManager,
+    heads: int,
+) -> tuple[list[int], int]:
+    """Return what nnU-Net resamples an image (C, *image) to once it is cropped, and the main memory that the case takes."""
+    order = plans_manager.transpose_forward
+    before, target = [float(spacing[axis]) for axis in order], [float(edge) for edge in configuration_manager.spacing]
+    target = target if len(target) == len(before) else [before[0], *target]
+    old = [cropped[axis] for axis in order]
+    new = [int(edge) for edge in compute_new_shape(old, before, target)]
+    separate = old != new and bool(determine_do_sep_z_and_axis(None, before, target)[0])
+    return new, case_bytes(shape[0], heads, shape[1:], new, old != new, separate)
 
 
 def nonzero_shape(image: NDArray) -> list[int]:
@@ -165,9 +318,14 @@ def constant_channels(paths: Sequence[str], image: NDArray) -> list[str]:
 def one_line(error: BaseException) -> str:
     """Return what a reading library says is wrong, without the places in its own sources."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = re.sub(r"^.*\bERROR:\s*", "", lines[-1]) if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    if isinstance(error, KeyError):
+        return f"it lacks {error}"
+    said = next((line for line in lines if "ERROR: " in line), lines[-1])
+    said = re.sub(r"^.*\bERROR:\s*", "", said)
     return re.sub(r"^\S+\(0x[0-9a-f]+\):\s*", "", said)
 
 
-def _times(numbers: Sequence[float]) -> str:
-    return " x ".join(str(number) if isinstance(number, int) else f"{number:g}" for number in numbers)
+def _times(numbers: Sequence[Any]) -> str:
+    return " x ".join(f"{number:g}" if isinstance(number, float) else str(number) for number in numbers)

@@ -36,16 +36,25 @@ class Tiling:
     batch: int
     device: torch.device
 
-    def groups(self, samples: int) -> Iterator[Sequence[Tile]]:
-        """Yield as many tiles as fit into a batch with all their samples, one at least; the rest by powers of two.
+    @property
+    def samples_per_call(self) -> int:
+        """Samples of each tile that the denoiser sees together: more than one where all tiles do not fill a batch.
+
+        It depends on nothing else, so that a sample's batches, and with them its last bits, are the same whatever memory is
+        free for the states of others.
+        """
+        return max(1, self.batch // len(self.tiles))
+
+    def groups(self) -> Iterator[Sequence[Tile]]:
+        """Yield as many tiles as fit into a batch; the rest by powers of two.
 
         So the network meets few sizes of batches over all volumes: for each new one cuDNN searches for the fastest
         convolutions, as nnU-Net has it do, and torch.compile compiles.
         """
-        size, first = max(1, self.batch // samples), 0
+        first = 0
         while first < len(self.tiles):
             left = len(self.tiles) - first
-            count = size if left >= size else 1 << (left.bit_length() - 1)
+            count = self.batch if left >= self.batch else 1 << (left.bit_length() - 1)
             yield self.tiles[first : first + count]
             first += count
 
@@ -169,7 +178,7 @@ class VolumeProcess:
     def _evaluate(self, noisy: Tensor, timestep: int) -> Tensor:
         """Return the blended clean estimate of the whole state, (S, K, *volume)."""
         total = torch.zeros_like(noisy)
-        for tiles in self.tiling.groups(len(noisy)):
+        for tiles in self.tiling.groups():
             states = torch.stack([noisy[_all_samples(tile)] for tile in tiles]).to(self.tiling.device)
             clean = self._clean_of_tiles(tiles, states, timestep)
             weighted = (clean * self.tiling.weight).to(total.device)
@@ -187,7 +196,7 @@ class VolumeProcess:
         estimates = []
         with inference_precision(image.device):
             condition = segmenter.encode(segmenter.condition_image(image, given), timestep)
-            for part in states.split(max(1, self.tiling.batch // len(tiles)), 1):
+            for part in states.split(self.tiling.samples_per_call, 1):
                 noisy = part.flatten(0, 1)
                 times = torch.full((len(noisy),), timestep, device=device)
                 prediction = segmenter.denoise(noisy, times, condition.repeat_interleave(part.shape[1]))

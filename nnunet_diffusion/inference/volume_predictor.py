@@ -31,6 +31,7 @@ from nnunet_diffusion.inference.giving_way import run_group, tell, unless_out_of
 from nnunet_diffusion.inference.loading import read_model
 from nnunet_diffusion.inference.memory import GIB, free_bytes, peak_bytes, plan_memory
 from nnunet_diffusion.inference.presegmentation import Presegmentation
+from nnunet_diffusion.inference.reproducible import ask_cublas, computing, threads_of
 from nnunet_diffusion.inference.volume import Evaluations, Tiling, VolumeProcess
 from nnunet_diffusion.network_calls import refuse_nan
 from nnunet_diffusion.networks.architectures import trusting
@@ -73,9 +74,12 @@ class VolumePredictor(nnUNetPredictor):
         keep_samples: keep each sample's own result.
         trust_checkpoint: load what may run code.
         state_memory_gb: memory of the device that a volume's state may take, in GiB; None for what is free.
+        threads: of the CPU, on whose number the last bits depend; None for what `nnunet_diffusion predict` takes: one per core,
+            beside a GPU one.
+        deterministic: use algorithms of the GPU only that give the same bits on each call.
 
     Raises:
-        ValueError: unknown fusion; the settings are checked when a model is loaded.
+        ValueError: unknown fusion, or no positive number of threads; the settings are checked when a model is loaded.
     """
 
     def __init__(
@@ -100,6 +104,8 @@ class VolumePredictor(nnUNetPredictor):
         keep_samples: bool = False,
         trust_checkpoint: bool = False,
         state_memory_gb: float | None = None,
+        threads: int | None = None,
+        deterministic: bool = False,
     ) -> None:
         on_device = perform_everything_on_device and device.type == "cuda"
         with _silent():  # off a GPU, nnU-Net warns of perform_everything_on_device unasked
@@ -114,6 +120,11 @@ class VolumePredictor(nnUNetPredictor):
         }
         self.fusion, self.joint, self.keep_samples = fusion, joint, keep_samples
         self.trust_checkpoint, self.state_memory_gb = trust_checkpoint, state_memory_gb
+        self.threads, self.deterministic = threads_of(device) if threads is None else threads, deterministic
+        if self.threads < 1:
+            raise ValueError(f"threads is {threads}, but must be 1 or more")
+        if deterministic:
+            ask_cublas()
         self.folds: list[str] = []
         self.identity: dict[str, Any] = {}  # of the model, for the report of each case
         self.weight_hashes: list[str] = []  # of each fold, once they are needed
@@ -241,8 +252,8 @@ class VolumePredictor(nnUNetPredictor):
         for fold, weights in zip(self.folds, self.list_of_parameters, strict=True):
             self.network.load_state_dict(weights)
             # autocast keeps its casts of the weights until its end: one for all folds would go on with the first one's
-            with torch.inference_mode(), self._autocast():
-                start, member = self._start(padded, tiling, given, presegmentation, evaluations, on_tiles)
+            with computing(self.threads, self.deterministic), torch.inference_mode(), self._autocast():
+                start, member = self._start(padded, tiling, given, presegmentation, evaluations, notes, on_tiles)
                 if member is not None:
                     members.add(member, settings.presegmentation_weight)
                 if settings.presegmentation_weight < 1 or member is None or self.keep_samples:
@@ -250,7 +261,8 @@ class VolumePredictor(nnUNetPredictor):
                     self._run_fold(fold, padded, tiling, start, share, members, evaluations, notes, on_tiles)
         if bar is not None:
             bar.close()
-        return self._finished(members, unpad, evaluations, begin, notes)
+        with computing(self.threads, self.deterministic):
+            return self._finished(members, unpad, evaluations, begin, notes)
 
     def _padded(self, probabilities: np.ndarray) -> Tensor:
         """Pad with background, as the image is padded with zeros."""
@@ -285,6 +297,7 @@ class VolumePredictor(nnUNetPredictor):
         given: Tensor | None,
         presegmentation: Presegmentation | None,
         evaluations: Evaluations,
+        notes: list[str],
         on_tiles: Callable[[int], object],
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return the probabilities to start from, and those that count as a member of the ensemble."""
@@ -297,12 +310,12 @@ class VolumePredictor(nnUNetPredictor):
         own = None
         needed = not settings.from_noise or settings.condition_on_presegmentation
         if settings.presegmentation_weight > 0 or (needed and settings.start_from == "presegmentor"):
-            own = self._presegment(data, tiling, evaluations)
+            own = self._presegment(data, tiling, evaluations, notes)
         on_tiles(len(tiling.tiles))
         start = self.network.own_start(data[None], None if own is None else own[None])[0] if needed else None
         return start, own if settings.presegmentation_weight > 0 else None
 
-    def _presegment(self, data: Tensor, tiling: Tiling, evaluations: Evaluations) -> Tensor:
+    def _presegment(self, data: Tensor, tiling: Tiling, evaluations: Evaluations, notes: list[str]) -> Tensor:
         """Segment the volume by nnU-Net's own sliding window; probabilities (K, *volume), float32."""
         network, bar = self.network, self.allow_tqdm
 
@@ -324,9 +337,12 @@ class VolumePredictor(nnUNetPredictor):
             on_device = unless_out_of_memory(
                 lambda: probabilities(fits and self.perform_everything_on_device), self.device
             )
-            return probabilities(False) if on_device is None else on_device
+            found = probabilities(False) if on_device is None else on_device
         finally:
             self.network, self.allow_tqdm = network, bar
+        if self.perform_everything_on_device and not (fits and on_device is not None):
+            tell(notes, f"the pre-segmentation does not fit on {self.device}: it is on the CPU")
+        return found
 
     def _run_fold(
         self,
@@ -350,8 +366,9 @@ class VolumePredictor(nnUNetPredictor):
             return free_bytes(device) - (data.nbytes if device.type == "cuda" else 0)  # the image goes with the state
 
         plan = plan_memory(
-            data.shape[1:], heads, settings.samples, settings.sampler, settings.steps, device, limit, free
-        )
+            data.shape[1:], heads, settings.samples, settings.sampler, settings.steps, device, limit,
+            tiling.samples_per_call, free,
+        )  # fmt: skip
         tell(notes, plan.note)
         number = int(fold) if fold.isdecimal() else 0
         process = VolumeProcess(

@@ -50,6 +50,7 @@ def made_model(folder, ending=".png"):
         (["-m", "model", "--state_memory", "nan"], "--state_memory is nan"),
         (["-m", "model", "--state_memory", "-1"], "--state_memory is -1"),
         (["-m", "model", "-device", "mps"], "torch finds no Apple GPU"),
+        (["-m", "model", "--threads", "0"], "--threads is 0, but must be 1 or more"),
         (["-m", "model", "-f", "five"], "-f has 'five'"),
         (["-m", "nowhere"], "no model folder of that name"),
         (["-m", "model", "-o", __file__], "which is a file: give a folder"),

@@ -255,16 +255,38 @@ def test_raw_images_with_nan_are_refused_once_and_remembered_as_good_else(folder
     images = tmp_path / "nnUNet_raw" / DATASET / "imagesTr"
     images.mkdir()
     voxels = np.ones((4, 5, 6), np.float32)
-    nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4)), images / "a_0000.nii.gz")
-    nibabel.save(nibabel.Nifti1Image(voxels.astype(np.int16), np.eye(4)), images / "c_0000.nii.gz")
-    voxels[1, 2, 3] = np.nan
-    nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4)), images / "b_0000.nii.gz")
+
+    def write_image(name, array):
+        nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), images / f"{name}_0000.nii.gz")
+
+    write_image("a", voxels)
+    write_image("c", voxels.astype(np.int16))
+    bad = voxels.copy()
+    bad[1, 2, 3] = np.nan
+    write_image("b", bad)
+    write_image("d", bad)
     words = ["7", "2d", "0", "-device", "cpu", "-tr", "nnUNetTrainer"]
     line = error_of(capsys, *words)
-    assert (
-        f"{images / 'b_0000.nii.gz'} has NaN or infinite voxels: replace them, then preprocess again: nnUNetv2" in line
-    )
-    nibabel.save(nibabel.Nifti1Image(np.nan_to_num(voxels), np.eye(4)), images / "b_0000.nii.gz")
+    assert f"{images / 'b_0000.nii.gz'} has NaN or infinite voxels: replace them (and 1 more), then" in line
+    assert "then preprocess again: nnUNetv2_preprocess -d 7" in line
+
+    looked_at = []
+    load = nibabel.load
+    monkeypatch.setattr(nibabel, "load", lambda path: (looked_at.append(path.name), load(path))[1])
+    write_image("b", voxels)
+    (images / "d_0000.nii.gz").unlink()
     assert main(["train", *words]) == 0
-    monkeypatch.setattr(nibabel, "load", lambda _: pytest.fail("what was found good is read again"))
+    assert set(looked_at) == {"b_0000.nii.gz"}  # what was good before is known
+    looked_at.clear()
     assert main(["train", *words]) == 0
+    assert not looked_at
+    (folders / "checked_images.json").write_text("{")
+    assert "checked_images.json is damaged" in error_of(capsys, *words)
+
+
+def test_training_needs_no_raw_images(folders, monkeypatch):
+    run_training = pytest.importorskip("nnunetv2.run.run_training")
+    monkeypatch.setattr(run_training, "run_training_entry", lambda: None)
+    monkeypatch.delenv("nnUNet_raw")
+    assert main(["train", "7", "2d", "0", "-device", "cpu", "-tr", "nnUNetTrainer"]) == 0
+    assert not (folders / "checked_images.json").exists()

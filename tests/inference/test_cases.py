@@ -3,18 +3,24 @@
 import os
 import time
 
+import nibabel
+import numpy as np
 import pytest
 import torch
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from torch import nn
 
-from nnunet_diffusion.inference.cases import CaseFiles, FailedCases, Workers, run_cases
+from nnunet_diffusion.inference import cases
+from nnunet_diffusion.inference.cases import CaseFiles, FailedCases, Workers, _prepared_ahead, run_cases
+from nnunet_diffusion.inference.output import PredictedCase
+from nnunet_diffusion.inference.reading import expected_bytes
 from nnunet_diffusion.inference.volume import Evaluations
 from nnunet_diffusion.inference.volume_predictor import VolumePredictor
 from nnunet_diffusion.segmenter import DiffusionSegmenter
 from nnunet_diffusion.settings import DiffusionSettings
 
 
-class Deadly:
+class Deadly(str):
     """Kills the process that receives it, as the system does when memory is short."""
 
     def __reduce__(self):
@@ -23,11 +29,11 @@ class Deadly:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [1, 2])
-def test_killed_process_costs_its_case_only(number):
+def test_killed_process_costs_its_case_only(number, managers_of):
     missing = [CaseFiles(name, [name], previous_stage=f"{name}.nii") for name in "acde"]
-    cases = [missing[0], CaseFiles("b", [Deadly()]), *missing[1:]]
+    listed = [missing[0], CaseFiles("b", [Deadly()]), *missing[1:]]
     with pytest.raises(FailedCases) as error:
-        run_cases(cases, None, (None, None, {"channel_names": {"0": "MRI"}}), False, number, 0, lambda *_: None)
+        run_cases(listed, None, managers_of(), False, number, 0, lambda *_: None)
     failures = error.value.failures
     assert failures.keys() == set("abcde")
     assert "was killed, most often for lack of memory" in failures.pop("b")
@@ -44,6 +50,67 @@ def test_a_killed_process_does_not_take_what_another_was_doing_with_it():
         assert pool.submit(abs, -3).result() == 3
     finally:
         pool.shutdown(cancel=True)
+
+
+def image(folder, name, spacing=(1, 1, 1)):
+    path = folder / f"{name}_0000.nii.gz"
+    voxels = np.random.default_rng(0).random((6, 7, 8)).astype(np.float32)
+    nibabel.save(nibabel.Nifti1Image(voxels, np.diag([*spacing, 1])), path)
+    return [str(path)]
+
+
+def first_class(case, prepared):
+    """A network that finds the first class everywhere."""
+    logits = np.zeros((3, *prepared.data.shape[1:]), np.float32)
+    logits[1] = 1
+    return PredictedCase(case.name, case.target, logits, None, prepared.properties)
+
+
+@pytest.mark.nnunet
+def test_case_that_would_be_resampled_to_more_than_any_memory_costs_itself_only(tmp_path, managers_of):
+    spacings = {"a": (1, 1, 1), "b": (1000, 1000, 1000), "c": (1, 1, 1)}
+    listed = [CaseFiles(name, image(tmp_path, name, edge), str(tmp_path / name)) for name, edge in spacings.items()]
+    with pytest.raises(FailedCases, match="1 of 3 cases failed") as failed:
+        run_cases(listed, first_class, managers_of(), False, 0, 0, lambda *_: None)
+    assert "b_0000.nii.gz, resampled from 1000 x 1000 x 1000 mm" in failed.value.failures["b"]
+    assert "would have 8000 x 7000 x 6000 voxels and need" in failed.value.failures["b"]
+    for name in "ac":
+        assert (SimpleITKIO().read_seg(str(tmp_path / f"{name}.nii.gz"))[0] == 1).all()
+
+
+class Recorder:
+    """Takes work and never does it."""
+
+    def __init__(self):
+        self.begun = []
+
+    def submit(self, function, case, *arguments):
+        self.begun.append(case.name)
+
+
+@pytest.mark.nnunet
+@pytest.mark.parametrize(
+    ("room", "begun"),
+    [
+        (100, [3, 4, 5, 5, 5, 5]),
+        (3.5, [2, 3, 4, 5, 5, 5]),  # beside the one that the network has
+        (2.5, [1, 2, 3, 4, 5, 5]),
+        (0.5, [0, 1, 2, 3, 4, 5]),
+    ],
+)
+def test_only_as_many_cases_are_prepared_ahead_as_fit_into_memory_together(
+    tmp_path, managers_of, monkeypatch, room, begun
+):
+    managers, readers = managers_of(), Recorder()
+    listed = [CaseFiles(name, image(tmp_path, name)) for name in "abcdef"]
+    one = expected_bytes(listed[0].images, managers)
+    assert one > 6 * 7 * 8 * 4
+    assert [len(readers.begun) for _ in _prepared_ahead(readers, 3, listed, managers, room * one)] == begun
+    assert readers.begun == list("bcdef")  # the first one is prepared here
+    monkeypatch.setattr(cases, "LARGE_BYTES", one)
+    readers = Recorder()
+    assert len(list(_prepared_ahead(readers, 3, listed, managers, room * one))) == 6
+    assert readers.begun == list("abcdef")  # but not where that could end the run
 
 
 class Failing(nn.Module):
@@ -64,7 +131,7 @@ def predictor_with(error):
     predictor.network, predictor.perform_everything_on_device = network, True
     predictor.label_manager = type("Labels", (), {"num_segmentation_heads": 2})
     tiles = type("Tiles", (), {"tiles": [(slice(None), slice(0, 4), slice(0, 4))]})
-    return predictor, lambda: predictor._presegment(torch.zeros(1, 4, 4), tiles, Evaluations())
+    return predictor, lambda: predictor._presegment(torch.zeros(1, 4, 4), tiles, Evaluations(), [])
 
 
 def test_only_lack_of_memory_is_tried_again_on_the_cpu():

@@ -4,11 +4,14 @@ import math
 import os
 import subprocess
 import sys
+import tracemalloc
 
+import numpy as np
 import pytest
 import torch
+from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 
-from nnunet_diffusion.inference.memory import GIB, control_group_bytes, plan_memory, state_bytes
+from nnunet_diffusion.inference.memory import GIB, case_bytes, control_group_bytes, plan_memory, state_bytes
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 LARGE = (600, 512, 512)
@@ -37,9 +40,59 @@ def test_fewer_samples_at_once_where_memory_is_short():
     assert "3 at a time" in plan.note
 
 
+def test_samples_of_one_call_of_the_denoiser_stay_together_where_they_fit():
+    """Else a sample's last bits would depend on the memory that is free."""
+    for together, at_once in ((2, 2), (3, 3), (4, 3)):
+        plan = plan_memory(LARGE, 5, 5, "ddim", 1, CPU, free=lambda _: 32 * GIB, together=together)
+        assert plan.at_once == at_once
+    assert plan_memory(LARGE, 5, 5, "ddim", 1, CPU, free=lambda _: 99 * GIB, together=4).at_once == 5
+
+
 def test_too_little_memory_for_one_sample_is_refused_with_numbers():
     with pytest.raises(MemoryError, match=r"600 x 512 x 512 voxels and 5 channels needs .* GiB, 4.00 GiB are free"):
         plan_memory(LARGE, 5, 1, "ddim", 1, CPU, free=lambda _: 4 * GIB)
+
+
+def peak_of(function):
+    """What `function` returns, and the most memory that numpy's arrays took meanwhile."""
+    function()  # what it imports is not to be counted
+    tracemalloc.start()
+    try:
+        return function(), tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.nnunet
+@pytest.mark.parametrize(
+    ("channels", "classes", "shape", "spacing", "separate"),
+    [
+        (1, 3, (24, 24, 24), (2.0, 2.0, 2.0), False),
+        (3, 8, (24, 24, 24), (2.0, 2.0, 2.0), False),
+        (1, 3, (96, 96, 96), (0.5, 0.5, 0.5), False),
+        (1, 3, (16, 64, 64), (5.0, 1.0, 1.0), True),
+        (2, 3, (40, 60, 60), (1.0, 1.0, 1.0), False),
+    ],
+)
+def test_memory_of_a_case_holds_and_is_not_far_off(managers_of, channels, classes, shape, spacing, separate):
+    """nnU-Net's own preprocessing and export, measured."""
+    plans, configuration, description = managers_of(channels=channels, classes=classes)
+    image = np.random.default_rng(0).normal(100, 10, (channels, *shape)).astype(np.float32)
+    (data, _, properties), preparing = peak_of(
+        lambda: configuration.preprocessor_class(verbose=False).run_case_npy(
+            image, None, {"spacing": spacing}, plans, configuration, description
+        )
+    )
+    logits = np.random.default_rng(0).normal(size=(classes, *data.shape[1:])).astype(np.float32)
+    labels = plans.get_label_manager(description)
+    _, exporting = peak_of(
+        lambda: convert_predicted_logits_to_segmentation_with_correct_shape(
+            logits, plans, configuration, labels, properties
+        )
+    )
+    measured = max(preparing + image.nbytes, exporting + logits.nbytes)
+    planned = case_bytes(channels, classes, shape, data.shape[1:], data.shape[1:] != shape, separate)
+    assert 0.9 * measured < planned < 2.1 * measured
 
 
 @pytest.fixture

@@ -1,12 +1,17 @@
 """Images that a reading library accepts, or refuses in its own words, and images whose header asks for too much memory."""
 
+import json
 from types import SimpleNamespace
 
 import nibabel
 import numpy as np
 import pytest
+import SimpleITK as sitk
+import tifffile
 from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
+from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 
 from nnunet_diffusion.inference import reading
 from nnunet_diffusion.inference.reading import check_nifti, check_size, constant_channels, nonzero_shape, read_images
@@ -72,10 +77,62 @@ def test_other_content_is_one_line_that_names_the_file(tmp_path, content, ending
     assert "\n" not in str(error.value) and ".cxx" not in str(error.value)
 
 
-@pytest.mark.parametrize("edge", [np.nan, np.inf])
-def test_spacing_that_is_no_number_is_refused(tmp_path, edge):
+@pytest.mark.parametrize("edge", [np.nan, np.inf, 0, -1])
+@pytest.mark.parametrize("reader", [SimpleITKIO, NibabelIO])
+def test_spacing_that_is_no_length_is_refused_where_itk_reads_another(tmp_path, edge, reader):
+    path = saved(tmp_path / "a.nii")
+    content = bytearray((tmp_path / "a.nii").read_bytes())
+    content[80:84] = np.float32(edge).tobytes()  # pixdim[1]; nibabel writes no such header
+    (tmp_path / "a.nii").write_bytes(content)
     with pytest.raises(ValueError, match=f"a.nii has a spacing of {edge:g} x 1 x 1 mm: correct its header"):
-        check_nifti(saved(tmp_path / "a.nii", spacing=(edge, 1, 1)))
+        read_images([path], reader())
+
+
+def test_one_slice_needs_no_spacing(tmp_path):
+    path = saved(tmp_path / "a.nii", np.ones((5, 4, 1), np.float32), spacing=(1, 1, 0))
+    assert read_images([path], SimpleITKIO())[0].shape == (1, 1, 4, 5)
+
+
+@pytest.mark.parametrize("spacing", [[0, 1, 1], ["a", 1, 1], [float("nan"), 1, 1]])
+def test_spacing_of_tiff_is_whatever_its_json_file_holds(tmp_path, spacing):
+    tifffile.imwrite(tmp_path / "a_0000.tif", np.ones(SHAPE, np.float32))
+    (tmp_path / "a.json").write_text(json.dumps({"spacing": spacing}))
+    with pytest.raises(ValueError, match=f"a_0000.tif has a spacing of {spacing[0]} x 1 x 1 mm"):
+        read_images([str(tmp_path / "a_0000.tif")], Tiff3DIO())
+    (tmp_path / "a.json").write_text("{}")
+    with pytest.raises(ValueError, match="a_0000.tif cannot be read: it lacks 'spacing'"):
+        read_images([str(tmp_path / "a_0000.tif")], Tiff3DIO())
+
+
+def test_colour_complex_and_numbers_of_axes_that_itk_reads_otherwise_are_refused(tmp_path):
+    def refused(voxels, reason, vector=False, ending=".mha"):
+        path = str(tmp_path / f"a{ending}")
+        sitk.WriteImage(sitk.GetImageFromArray(voxels, isVector=vector), path)
+        with pytest.raises(ValueError, match=rf"a{ending} {reason}"):
+            read_images([path], SimpleITKIO())
+
+    refused(np.ones((6, 5, 3), np.float32), "has 3 values in each voxel", vector=True)
+    refused(np.ones((6, 5, 4, 3), np.float32), "has 3 values in each voxel", vector=True)
+    refused(np.ones(SHAPE, np.complex64), "has complex numbers", ending=".nii.gz")
+    refused(np.ones((2, 2, *SHAPE), np.float32), "has 5 axes", ending=".nii.gz")
+    path = saved(tmp_path / "b.nii.gz", np.ones(5, np.float32), spacing=(1, 1, 1))
+    with pytest.raises(ValueError, match=r"b.nii.gz has 1 axes, but must have two or three"):
+        read_images([path], SimpleITKIO())
+    with pytest.raises(ValueError, match=r"b.nii.gz has 1 axes, but must have three"):
+        read_images([path], NibabelIO())
+
+
+def test_channels_that_differ_are_named_with_both_values(tmp_path):
+    first = saved(tmp_path / "a_0000.nii.gz")
+    for voxels, spacing, reason in (
+        (np.ones((6, 5, 3), np.float32), (1, 1, 1), "has shape 1 x 3 x 5 x 6, but .*a_0000.nii.gz has 1 x 4 x 5 x 6"),
+        (None, (1, 1, 2), "has spacing 2 x 1 x 1, but .*a_0000.nii.gz has 1 x 1 x 1: resample"),
+    ):
+        other = saved(tmp_path / "a_0001.nii.gz", voxels, spacing)
+        with pytest.raises(ValueError, match=f"a_0001.nii.gz {reason}"):
+            read_images([first, other], SimpleITKIO())
+    with pytest.raises(FileNotFoundError, match="the case has no image"):
+        read_images([], SimpleITKIO())
 
 
 def test_folders_and_missing_files_are_told_apart(tmp_path):
@@ -116,8 +173,10 @@ def test_only_what_nnunet_keeps_after_cropping_counts(monkeypatch):
 def test_memory_of_the_image_itself_is_counted_before_its_voxels_are_read(tmp_path, monkeypatch):
     path = saved(tmp_path / "a.nii.gz")
     monkeypatch.setattr(reading, "free_bytes", lambda device: 100.0)
-    with pytest.raises(MemoryError, match="a.nii.gz has 6 x 5 x 4 voxels, which need"):
-        check_nifti(path)
+    monkeypatch.setattr(SimpleITKIO, "read_images", lambda *_: pytest.fail("the voxels are read"))
+    for limit in (None, 1000):
+        with pytest.raises(MemoryError, match="a.nii.gz has 4 x 5 x 6 voxels, which need"):
+            read_images([path], SimpleITKIO(), limit)
 
 
 def test_image_of_less_than_a_voxel_and_of_two_axes_are_refused():

@@ -79,18 +79,20 @@ def local_denoiser(classes=2, dimension=2):
 
 
 @pytest.mark.parametrize(
-    ("tiles", "batch", "samples", "sizes"),
+    ("tiles", "batch", "sizes", "samples"),
     [
-        (37, 12, 1, [12, 12, 12, 1]),
-        (23, 12, 1, [12, 8, 2, 1]),
-        (3, 49, 1, [2, 1]),
-        (5, 4, 3, [1] * 5),
-        (2, 4, 9, [1, 1]),
+        (37, 12, [12, 12, 12, 1], 1),
+        (23, 12, [12, 8, 2, 1], 1),
+        (3, 49, [2, 1], 16),
+        (5, 1, [1] * 5, 1),
+        (2, 4, [2], 2),
     ],
 )
-def test_groups_of_tiles_have_few_sizes(tiles, batch, samples, sizes):
-    groups = list(Tiling(range(tiles), torch.ones(1), batch, CPU).groups(samples))
+def test_groups_of_tiles_have_few_sizes(tiles, batch, sizes, samples):
+    tiling = Tiling(range(tiles), torch.ones(1), batch, CPU)
+    groups = list(tiling.groups())
     assert [len(group) for group in groups] == sizes
+    assert tiling.samples_per_call == samples
     assert [tile for group in groups for tile in group] == list(range(tiles))
 
 
@@ -183,6 +185,23 @@ def test_samples_share_the_condition_flow_and_do_not_depend_on_their_company(sam
     alone = torch.cat([process(local_denoiser(), image, tiles, settings).run([number]) for number in range(3)])
     assert torch.allclose(found, alone, atol=1e-6)
     assert not torch.allclose(found[0], found[1], atol=1e-2)
+
+
+@pytest.mark.parametrize(("batch", "tiles", "together"), [(3, 4, 1), (8, 4, 2), (30, 4, 7)])
+def test_bits_of_a_sample_do_not_depend_on_how_many_run_at_once(batch, tiles, together):
+    """The denoiser's batches are the same, whatever memory allows; 3D and many channels, where convolutions differ by batch."""
+    torch.manual_seed(0)
+    conv = nn.Conv3d(3, 32, 3, padding=1)
+    back = nn.Conv3d(32, 2, 3, padding=1)
+    denoiser = Denoiser(2, lambda noisy, image: torch.tanh(back(conv(torch.cat((noisy, image), 1)).relu())))
+    image, made = torch.randn(1, 5, 21, 19), tiling((5, 21, 19), (5, 16, 16), 0.5, batch)
+    assert (len(made.tiles), made.samples_per_call) == (tiles, together)
+    whole = process(denoiser, image, made).run(range(7))
+    for at_once in range(together, 7, together):
+        parts = [
+            process(denoiser, image, made).run(range(7)[first : first + at_once]) for first in range(0, 7, at_once)
+        ]
+        assert torch.equal(torch.cat(parts), whole), at_once
 
 
 def test_more_samples_than_fit_into_a_batch_are_evaluated_in_parts():

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import gzip
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -138,7 +139,7 @@ def test_finished_cases_are_left_out(place, tmp_path):
 
 @pytest.fixture
 def with_bad_cases(place, tmp_path):
-    """One good case and one of each kind of bad one; no NaN: ITK's reader of NIfTI makes zeros of them."""
+    """One good case and one of each kind of bad one."""
     folder = tmp_path / "images"
     folder.mkdir()
     good = sorted((place.raw / "imagesTs").iterdir())[0]
@@ -152,6 +153,7 @@ def with_bad_cases(place, tmp_path):
         sitk.WriteImage(changed, str(folder / f"{name}.nii.gz"))
 
     write("empty_0000", values * 0)
+    write("nan_0000", np.where(values == values.max(), np.nan, values))
     write("two_0000", values)
     write("two_0001", values)
     (folder / "broken_0000.nii.gz").write_bytes(gzip.compress(b"no image"))
@@ -162,9 +164,10 @@ def with_bad_cases(place, tmp_path):
 def test_bad_cases_are_named_and_the_others_finished(place, tmp_path, with_bad_cases, capsys, processes):
     assert main(words(place, tmp_path / "out", *processes, images=with_bad_cases)) == 1
     message = capsys.readouterr().err
-    assert "3 of 4 cases failed" in message
+    assert "4 of 5 cases failed" in message
     for name, reason in {
         "empty": "every voxel is 0",
+        "nan": "has NaN or infinite voxels",
         "two": "2 channels",
         "broken": "is damaged",
     }.items():
@@ -283,6 +286,23 @@ def test_class_returns_what_nnunets_returns(place, tmp_path):
     with pytest.raises(FailedCases, match="nothing_0000.nii.gz is missing") as failed:
         predictor.predict_from_files_sequential([[str(paths[0])], [str(tmp_path / "nothing_0000.nii.gz")]], None)
     assert set(failed.value.failures) == {"nothing"}
+
+
+def test_class_gives_the_commands_bits_whatever_threads_torch_had(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(multiprocessing, "cpu_count", lambda: 2)
+    found = predict(place, tmp_path / "out", "--samples", 3, "--save_probabilities")
+    torch.set_num_threads(1)  # `place` restores them
+    for path in sorted((place.raw / "imagesTs").iterdir()):
+        segmentation, probabilities = loaded(place, samples=3).predict_single_npy_array(
+            *SimpleITKIO().read_images([str(path)]), save_or_return_probabilities=True
+        )
+        output = found[path.name.replace("_0000", "")]
+        assert np.array_equal(segmentation, label_maps({"": output})[""])
+        saved = np.load(str(output).replace(".nii.gz", ".npz"))["probabilities"]
+        assert np.array_equal(probabilities.astype(saved.dtype), saved)
+        assert torch.get_num_threads() == 1
+    report = json.loads(next((tmp_path / "out" / "reports").iterdir()).read_text())
+    assert (report["threads"], report["deterministic"]) == (2, False)
 
 
 def test_outputs_may_have_other_names_and_folders_than_the_images(place, tmp_path):
