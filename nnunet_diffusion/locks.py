@@ -213,11 +213,12 @@ def _forget_in_child() -> None:
         lock._forget()
 
 
-def _release_all() -> None:
+def release_all() -> None:
+    """Give back every lock of this process, as its end does."""
     for lock in list(_LOCKS):
         lock.release()
 
 
-atexit.register(_release_all)
+atexit.register(release_all)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_in_child)

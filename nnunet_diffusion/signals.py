@@ -1,4 +1,4 @@
-"""SIGTERM, with which Slurm, Kubernetes and `kill` end a job, as an exception, so that the job can tidy up."""
+"""Signals that end a job, as exceptions, so that the job can tidy up: SIGTERM of Slurm, Kubernetes and `kill`, and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 EXIT_TERMINATED = 128 + signal.SIGTERM  # 143
 EXIT_INTERRUPTED = 128 + signal.SIGINT  # 130
+
+_FORKED = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+_handled: set[signal.Signals] = set()
 
 
 class Terminated(SystemExit):
@@ -27,25 +31,53 @@ def terminated() -> Iterator[None]:
     A second SIGTERM is ignored until the end of the block, so that it does not break the tidying up. Processes forked in
     the block end at once with SIGTERM, as they would without it.
     """
+    with _raised(signal.SIGTERM, Terminated):
+        yield
+
+
+@contextlib.contextmanager
+def stopped(noticed: Callable[[int], object]) -> Iterator[None]:
+    """As `terminated`, and Ctrl-C raises KeyboardInterrupt once, the next ones being ignored until the end of the block.
+
+    Args:
+        noticed: called with the exit code before either exception is raised.
+    """
+    with (
+        _raised(signal.SIGTERM, Terminated, lambda: noticed(EXIT_TERMINATED)),
+        _raised(signal.SIGINT, KeyboardInterrupt, lambda: noticed(EXIT_INTERRUPTED)),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _raised(
+    which: signal.Signals, error: type[BaseException], noticed: Callable[[], object] = lambda: None
+) -> Iterator[None]:
+    def handle(number: int, frame: FrameType | None) -> None:
+        signal.signal(which, signal.SIG_IGN)
+        noticed()
+        raise error
+
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = signal.signal(signal.SIGTERM, _raise)
+    nested = which in _handled
+    previous: Any = signal.getsignal(which) or signal.SIG_DFL  # None: a handler that C code set
+    signal.signal(which, handle)
+    _handled.add(which)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)
+        if not nested:
+            _handled.discard(which)
+        signal.signal(which, previous)
 
 
-def _raise(number: int, frame: FrameType | None) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise Terminated
-
-
-def _default_in_child() -> None:
-    if signal.getsignal(signal.SIGTERM) is _raise:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def _restore_in_child() -> None:
+    for which in _handled:
+        signal.signal(which, _FORKED[which])
+    _handled.clear()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_default_in_child)
+    os.register_at_fork(after_in_child=_restore_in_child)

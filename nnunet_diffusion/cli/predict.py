@@ -17,7 +17,7 @@ from nnunet_diffusion.cli.models import finished_folds, model_folder
 from nnunet_diffusion.cli.trainers_directory import with_trainers
 from nnunet_diffusion.input_files import find_images, refuse_overwriting
 from nnunet_diffusion.json_files import read_dictionary
-from nnunet_diffusion.signals import EXIT_INTERRUPTED, EXIT_TERMINATED, Terminated, terminated
+from nnunet_diffusion.signals import EXIT_INTERRUPTED, Terminated, stopped
 
 # what diffusion.samplers and inference.fusion know, without their imports: help must not wait for torch
 SAMPLERS = ("ddpm", "ddim", "dpm_solver", "dpm_solver++", "unipc")
@@ -108,20 +108,19 @@ def run(options: argparse.Namespace) -> int:
     folds = options.f or finished_folds(model, options.chk)
     check_names(options, model)
     os.environ.update(with_trainers(os.environ))
-    predictor = None
-    with _silence(options.quiet), terminated():
+    predictor, stop = None, []  # type: ignore[var-annotated]
+    with _silence(options.quiet), stopped(stop.append):
         try:
             predictor = _loaded_predictor(options, model, folds)
             return _predict(predictor, options)
-        except (KeyboardInterrupt, Terminated) as stop:
-            interrupted = isinstance(stop, KeyboardInterrupt)
-            print(f"nnunet_diffusion predict: {_stopped(predictor, options, interrupted)}", file=sys.stderr)
-            return EXIT_INTERRUPTED if interrupted else EXIT_TERMINATED
+        except (KeyboardInterrupt, Terminated):
+            print(f"nnunet_diffusion predict: {_stopped(predictor, options, stop[-1])}", file=sys.stderr)
+            return stop[-1]
 
 
-def _stopped(predictor: Any, options: argparse.Namespace, interrupted: bool) -> str:
+def _stopped(predictor: Any, options: argparse.Namespace, code: int) -> str:
     """Say how far a run got that was told to end, and how to go on."""
-    what = "interrupted" if interrupted else "terminated"
+    what = "interrupted" if code == EXIT_INTERRUPTED else "terminated"
     if predictor is None or predictor.progress is None:
         return f"{what} before the first case; run the same command again"
     done = f"{predictor.progress.finished} of {predictor.progress.total} cases are finished"
