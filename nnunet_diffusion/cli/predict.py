@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import multiprocessing
 import os
 import sys
@@ -17,7 +18,7 @@ from nnunet_diffusion.cli.models import finished_folds, model_folder
 from nnunet_diffusion.cli.trainers_directory import with_trainers
 from nnunet_diffusion.input_files import find_images, refuse_overwriting
 from nnunet_diffusion.json_files import read_dictionary
-from nnunet_diffusion.signals import EXIT_INTERRUPTED, Terminated, stopped
+from nnunet_diffusion.signals import EXIT_INTERRUPTED, EXIT_TERMINATED, Terminated, stopped
 
 # what diffusion.samplers and inference.fusion know, without their imports: help must not wait for torch
 SAMPLERS = ("ddpm", "ddim", "dpm_solver", "dpm_solver++", "unipc")
@@ -108,23 +109,25 @@ def run(options: argparse.Namespace) -> int:
     folds = options.f or finished_folds(model, options.chk)
     check_names(options, model)
     os.environ.update(with_trainers(os.environ))
-    predictor, stop = None, []  # type: ignore[var-annotated]
-    with _silence(options.quiet), stopped(stop.append):
+    predictor = None
+    with _silence(options.quiet), stopped(lambda code: None):
         try:
             predictor = _loaded_predictor(options, model, folds)
             return _predict(predictor, options)
-        except (KeyboardInterrupt, Terminated):
-            print(f"nnunet_diffusion predict: {_stopped(predictor, options, stop[-1])}", file=sys.stderr)
-            return stop[-1]
+        except (KeyboardInterrupt, Terminated) as stop:
+            what, code = (
+                ("terminated", EXIT_TERMINATED) if isinstance(stop, Terminated) else ("interrupted", EXIT_INTERRUPTED)
+            )
+            print(f"nnunet_diffusion predict: {what} {_how_far(predictor, options)}", file=sys.stderr)
+            return code
 
 
-def _stopped(predictor: Any, options: argparse.Namespace, code: int) -> str:
+def _how_far(predictor: Any, options: argparse.Namespace) -> str:
     """Say how far a run got that was told to end, and how to go on."""
-    what = "interrupted" if code == EXIT_INTERRUPTED else "terminated"
     if predictor is None or predictor.progress is None:
-        return f"{what} before the first case; run the same command again"
+        return "before the first case; run the same command again"
     done = f"{predictor.progress.finished} of {predictor.progress.total} cases are finished"
-    return f"{what}, {done} in {options.o}; go on with --continue_prediction"
+    return f"when {done} in {options.o}; go on with --continue_prediction"
 
 
 def check_options(options: argparse.Namespace) -> None:
@@ -182,7 +185,8 @@ def _loaded_predictor(options: argparse.Namespace, model: Path, folds: list[str]
     check_device(options.device)
     # as nnUNetv2_predict sets them
     torch.set_num_threads(multiprocessing.cpu_count() if options.device == "cpu" else 1)
-    with named_for_the_user(FileNotFoundError, ValueError, RuntimeError):
+    # nnU-Net tells where it looks for trainers, and off a GPU warns of an option that nobody gave
+    with named_for_the_user(FileNotFoundError, ValueError, RuntimeError), contextlib.redirect_stdout(io.StringIO()):
         predictor = DiffusionPredictor(
             tile_step_size=options.step_size,
             use_mirroring=not options.disable_tta,

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
-import io
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -39,10 +37,6 @@ from nnunet_diffusion.segmenter import DiffusionSegmenter
 Folds = Sequence[int | str] | None
 OVERRIDES = ("sampler", "steps", "start_step", "samples", "seed", "presegmentation_weight")
 COMPILE = "nnUNet_compile"
-
-
-def _silent() -> contextlib.AbstractContextManager:
-    return contextlib.redirect_stdout(io.StringIO())
 
 
 class VolumePredictor(nnUNetPredictor):
@@ -101,9 +95,8 @@ class VolumePredictor(nnUNetPredictor):
         state_memory_gb: float | None = None,
     ) -> None:
         on_device = perform_everything_on_device and device.type == "cuda"
-        with _silent():  # off a GPU, nnU-Net warns of perform_everything_on_device unasked
-            super().__init__(tile_step_size, use_gaussian, use_mirroring, on_device, device, verbose, verbose_preprocessing,
-                             allow_tqdm)  # fmt: skip
+        super().__init__(tile_step_size, use_gaussian, use_mirroring, on_device, device, verbose, verbose_preprocessing,
+                         allow_tqdm)  # fmt: skip
         self.allow_tqdm: bool = allow_tqdm
         if fusion not in FUSIONS:
             raise ValueError(f"fusion is {fusion!r}; known: {', '.join(FUSIONS)}")
@@ -132,15 +125,14 @@ class VolumePredictor(nnUNetPredictor):
         model = read_model(Path(model_training_output_dir), folds, checkpoint_name, self.trust_checkpoint)
         plans = PlansManager(model.plans)
         configuration = plans.get_configuration(model.configuration)
-        with _silent():  # nnU-Net's search for trainers says where it looks
-            trainer = recursive_find_trainer_class_by_name(model.trainer_name)
-            network = trainer.build_network_architecture(
-                plans,
-                configuration,
-                determine_num_input_channels(plans, configuration, model.dataset_json),
-                plans.get_label_manager(model.dataset_json).num_segmentation_heads,
-                enable_deep_supervision=False,
-            )
+        trainer = recursive_find_trainer_class_by_name(model.trainer_name)
+        network = trainer.build_network_architecture(
+            plans,
+            configuration,
+            determine_num_input_channels(plans, configuration, model.dataset_json),
+            plans.get_label_manager(model.dataset_json).num_segmentation_heads,
+            enable_deep_supervision=False,
+        )
         network.load_state_dict(model.weights[0])
         if os.environ.get(COMPILE, "").lower() in ("true", "1", "t"):  # as nnU-Net's own predictor reads it
             network.compile_inference()

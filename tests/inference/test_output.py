@@ -1,35 +1,94 @@
-"""Folders in which a case's files are made: removed when their job is dead, never under a living one."""
+"""Files of a case: there as a whole or not at all, on the disk before they have their names, removed together."""
 
 import os
-import socket
-import subprocess
-import sys
+import shutil
+from pathlib import Path
 
-from nnunet_diffusion.inference.output import FOREIGN_SECONDS, UNFINISHED, remove_unfinished
+import pytest
 
-HERE = socket.gethostname()
+from nnunet_diffusion.inference import output
+from nnunet_diffusion.inference.output import PredictedCase, remove_case, write_case
+
+MANAGERS = (None, None, {"file_ending": ".nii.gz"})
+FILES = ("a.npz", "a.pkl", "reports/a.json", "samples/one/a.nii.gz", "a.nii.gz")
 
 
-def test_only_what_dead_jobs_left_is_removed(tmp_path):
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    removed, kept = [], []
+def write_all(folder, names=FILES):
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"content")
 
-    def unfinished(owner, seconds, into):
-        path = tmp_path / f"{UNFINISHED}{owner}_x_y"
-        path.mkdir()
-        (path / "case.nii.gz").write_bytes(b"half")
-        then = os.stat(path).st_mtime - seconds
-        os.utime(path, (then, then))
-        into.append(path.name)
 
-    unfinished(f"{ended.pid}_{HERE}", 0, removed)
-    unfinished(f"{os.getpid()}_{HERE}", 10 * FOREIGN_SECONDS, kept)  # a large case takes long
-    unfinished(f"{ended.pid}_elsewhere", 0.5 * FOREIGN_SECONDS, kept)
-    unfinished(f"{ended.pid}_other", 1.5 * FOREIGN_SECONDS, removed)
-    unfinished("abc", 1.5 * FOREIGN_SECONDS, removed)
-    gone = tmp_path / f"{UNFINISHED}gone"  # removed by another job, between being listed and being looked at
-    gone.symlink_to(tmp_path / "nowhere")
-    remove_unfinished(tmp_path)
-    gone.unlink()
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
+def files_in(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.fixture
+def written(tmp_path, monkeypatch):
+    """Writes case `a`, with files of no content in the place of nnU-Net's."""
+    stage = tmp_path / "stage"
+    stage.mkdir()
+    monkeypatch.setattr(output, "_write_all", lambda case, folder, *_: write_all(folder))
+    case = PredictedCase("a", str(tmp_path / "out" / "a"), None, None, {})
+
+    def write():
+        write_case(case, MANAGERS, True, {tmp_path / "out": stage})
+
+    (tmp_path / "out").mkdir()
+    yield write, tmp_path / "out"
+    assert list(stage.iterdir()) == []
+
+
+def test_every_file_is_on_the_disk_before_it_has_its_name_and_the_mask_is_last(written, monkeypatch):
+    write, folder = written
+    events = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(descriptor):
+        events.append(("disk", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", lambda old, new: (events.append(("name", Path(new).name)), replace(old, new)))
+    write()
+    assert files_in(folder) == sorted(FILES)
+    named = [name for kind, name in events if kind == "name"]
+    assert sorted(named) == sorted(Path(name).name for name in FILES)
+    for name in set(named):
+        assert events.index(("disk", name)) < events.index(("name", name))
+    mask = len(events) - 1 - events[::-1].index(("name", "a.nii.gz"))
+    assert max(index for index, (kind, _) in enumerate(events) if kind == "name") == mask
+    assert {name for kind, name in events[:mask] if kind == "disk"} >= {"reports", "one", "out"}
+    assert events[mask + 1 :] == [("disk", "out")]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("number", range(len(FILES)))
+def test_a_case_that_is_not_whole_has_no_file(written, monkeypatch, error, number):
+    write, folder = written
+    write_all(folder, ("b.nii.gz", "samples/one/b.nii.gz"))
+    kept, calls, replace = files_in(folder), [], os.replace
+
+    def failing(old, new):
+        calls.append(new)
+        if len(calls) > number:
+            raise error
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", failing)
+    text = "a.nii.gz could not be written .No space left on device.: .*--continue_prediction"
+    with pytest.raises(type(error), match=text if isinstance(error, OSError) else None):
+        write()
+    assert files_in(folder) == kept
+
+
+def test_all_files_of_a_case_go_and_none_of_another(tmp_path):
+    write_all(tmp_path, (*FILES, "samples/two/a.nii.gz", "aa.nii.gz", "samples/one/aa.nii.gz", "reports/aa.json"))
+    remove_case(tmp_path / "a", ".nii.gz")
+    assert files_in(tmp_path) == ["aa.nii.gz", "reports/aa.json", "samples/one/aa.nii.gz"]
+    assert not (tmp_path / "samples" / "two").exists()
+    remove_case(tmp_path / "aa", ".nii.gz")
+    assert not (tmp_path / "samples").exists()
+    shutil.rmtree(tmp_path / "reports")
+    remove_case(tmp_path / "aa", ".nii.gz")  # of a folder without any of them
