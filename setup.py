@@ -43,11 +43,10 @@ if __name__ == "__main__":
         package_dir={"nnunet_diffusion.trainers": "trainers", "nnunet_diffusion.planners": "planners"},
         install_requires=[
             "nnunetv2>=2.8.0",
-            "torch>=2.5,!=2.9.*",
+            "torch>=2.10",
             "dynamic-network-architectures",
             "acvl-utils",
             "batchgenerators",
-            "filelock>=3.30",
             "matplotlib",
             "numpy",
             "scipy",

@@ -27,8 +27,8 @@ def read_dictionary(path: Path, cure: str, kinds: Mapping[str, type] | None = No
         raise FileNotFoundError(f"{path} is missing; {cure}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged, it is no valid JSON ({error}); {cure}") from error
+    except (ValueError, RecursionError) as error:  # no JSON, not UTF-8, a number too long, or nested too deep
+        raise ValueError(f"{path} is damaged: it is not valid JSON ({error}); {cure}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {_word(content)}, not a dictionary; {cure}")
     require(content, kinds or {}, path, cure)

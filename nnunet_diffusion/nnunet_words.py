@@ -1,6 +1,14 @@
-"""nnU-Net's words: its command that an error text names, and the text of its own that tells one error from another."""
+"""Names and commands that error texts recommend, and the text of nnU-Net's that tells one of its errors from another."""
 
 from __future__ import annotations
+
+DEFAULT_PLANNER = "DiffusionPlanner"
+PLANS_OF = {
+    DEFAULT_PLANNER: "nnUNetDiffusionPlans",
+    "DiffusionPlannerResEncM": "nnUNetDiffusionResEncUNetMPlans",
+    "DiffusionPlannerResEncL": "nnUNetDiffusionResEncUNetLPlans",
+}
+"""Our planners -> the default name of their plans."""
 
 
 def preprocess_command(dataset_name: str, plans_name: str, configuration: str) -> str:

@@ -1,4 +1,4 @@
-"""Folders of images as users have them: stray files are named, and no output is written over an input."""
+"""Names of images: what nnU-Net would stop at, or drop without a word, is named."""
 
 from pathlib import Path
 
@@ -7,62 +7,56 @@ import pytest
 from nnunet_diffusion.input_files import find_images, refuse_overwriting
 
 
-def fill(folder, *names):
-    for name in names:
-        (folder / name).touch()
-    return folder
+@pytest.fixture
+def folder(tmp_path):
+    def fill(*names):
+        for name in names:
+            (tmp_path / name).touch()
+        return tmp_path
+
+    return fill
 
 
-def test_stray_images_are_named_and_all_others_found(tmp_path):
-    fill(tmp_path, "b_0000.png", "a_0000.png", "a_0001.png", "scan1.png", "c_0000.jpg", "c_0000.PNG")
-    fill(tmp_path, "notes.txt", "dataset.json", "._a_0000.png", "a_00000.png")
-    (tmp_path / "folder_0000.png").mkdir()
-    found = find_images(tmp_path, ".png")
-    assert {case: [Path(file).name for file in files] for case, files in found.cases.items()} == {
-        "a": ["a_0000.png", "a_0001.png"],
-        "b": ["b_0000.png"],
-    }
-    assert list(found.cases) == ["a", "b"]
+def test_cases_and_what_is_left_out(folder):
+    place = folder(
+        "b_0000.png", "a_0000.png", "a_0001.png", "scan1.png", "c_0000.jpg", "notes.txt", ".hidden.png", "x_00.png"
+    )
+    (place / "samples").mkdir()
+    found = find_images(place, ".png")
+    assert found.cases == {"a": [f"{place}/a_0000.png", f"{place}/a_0001.png"], "b": [f"{place}/b_0000.png"]}
     assert found.left_out == {
-        "a_00000.png": "nnU-Net wants a_00000_0000.png",
-        "c_0000.PNG": "the model's images end with .png",
-        "c_0000.jpg": "the model's images end with .png",
         "scan1.png": "nnU-Net wants scan1_0000.png",
+        "x_00.png": "nnU-Net wants x_00_0000.png",
+        "c_0000.jpg": "the model's images end with .png",
     }
 
 
-def test_plain_nifti_beside_compressed_ones_is_named(tmp_path):
-    found = find_images(fill(tmp_path, "a_0000.nii.gz", "b_0000.nii"), ".nii.gz")
-    assert list(found.cases) == ["a"]
+def test_channel_that_is_missing_is_its_cases_affair(folder):
+    place = folder("a_0001.nii.gz", "b_0000.nii.gz", "b_0000.nii")
+    found = find_images(place, ".nii.gz")
+    assert found.cases["a"] == [f"{place}/a_0000.nii.gz", f"{place}/a_0001.nii.gz"]
     assert list(found.left_out) == ["b_0000.nii"]
-
-
-def test_a_channel_missing_in_between_is_among_the_files_of_its_case(tmp_path):
-    found = find_images(fill(tmp_path, "a_0000.png", "a_0002.png", "b_0001.png"), ".png")
-    names = {case: [Path(file).name for file in files] for case, files in found.cases.items()}
-    assert names == {"a": ["a_0000.png", "a_0001.png", "a_0002.png"], "b": ["b_0000.png", "b_0001.png"]}
 
 
 @pytest.mark.parametrize(
     ("names", "reason"),
     [
+        ([], "no file in it ends with _0000.png"),
         (["polyp.png"], "you have polyp.png; nnU-Net wants polyp_0000.png. Please rename"),
         (["polyp_0000.jpg"], "you have polyp_0000.jpg; the model's images end with .png. Please convert"),
-        ([], "no file in it ends with _0000.png"),
     ],
 )
-def test_folder_without_an_image_is_refused_with_the_name_it_wants(tmp_path, names, reason):
+def test_folder_without_a_case_is_refused(folder, names, reason):
     with pytest.raises(ValueError, match=reason):
-        find_images(fill(tmp_path, *names), ".png")
+        find_images(folder(*names), ".png")
 
 
-def test_outputs_over_inputs_and_over_each_other_are_refused(tmp_path):
-    images = [["one/a_0000.png"], ["two/a_0000.png"]]
-    apart = [tmp_path / "a", tmp_path / "b"]
-    refuse_overwriting(apart, ".png", images, {"-i": str(tmp_path / "images"), "--presegmentation": None})
-    with pytest.raises(ValueError, match=r"one/a_0000.png and two/a_0000.png would both be written to .*/a.png"):
-        refuse_overwriting([tmp_path / "a", tmp_path / "other" / ".." / "a"], ".png", images, {})
-    with pytest.raises(ValueError, match="-o and -i are the same folder"):
-        refuse_overwriting(apart, ".png", images, {"-i": f"{tmp_path}/."})
-    with pytest.raises(ValueError, match="a_0000.png is an input and would be overwritten"):
-        refuse_overwriting([tmp_path / "a_0000"], ".png", [[str(tmp_path / "a_0000.png")]], {})
+def test_outputs_are_files_of_their_own(tmp_path):
+    out = [tmp_path / "out" / "a", tmp_path / "out" / "b"]
+    refuse_overwriting(out, ".png", [["x/a_0000.png"], ["x/b_0000.png"]], {"-i": "x", "--presegmentation": None})
+    with pytest.raises(ValueError, match="x/a_0000.png and y/a_0000.png would both be written to"):
+        refuse_overwriting([out[0], out[0]], ".png", [["x/a_0000.png"], ["y/a_0000.png"]], {})
+    with pytest.raises(ValueError, match=f"-o and -i are the same folder, {tmp_path / 'out'}"):
+        refuse_overwriting(out, ".png", [[f"{tmp_path}/out/a_0000.png"], ["b_0000.png"]], {"-i": str(tmp_path / "out")})
+    with pytest.raises(ValueError, match="is an input and would be overwritten"):
+        refuse_overwriting([Path("x/a")], ".png", [["x/a.png"]], {})

@@ -16,9 +16,11 @@ def written(folder, content):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "damaged, it is no valid JSON"),
-        (b'{"labels": ', "damaged, it is no valid JSON"),
-        ("\u00e4".encode("latin-1"), "damaged, it is no valid JSON"),
+        (b"", "damaged: it is not valid JSON"),
+        (b'{"labels": ', "damaged: it is not valid JSON"),
+        ("\u00e4".encode("latin-1"), "damaged: it is not valid JSON"),
+        (b'{"labels": ' + b"1" * 5000 + b"}", "Exceeds the limit"),
+        (b"[" * 100_000, "recursion"),
         ([], "holds a list, not a dictionary"),
         ({}, "'labels' is missing, but must be a dictionary"),
         ({"labels": "a"}, "'labels' is text, but must be a dictionary"),

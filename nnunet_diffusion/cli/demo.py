@@ -151,11 +151,13 @@ def claim(folder: Path, recipe: Recipe) -> Path:
     record = folder / "recipe.json"
     wanted = json.dumps(asdict(recipe), indent=2)
     if record.is_file() and record.read_text(encoding="utf-8") != wanted:
-        raise CommandError(f"{folder} holds a demo of another version; remove it (rm -r '{folder}') or give --folder")
+        raise CommandError(
+            f"{folder} holds a demo of another version; remove it (rm -r '{folder}'), or give another --folder"
+        )
     if folder.exists() and not folder.is_dir():
-        raise CommandError(f"{folder} is a file; give another --folder")
+        raise CommandError(f"--folder {folder} is a file; give another folder")
     if not record.is_file() and folder.exists() and any(folder.iterdir()):
-        raise CommandError(f"{folder} holds something else than a demo; give another --folder")
+        raise CommandError(f"--folder {folder} holds other files than a demo's; give another folder")
     folder.mkdir(parents=True, exist_ok=True)
     record.write_text(wanted, encoding="utf-8")
     return folder
@@ -199,7 +201,7 @@ def make_report(place: Workplace) -> None:
     log = place.folder / "logs" / "report.log"
     module = "nnunet_diffusion.cli.demo_report"
     if stream([sys.executable, "-m", module, str(place.folder), place.device], place.environment(), log):
-        raise CommandError(f"the report failed; its output is in {log}; once mended, run again")
+        raise CommandError(f"the report failed; see {log}; correct what it names and run again")
 
 
 def plan_and_preprocess(place: Workplace) -> None:
@@ -230,7 +232,7 @@ def run_command(words: Sequence[str], place: Workplace) -> None:
     print(f"$ {' '.join(words)}", flush=True)
     code = stream([find_command(words[0]), *words[1:]], place.environment(), log)
     if code:
-        raise CommandError(f"{words[0]} failed with exit code {code}; its output is in {log}; once mended, run again")
+        raise CommandError(f"{words[0]} failed with exit code {code}; see {log}; correct what it names and run again")
 
 
 def find_command(name: str) -> str:

@@ -8,14 +8,14 @@ DEVICES = ("cuda", "cpu", "mps")
 
 
 def check_device(device: str) -> None:
-    """Raise CommandError if `device` is none, or one that this machine or this torch does not offer."""
+    """Raise CommandError if `device` is unknown, or this machine or this torch does not have it."""
     import torch
 
     if device not in DEVICES:
         raise CommandError(f"-device is {device}; choose one of: {', '.join(DEVICES)}")
     if device == "cuda" and not torch.cuda.is_available():
         raise CommandError(
-            "-device is cuda (the default), but torch finds no CUDA GPU; run: nnunet_diffusion doctor, or add: -device cpu"
+            "-device is cuda (the default), but torch finds no CUDA GPU; add -device cpu, or run: nnunet_diffusion doctor"
         )
     if device == "mps" and not torch.backends.mps.is_available():
-        raise CommandError("-device is mps, but torch finds none; add: -device cpu")
+        raise CommandError("-device is mps, but torch finds no Apple GPU; add -device cpu")

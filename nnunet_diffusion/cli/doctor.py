@@ -23,7 +23,7 @@ from nnunet_diffusion.nnunet_words import says_not_found
 OK, WARN, FAIL = "OK", "WARN", "FAIL"
 SET_TRAINERS = f'export {VARIABLE}="$(nnunet_diffusion trainers_directory)"'
 # package: oldest supported version, versions known to be broken (as prefix)
-REQUIREMENTS = {"nnunetv2": ((2, 8, 0), None), "torch": ((2, 5, 0), (2, 9))}
+REQUIREMENTS = {"nnunetv2": ((2, 8, 0), None), "torch": ((2, 10, 0), None)}
 SMALL_SHARED_MEMORY_BYTES = 1 << 30
 
 
@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
     for finding in examine(os.environ):
         print(finding, flush=True)
         failures += finding.level == FAIL
-    print(f"{failures} to put right" if failures else "ready")
+    print("ready" if not failures else "1 problem found" if failures == 1 else f"{failures} problems found")
     return int(failures > 0)
 
 
@@ -77,8 +77,8 @@ def examine(environment: Mapping[str, str]) -> Iterator[Finding]:
         try:
             yield from check()
         except Exception as error:  # a broken installation raises anything, and the other lines matter all the more
-            seen = f"check stopped by {type(error).__name__}: {first_line(error)}"
-            yield Finding(name, FAIL, seen, "install it again, in its clone: pip install --force-reinstall .")
+            seen = f"this check stopped with {type(error).__name__}: {first_line(error)}"
+            yield Finding(name, FAIL, seen, "install this package again, in its clone: pip install --force-reinstall .")
 
 
 def check_python() -> Iterator[Finding]:
@@ -115,11 +115,11 @@ def check_folders(environment: Mapping[str, str]) -> Iterator[Finding]:
         if not folder:
             yield Finding(name, FAIL, "not set", f"export {name}=/path/to/{name}")
         elif not Path(folder).is_dir():
-            yield Finding(name, FAIL, f"{folder} is no folder", f"mkdir -p '{folder}', or correct the variable")
+            yield Finding(name, FAIL, f"{folder} is not a folder", f"mkdir -p '{folder}', or correct the variable")
         elif not is_writable(Path(folder)):
             level, cure = FAIL, f"chmod u+w '{folder}', or choose another folder"
             if name == "nnUNet_raw":
-                level, cure = WARN, "nothing to do, unless datasets are to be put there"
+                level, cure = WARN, "nothing to do, unless you want to put datasets there"
             yield Finding(name, level, f"{folder} cannot be written", cure)
         else:
             free_gigabytes = shutil.disk_usage(folder).free / 1e9
@@ -127,7 +127,7 @@ def check_folders(environment: Mapping[str, str]) -> Iterator[Finding]:
 
 
 def is_writable(folder: Path) -> bool:
-    """Whether a file can be made in `folder`, tried by making one (mode bits lie on network drives)."""
+    """True if a file can be made in `folder`, tried by making one (permission bits are not reliable on network drives)."""
     try:
         with tempfile.TemporaryFile(dir=folder):
             return True
@@ -144,9 +144,9 @@ def check_search_path(environment: Mapping[str, str]) -> Iterator[Finding]:
         yield Finding(VARIABLE, FAIL, "not set", SET_TRAINERS)
     elif ours not in [Path(folder).resolve() for folder in folders]:
         cure = f'export {VARIABLE}="$(nnunet_diffusion trainers_directory){os.pathsep}${VARIABLE}"'
-        yield Finding(VARIABLE, FAIL, f"{os.pathsep.join(folders)} lacks {ours}", cure)
+        yield Finding(VARIABLE, FAIL, f"{os.pathsep.join(folders)} does not include {ours}", cure)
     elif missing:
-        yield Finding(VARIABLE, WARN, f"{', '.join(missing)} is no folder", "take it out of the variable")
+        yield Finding(VARIABLE, WARN, f"not a folder: {', '.join(missing)}", "remove it from the variable")
     else:
         yield Finding(VARIABLE, OK, os.pathsep.join(folders))
 
@@ -176,7 +176,7 @@ def check_trainer() -> Iterator[Finding]:
             yield Finding("trainer", FAIL, f"nnU-Net does not find {name}", SET_TRAINERS)
             return
         seen = f"the search stopped with {type(error).__name__}: {first_line(error)}"
-        cure = f"mend what fails above, or mend or take out the folder of {VARIABLE} whose file fails to import"
+        cure = f"correct what fails above; else correct that file, or remove its folder from {VARIABLE}"
         yield Finding("trainer", FAIL, seen, cure)
     else:
         yield Finding("trainer", OK, f"{found.__name__} found by nnU-Net")
@@ -194,12 +194,14 @@ def check_device() -> Iterator[Finding]:
         else:
             yield Finding("bfloat16", WARN, "not supported", "training uses float16 instead; nothing to do")
     elif shutil.which("nvidia-smi"):
-        cure = "install a build of torch for the driver's CUDA version (https://pytorch.org/get-started/locally/)"
-        yield Finding("GPU", WARN, f"nvidia-smi is there, but torch {torch.__version__} finds no GPU", cure)
+        cure = "install the torch build for your CUDA version (https://pytorch.org/get-started/locally/)"
+        yield Finding("GPU", WARN, f"nvidia-smi is installed, but torch {torch.__version__} finds no GPU", cure)
     elif torch.backends.mps.is_available():
-        yield Finding("GPU", WARN, "Apple MPS: nothing was tried on it; -device mps, or -device cpu")
+        yield Finding(
+            "GPU", WARN, "Apple MPS, on which this package was not tested", "use -device cpu, or try -device mps"
+        )
     else:
-        yield Finding("GPU", WARN, "none", "train and predict with -device cpu; real datasets want a CUDA GPU")
+        yield Finding("GPU", WARN, "none", "plan, train and predict with -device cpu; large datasets need a CUDA GPU")
 
 
 def check_shared_memory() -> Iterator[Finding]:
@@ -223,5 +225,5 @@ def check_solvers() -> Iterator[Finding]:
     try:
         yield Finding("diffusers", OK, version("diffusers"))
     except PackageNotFoundError:
-        cure = "only for those: pip install diffusers"
-        yield Finding("diffusers", WARN, "not installed (solvers dpm_solver, dpm_solver++, unipc)", cure)
+        cure = "to use them: pip install diffusers"
+        yield Finding("diffusers", WARN, "not installed; needed for dpm_solver, dpm_solver++ and unipc only", cure)

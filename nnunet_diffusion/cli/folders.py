@@ -32,10 +32,12 @@ def dataset_prefix(name_or_id: str) -> str:
         return name_or_id
     if name_or_id.isdecimal():
         return f"Dataset{int(name_or_id):03d}_"
-    raise CommandError(f"dataset is '{name_or_id}', but must be a number such as 4 or a name as Dataset004_Name")
+    raise CommandError(
+        f"dataset is '{name_or_id}', but must be a number such as 4 or a full name such as Dataset004_Name"
+    )
 
 
 def datasets_in(folder: Path | None, prefix: str) -> list[str]:
-    """Names of the datasets in `folder` that `dataset_prefix` means."""
+    """Names of the datasets in `folder` that begin with `prefix`, or equal it if it is a full name."""
     found = sorted(path.name for path in folder.glob("Dataset*") if path.is_dir()) if folder else []
     return [name for name in found if name == prefix or (prefix.endswith("_") and name.startswith(prefix))]

@@ -35,39 +35,51 @@ FINGERPRINT_KEYS = {
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add `plan` to the command line."""
     parser = subparsers.add_parser(
-        "plan", help="plan nnU-Net and the denoiser for a memory target, or for a training step of a second on this CPU"
+        "plan", help="plan nnU-Net and the denoiser for a GPU's memory, or for training steps of a second on this CPU"
     )
     add = parser.add_argument
-    add("-d", nargs="+", required=True, metavar="ID", help="datasets, as nnUNetv2_plan_experiment's")
+    add("-d", nargs="+", required=True, metavar="ID", help="datasets, each by number or full name")
     add("-pl", default="DiffusionPlanner", metavar="PLANNER", help=f"one of {', '.join(planner_names())}")
-    add("-gpu_memory_target", type=float, metavar="GB", help="default: 8, of ResEncL 24")
-    add("-preprocessor_name", default="DefaultPreprocessor", help="as nnU-Net's")
+    add("-gpu_memory_target", type=float, metavar="GB", help="GPU memory to plan for (default: 8, for ResEncL 24)")
+    add("-preprocessor_name", default="DefaultPreprocessor", metavar="NAME", help="nnU-Net's preprocessor")
     add(
         "-overwrite_target_spacing",
         type=float,
         nargs=3,
         metavar="MM",
-        help="of 3d_fullres; of 2D images: 999 MM MM",
+        help="spacing to resample 3d_fullres to, in the order of nnU-Net's axes; for 2D images: 999 MM MM",
     )
-    add("-overwrite_plans_name", metavar="NAME", help="default: the planner's own")
-    add("-device", choices=("cuda", "cpu"), default="cuda", help="cpu: keep to a time budget, measured here and now")
-    add("-step_seconds", type=float, help=f"with -device cpu: of a training step (default {DEFAULT_STEP_SECONDS:g})")
-    add("--explain", action="store_true", help="print what was chosen, by which rule, and what else would cost")
-    add("--preprocess", action="store_true", help="then preprocess what is not preprocessed yet")
+    add("-overwrite_plans_name", metavar="NAME", help="name of the plans (default: the planner's own)")
+    add(
+        "-device",
+        choices=("cuda", "cpu"),
+        default="cuda",
+        help="cpu: plan for a time budget, measured now on this machine",
+    )
+    add(
+        "-step_seconds",
+        type=float,
+        metavar="S",
+        help=f"seconds per training step to plan for, with -device cpu (default {DEFAULT_STEP_SECONDS:g})",
+    )
+    add(
+        "--explain", action="store_true", help="print each choice, the rule behind it, and what other widths would cost"
+    )
+    add("--preprocess", action="store_true", help="preprocess what is not preprocessed yet")
     add(
         "-c",
         nargs="+",
         metavar="CONFIG",
-        help=f"with --preprocess: configurations (default: {' '.join(CONFIGURATIONS)})",
+        help=f"with --preprocess: configurations to preprocess (default: {' '.join(CONFIGURATIONS)})",
     )
     add(
         "-np",
         type=int,
         nargs="+",
         metavar="N",
-        help="with --preprocess: processes, one number or one per configuration",
+        help="with --preprocess: number of processes, one for all or one per configuration",
     )
-    add("--verbose", action="store_true", help="show what nnU-Net's planner prints")
+    add("--verbose", action="store_true", help="show the output of nnU-Net's planner")
     parser.set_defaults(run=run)
 
 
@@ -88,9 +100,10 @@ def run(options: argparse.Namespace) -> int:
     for name_or_id in options.d:
         dataset = find_raw_dataset(name_or_id, os.environ)
         with planning_threads():
-            plans = plan(dataset, options)
+            plans, following = plan(dataset, options)
         if options.preprocess:
             preprocess(dataset, plans, options)
+        print(following)
     return 0
 
 
@@ -99,27 +112,29 @@ def check_options(options: argparse.Namespace) -> None:
     if options.pl not in planner_names():
         raise CommandError(f"-pl is {options.pl}; choose one of: {', '.join(planner_names())}")
     if options.step_seconds is not None and options.device != "cpu":
-        raise CommandError("-step_seconds is a time budget of the CPU: add -device cpu, or leave it out")
+        raise CommandError("-step_seconds is for plans for a CPU: add -device cpu, or leave -step_seconds out")
     for name in ("gpu_memory_target", "step_seconds"):
         value = getattr(options, name)
         if value is not None and not 0 < value < float("inf"):
             raise CommandError(f"-{name} is {value:g}, but must be a positive number")
     for edge in options.overwrite_target_spacing or ():
         if not 0 < edge < float("inf"):
-            raise CommandError(f"-overwrite_target_spacing has {edge:g}, but must be three positive numbers")
+            raise CommandError(f"-overwrite_target_spacing has {edge:g}, but all three numbers must be positive")
     if options.overwrite_plans_name is not None and not PLANS_NAME.fullmatch(options.overwrite_plans_name):
         raise CommandError(
-            f"-overwrite_plans_name is '{options.overwrite_plans_name}', but must be a file's name without its ending "
-            "(letters, digits and _-.)"
+            f"-overwrite_plans_name is '{options.overwrite_plans_name}', but may have only letters, digits "
+            "and the signs _ - ."
         )
     for name in ("c", "np"):
         if getattr(options, name) is not None and not options.preprocess:
-            raise CommandError(f"-{name} is for the preprocessing: add --preprocess, or leave it out")
+            raise CommandError(f"-{name} needs --preprocess: add that, or leave -{name} out")
     names = options.c or list(CONFIGURATIONS)
     if options.np is not None and len(options.np) not in (1, len(names)):
-        raise CommandError(f"-np has {len(options.np)} numbers, but must have one, or one for each of -c {names}")
+        raise CommandError(
+            f"-np has {len(options.np)} numbers, but must have one, or one for each configuration ({' '.join(names)})"
+        )
     if options.np is not None and min(options.np) < 1:
-        raise CommandError(f"-np has {min(options.np)}, but must be at least 1")
+        raise CommandError(f"-np is {min(options.np)}, but must be at least 1")
 
 
 def find_raw_dataset(name_or_id: str, environment: Mapping[str, str]) -> str:
@@ -134,9 +149,7 @@ def find_raw_dataset(name_or_id: str, environment: Mapping[str, str]) -> str:
         there = "is not" if not found else f"is ambiguous ({', '.join(found)})"
         raise CommandError(f"dataset {name_or_id} {there} in {raw}; put it there in nnU-Net's format")
     if not (raw / found[0] / "dataset.json").is_file():
-        raise CommandError(
-            f"{raw / found[0]} has no dataset.json: nnU-Net's raw format has one, see its dataset_format.md"
-        )
+        raise CommandError(f"{raw / found[0]} has no dataset.json; write it as nnU-Net's dataset_format.md describes")
     number = int(found[0][7:10])
     fingerprint = f"nnUNetv2_extract_fingerprint -d {number} --verify_dataset_integrity"
     if not (preprocessed / found[0] / "dataset_fingerprint.json").is_file():
@@ -150,15 +163,15 @@ def find_raw_dataset(name_or_id: str, environment: Mapping[str, str]) -> str:
     return found[0]
 
 
-def plan(dataset: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Write the plans of one dataset and say what they are."""
+def plan(dataset: str, options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Write the plans of one dataset and print what they are; return them and the text with the next commands."""
     # nnU-Net reads its paths when it is imported
     import multiprocessing
 
     import torch
 
     from nnunet_diffusion.planning.explain import explanation
-    from nnunet_diffusion.planning.summary import summary
+    from nnunet_diffusion.planning.summary import next_commands, summary
     from nnunet_diffusion.planning.time_budget import TimeBudget
 
     check_preprocessor(options.preprocessor_name)
@@ -180,13 +193,13 @@ def plan(dataset: str, options: argparse.Namespace) -> dict[str, Any]:
         )
         earlier = Path(os.environ[PREPROCESSED]) / dataset / f"{planner.plans_identifier}.json"
         if earlier.is_file():  # nnU-Net keeps the configurations that users added
-            read_plans(earlier, "remove it, it is written again")
+            read_plans(earlier, "remove that file, this command writes it anew")
         plans = planner.plan_experiment()
     print(summary(planner, plans))
     if options.explain:
         usable = torch.device("cuda" if options.device == "cuda" and torch.cuda.is_available() else "cpu")
         print(explanation(planner, plans, usable))
-    return plans
+    return plans, next_commands(planner, plans, options.c, preprocessed=options.preprocess)
 
 
 def check_preprocessor(name: str) -> None:
@@ -197,7 +210,7 @@ def check_preprocessor(name: str) -> None:
     folder = os.path.join(nnunetv2.__path__[0], "preprocessing", "preprocessors")
     if recursive_find_python_class(folder, name, "nnunetv2.preprocessing.preprocessors") is None:
         raise CommandError(
-            f"-preprocessor_name is {name}, which nnU-Net does not have; leave it out for DefaultPreprocessor"
+            f"-preprocessor_name is {name}, but nnU-Net has no such preprocessor; leave it out for DefaultPreprocessor"
         )
 
 
@@ -227,7 +240,7 @@ def preprocess(dataset: str, plans: Mapping[str, Any], options: argparse.Namespa
         identifier = manager.get_configuration(name).data_identifier
         if is_complete(folder / identifier, cases):
             print(
-                f"{name}: {identifier} is preprocessed already, it is used as it is; should raw files have changed since: "
+                f"{name}: {identifier} is preprocessed already and is used as it is; if raw files have changed since, run: "
                 + preprocess_command(dataset, plans["plans_name"], name)
             )
         else:
@@ -236,7 +249,7 @@ def preprocess(dataset: str, plans: Mapping[str, Any], options: argparse.Namespa
 
 @contextlib.contextmanager
 def planning_threads() -> Iterator[None]:
-    """Keep nnU-Net's planner from failing where data augmentation has no processes: it sets torch's threads by that."""
+    """Let nnU-Net's planner run with nnUNet_n_proc_DA=0: it sets torch's number of threads to that."""
     name = "nnUNet_n_proc_DA"
     before = os.environ.get(name)
     if before == "0":

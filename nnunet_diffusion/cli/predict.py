@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import multiprocessing
 import os
 import sys
@@ -115,19 +114,18 @@ def run(options: argparse.Namespace) -> int:
             predictor = _loaded_predictor(options, model, folds)
             return _predict(predictor, options)
         except (KeyboardInterrupt, Terminated) as stop:
-            what, code = (
-                ("terminated", EXIT_TERMINATED) if isinstance(stop, Terminated) else ("interrupted", EXIT_INTERRUPTED)
-            )
-            print(f"nnunet_diffusion predict: {what} {_how_far(predictor, options)}", file=sys.stderr)
-            return code
+            interrupted = isinstance(stop, KeyboardInterrupt)
+            print(f"nnunet_diffusion predict: {_stopped(predictor, options, interrupted)}", file=sys.stderr)
+            return EXIT_INTERRUPTED if interrupted else EXIT_TERMINATED
 
 
-def _how_far(predictor: Any, options: argparse.Namespace) -> str:
+def _stopped(predictor: Any, options: argparse.Namespace, interrupted: bool) -> str:
     """Say how far a run got that was told to end, and how to go on."""
+    what = "interrupted" if interrupted else "terminated"
     if predictor is None or predictor.progress is None:
-        return "before the first case; run the same command again"
+        return f"{what} before the first case; run the same command again"
     done = f"{predictor.progress.finished} of {predictor.progress.total} cases are finished"
-    return f"when {done} in {options.o}; go on with --continue_prediction"
+    return f"{what}, {done} in {options.o}; go on with --continue_prediction"
 
 
 def check_options(options: argparse.Namespace) -> None:
@@ -185,8 +183,7 @@ def _loaded_predictor(options: argparse.Namespace, model: Path, folds: list[str]
     check_device(options.device)
     # as nnUNetv2_predict sets them
     torch.set_num_threads(multiprocessing.cpu_count() if options.device == "cpu" else 1)
-    # nnU-Net tells where it looks for trainers, and off a GPU warns of an option that nobody gave
-    with named_for_the_user(FileNotFoundError, ValueError, RuntimeError), contextlib.redirect_stdout(io.StringIO()):
+    with named_for_the_user(FileNotFoundError, ValueError, RuntimeError):
         predictor = DiffusionPredictor(
             tile_step_size=options.step_size,
             use_mirroring=not options.disable_tta,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import json
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,9 +26,12 @@ from nnunet_diffusion.cli.folders import (
 from nnunet_diffusion.cli.trainers_directory import trainers_directory, with_trainers
 from nnunet_diffusion.environment import PRESEGMENTOR_FOLDER
 from nnunet_diffusion.json_files import read_dictionary, read_plans
-from nnunet_diffusion.nnunet_words import preprocess_command, says_not_found
+from nnunet_diffusion.nnunet_words import DEFAULT_PLANNER, PLANS_OF, preprocess_command, says_not_found
 
 DEFAULT_TRAINER = "DiffusionTrainer"
+CHECKED = "checked_images.json"
+DEFAULT_PLANS = "nnUNetPlans"  # of nnUNetv2_train
+STOCK_PLANS_NAME = re.compile("nnUNet(?:ResEncUNet(M|L|XL))?Plans")
 HELP = "nnUNetv2_train with DiffusionTrainer as default trainer (takes all of its arguments)"
 
 
@@ -53,11 +58,12 @@ def run(words: Sequence[str]) -> int:
             words += ["-tr", DEFAULT_TRAINER]
         check_input(options, os.environ)
         check_device(options.device)
-        if options.pretrained_weights is not None and DEFAULT_TRAINER in (options.tr or DEFAULT_TRAINER):
-            check_pretrained_weights(options.pretrained_weights)
     os.environ.update(with_trainers(os.environ))
     if {"-h", "--help"}.isdisjoint(words):
-        check_trainer(options.tr or DEFAULT_TRAINER)
+        check_raw_images(options, os.environ)
+        trainer = check_trainer(options.tr or DEFAULT_TRAINER)
+        if options.pretrained_weights is not None:
+            check_pretrained_weights(options.pretrained_weights, hasattr(trainer, "presegmentor_trainer"))
     # nnU-Net reads its paths and nnUNet_extTrainer from the environment: import it only now.
     from nnunetv2.run.run_training import run_training_entry
 
@@ -76,7 +82,7 @@ def read_options(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("dataset_name_or_id")
     parser.add_argument("configuration")
     parser.add_argument("fold")
-    for name, default in {"tr": None, "p": "nnUNetPlans", "pretrained_weights": None, "num_gpus": "1"}.items():
+    for name, default in {"tr": None, "p": None, "pretrained_weights": None, "num_gpus": "1"}.items():
         parser.add_argument(f"-{name}", default=default)
     parser.add_argument("-device", default="cuda")
     return parser.parse_known_args(words)[0]
@@ -89,49 +95,87 @@ def check_input(options: argparse.Namespace, environment: Mapping[str, str]) -> 
         options: As given by `read_options`.
         environment: Variables of the process.
     """
-    folders = check_folders(environment)
-    dataset = find_dataset(options.dataset_name_or_id, folders, options.configuration, options.p)
-    number, preprocessed = int(dataset[7:10]), folders["nnUNet_preprocessed"] / dataset
-    extract = f"nnUNetv2_extract_fingerprint -d {number} && {planning_command(number, options.p)}"
+    folders = check_folders(options, environment)
+    dataset = find_dataset(options, folders)
+    preprocessed = folders["nnUNet_preprocessed"] / dataset
     for name in ("dataset.json", "dataset_fingerprint.json"):
         if not (preprocessed / name).is_file():
-            raise CommandError(f"{preprocessed} has no {name}; run: {extract}")
+            raise CommandError(f"{preprocessed} has no {name}; run: {planning_commands(options, from_raw=True)}")
     with named_for_the_user(ValueError):
-        read_dictionary(preprocessed / "dataset.json", f"run: {planning_command(number, options.p)}")
-    plans = plans_of(preprocessed, options.p, dataset)
-    check_configuration(plans, options.configuration, preprocessed, options.p)
+        read_dictionary(preprocessed / "dataset.json", f"run: {planning_commands(options)}")
+    plans = plans_of(preprocessed, options, dataset)
+    check_configuration(plans, options.configuration, preprocessed, options.p or DEFAULT_PLANS)
     if options.fold != "all" and not options.fold.isdecimal():
         raise CommandError(f"fold is '{options.fold}', but must be 0, 1, 2, ... or 'all'")
 
 
-def check_folders(environment: Mapping[str, str]) -> dict[str, Path]:
+def check_raw_images(options: argparse.Namespace, environment: Mapping[str, str]) -> None:
+    """Raise CommandError if a raw NIfTI image of the dataset has NaN voxels, which preprocessing has read as 0.
+
+    What was found good is remembered beside the preprocessed data, by name, size and time of change. Without raw data there is
+    nothing to look at.
+    """
+    folders = check_folders(options, environment)
+    dataset = find_dataset(options, folders)
+    images = folders.get(RAW, Path("/nowhere")) / dataset / "imagesTr"
+    memory = folders[PREPROCESSED] / dataset / CHECKED
+    known = read_dictionary(memory, f"remove {memory}") if memory.is_file() else {}
+    found = {path: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(images.glob("*.nii*"))}
+    new = [path for path in found if known.get(path.name) != found[path]]
+    if not new:
+        return
+    from tqdm import tqdm
+
+    from nnunet_diffusion.inference.reading import check_nifti
+
+    for path in tqdm(new, "Looking for NaN in raw images", disable=None):
+        try:
+            check_nifti(path, whole=False)
+        except (ValueError, MemoryError) as error:
+            again = preprocess_command(dataset, options.p or DEFAULT_PLANS, options.configuration)
+            raise CommandError(f"{error}, then preprocess again: {again}") from error
+    memory.write_text(json.dumps({path.name: seen for path, seen in found.items()}))
+
+
+def check_folders(options: argparse.Namespace, environment: Mapping[str, str]) -> dict[str, Path]:
     """Folders of nnU-Net that are set, after checking that the two which training needs are usable."""
     preprocessed = folder_in(environment, "nnUNet_preprocessed")
     folder_in(environment, RESULTS)
     if not Path(preprocessed).is_dir():
         raise CommandError(
-            f"nnUNet_preprocessed is {preprocessed}, which is no folder; correct it, or create and fill it with: "
-            f"nnUNetv2_plan_and_preprocess -d ID --verify_dataset_integrity"
+            f"nnUNet_preprocessed is {preprocessed}, which is not a folder; correct the variable, or create and fill the "
+            f"folder with: {planning_commands(options, from_raw=True)}"
         )
     names = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
     return {name: Path(environment[name]) for name in names if environment.get(name)}
 
 
-def planning_command(number: int, plans_name: str, configuration: str | None = None) -> str:
-    """What writes plans of that name, as far as a name tells, and preprocesses a configuration of them."""
-    presets = {"nnUNetDiffusionPlans": "", "nnUNetDiffusionResEncUNetMPlans": " -pl DiffusionPlannerResEncM",
-               "nnUNetDiffusionResEncUNetLPlans": " -pl DiffusionPlannerResEncL"}  # fmt: skip
-    if plans_name in presets:
-        command = f"nnunet_diffusion plan -d {number}{presets[plans_name]}"
-        return command if configuration is None else f"{command} --preprocess -c {configuration}"
-    planner = "" if plans_name == "nnUNetPlans" else " -pl PLANNER"
-    if configuration is None:
-        return f"nnUNetv2_plan_experiment -d {number}{planner}"
-    return f"nnUNetv2_plan_and_preprocess -d {number}{planner} -c {configuration} --verify_dataset_integrity"
+def planning_commands(options: argparse.Namespace, *, from_raw: bool = False) -> str:
+    """Commands that make the plans and the preprocessed data that `options` ask for; `from_raw`: the fingerprint too.
+
+    The plans are ours unless `-p` names those of a planner of nnU-Net.
+    """
+    number = int(dataset_prefix(options.dataset_name_or_id)[7:10])
+    name = options.p or PLANS_OF[DEFAULT_PLANNER]
+    if stock := STOCK_PLANS_NAME.fullmatch(name):
+        chosen = f" -pl nnUNetPlannerResEnc{stock[1]}" if stock[1] else ""
+        return f"nnUNetv2_plan_and_preprocess -d {number}{chosen} -c {options.configuration} --verify_dataset_integrity"
+    command = f"nnunet_diffusion plan -d {number} --preprocess -c {options.configuration}"
+    planner = {plans: planner for planner, plans in PLANS_OF.items()}.get(name)
+    if planner is None:
+        command += f" -overwrite_plans_name {name}"
+    elif planner != DEFAULT_PLANNER:
+        command += f" -pl {planner}"
+    if options.device == "cpu":
+        command += " -device cpu"
+    if from_raw:
+        command = f"nnUNetv2_extract_fingerprint -d {number} --verify_dataset_integrity && {command}"
+    return command if options.p else f"{command}, then train with -p {name}"
 
 
-def find_dataset(name_or_id: str, folders: Mapping[str, Path], configuration: str, plans_name: str) -> str:
-    """Name of the preprocessed dataset that `name_or_id` means, such as Dataset004_Hippocampus."""
+def find_dataset(options: argparse.Namespace, folders: Mapping[str, Path]) -> str:
+    """Name of the preprocessed dataset that the options mean, such as Dataset004_Hippocampus."""
+    name_or_id = options.dataset_name_or_id
     prefix = dataset_prefix(name_or_id)
     preprocessed, raw = (datasets_in(folders.get(key), prefix) for key in (PREPROCESSED, RAW))
     if len(set(preprocessed + raw)) > 1:
@@ -142,26 +186,22 @@ def find_dataset(name_or_id: str, folders: Mapping[str, Path], configuration: st
     if preprocessed:
         return preprocessed[0]
     if raw:
-        number = int(raw[0][7:10])
-        command = planning_command(number, plans_name, configuration)
-        if command.startswith("nnunet_diffusion"):
-            command = f"nnUNetv2_extract_fingerprint -d {number} --verify_dataset_integrity && {command}"
-        raise CommandError(f"{raw[0]} is not preprocessed yet; run: {command}")
+        raise CommandError(f"{raw[0]} is not preprocessed yet; run: {planning_commands(options, from_raw=True)}")
     places = " and ".join(str(folders[key]) for key in ("nnUNet_raw", "nnUNet_preprocessed") if key in folders)
     raise CommandError(
         f"dataset {name_or_id} is not in {places}; put it into nnUNet_raw in nnU-Net's format and run: "
-        f"nnUNetv2_plan_and_preprocess -d ID -c {configuration} --verify_dataset_integrity"
+        f"{planning_commands(options, from_raw=True)}"
     )
 
 
-def plans_of(preprocessed: Path, plans_name: str, dataset: str) -> dict[str, Any]:
-    """Plans `plans_name` of a dataset, refused if missing, unreadable or made for another dataset."""
-    path = preprocessed / f"{plans_name}.json"
-    command = planning_command(int(dataset[7:10]), plans_name)
+def plans_of(preprocessed: Path, options: argparse.Namespace, dataset: str) -> dict[str, Any]:
+    """The plans that `-p` names, refused if missing, unreadable or made for another dataset."""
+    name, command = options.p or DEFAULT_PLANS, planning_commands(options)
+    path = preprocessed / f"{name}.json"
     if not path.is_file():
         others = [other.stem for other in sorted(preprocessed.glob("*Plans*.json"))]
-        choices = f"there are: {', '.join(others)} (choose with -p); or " if others else ""
-        raise CommandError(f"{preprocessed} has no plans {plans_name}; {choices}run: {command}")
+        choices = f"choose those that are there with -p {' or -p '.join(others)}, or " if others else ""
+        raise CommandError(f"{preprocessed} has no plans {name}; {choices}run: {command}")
     with named_for_the_user(ValueError):
         plans = read_plans(path, f"correct it or run: {command}")
     if plans.get("dataset_name") != dataset:
@@ -190,13 +230,13 @@ def check_configuration(plans: Mapping[str, Any], configuration: str, preprocess
         )
 
 
-def check_trainer(name: str) -> None:
-    """Raise CommandError unless nnU-Net finds a trainer of that name."""
+def check_trainer(name: str) -> Any:
+    """Return the trainer of that name; raise CommandError unless nnU-Net finds it."""
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # the search says where it looks
-            recursive_find_trainer_class_by_name(name)
+            return recursive_find_trainer_class_by_name(name)
     except Exception as error:  # any trainer file in any folder of the variable can raise anything
         if not says_not_found(error):
             raise CommandError(
@@ -205,20 +245,27 @@ def check_trainer(name: str) -> None:
             ) from error
         ours = sorted(path.stem for path in trainers_directory().glob("Diffusion*.py"))
         raise CommandError(
-            f"-tr is {name}, which nnU-Net finds neither among its own trainers nor in nnUNet_extTrainer; of this package: "
-            f"{', '.join(ours)} (such as _1epoch, _10epochs)"
+            f"-tr is {name}, which nnU-Net finds neither among its own trainers nor in nnUNet_extTrainer; this package has: "
+            f"{', '.join(ours)} (_1epoch, _5epochs, _10epochs, _20epochs, ...)"
         ) from error
 
 
-def check_pretrained_weights(path: str) -> None:
-    """Raise CommandError unless `path` is a checkpoint of a diffusion trainer, whose weights alone fit the network."""
+def check_pretrained_weights(path: str, diffusion: bool) -> None:
+    """Raise CommandError unless a checkpoint can be read without running code and is of the trainer's kind.
+
+    nnU-Net itself reads the file given as -pretrained_weights in a way that runs what it holds.
+
+    Args:
+        path: of the checkpoint.
+        diffusion: whether a diffusion trainer starts from it, whose network fits no other weights.
+    """
     from nnunet_diffusion.training.checkpoints import DIFFUSION_KEY, read_checkpoint
 
     try:
         checkpoint = read_checkpoint(path)
     except (OSError, ValueError) as error:
         raise CommandError(f"-pretrained_weights: {error}") from error
-    if DIFFUSION_KEY not in checkpoint:
+    if diffusion and DIFFUSION_KEY not in checkpoint:
         raise CommandError(
             f"-pretrained_weights is {path}, a checkpoint of {checkpoint.get('trainer_name')}, not of a diffusion trainer; "
             f"to start from a trained nnU-Net leave it out and export {PRESEGMENTOR_FOLDER}=MODEL_FOLDER"

@@ -9,10 +9,11 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from nnunet_diffusion.inference.presegmentation import (
     read_label_map,
     read_presegmentation,
 )
+from nnunet_diffusion.inference.reading import check_size, constant_channels, read_images
 from nnunet_diffusion.inference.staging import staging_folders
 
 LARGE_BYTES = 2**30  # what is larger is written by this process: it would have to be copied twice to another
@@ -63,11 +65,13 @@ class PreparedCase:
         data: (C, *volume), float32.
         properties: of the image, as nnU-Net's preprocessor gives them.
         presegmentation: to start from; None for the embedded nnU-Net's.
+        notes: warnings for the user.
     """
 
     data: NDArray
     properties: dict[str, Any]
     presegmentation: Presegmentation | None
+    notes: Sequence[str] = ()
 
 
 class FailedCases(RuntimeError):
@@ -98,29 +102,24 @@ def prepare_case(case: CaseFiles, managers: Managers) -> PreparedCase:
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: channels are missing, a file cannot be read, holds NaN, or does not fit its image; names the file.
+        MemoryError: the image does not fit into memory, as it is or resampled.
     """
     plans_manager, configuration_manager, dataset_json = managers
     channels = len(dataset_json.get("channel_names") or dataset_json["modality"])
-    missing = [path for path in (*case.images, case.previous_stage) if path is not None and not Path(path).is_file()]
-    if missing:
-        raise FileNotFoundError(f"{missing[0]} is missing")
-    reader = plans_manager.image_reader_writer_class()
-    try:
-        image, properties = reader.read_images(list(case.images))
-    except Exception as error:  # each reader raises what its library raises
-        raise ValueError(f"{', '.join(case.images)} cannot be read: {error}") from error
+    if case.previous_stage is not None and not Path(case.previous_stage).is_file():
+        raise FileNotFoundError(f"{case.previous_stage} is missing")
+    names = ", ".join(case.images)
+    image, properties = read_images(case.images, plans_manager.image_reader_writer_class())
     if len(image) != channels:  # a colour image has three in one file
-        names = ", ".join(Path(path).name for path in case.images)
         raise ValueError(
-            f"it has {len(image)} channels ({names}), the model needs {channels}, as its training images "
+            f"{names} has {len(image)} channels, the model needs {channels}, as its training images "
             f"({case.name}_0000{dataset_json['file_ending']} and so on)"
         )
-    paths = case.images if len(case.images) == channels else [case.images[0]] * channels
-    for path, channel in zip(paths, image, strict=True):
-        if not np.isfinite(channel).all():
-            raise ValueError(f"{path} has NaN or infinite voxels: replace them and predict again")
     if image[0].size == 0 or not image.any():
-        raise ValueError(f"{', '.join(case.images)} is empty: every voxel is 0")
+        raise ValueError(f"{names} is empty: every voxel is 0")
+    heads = plans_manager.get_label_manager(dataset_json).num_segmentation_heads
+    check_size(names, image, properties["spacing"], plans_manager, configuration_manager, heads)
+    notes = constant_channels(case.images, image)
     label_manager, previous = plans_manager.get_label_manager(dataset_json), None
     if case.previous_stage is not None:
         found = read_label_map(
@@ -141,19 +140,7 @@ def prepare_case(case: CaseFiles, managers: Managers) -> PreparedCase:
         given = read_presegmentation(
             source, properties, data.shape[1:], plans_manager, configuration_manager, label_manager
         )
-    return PreparedCase(np.ascontiguousarray(data, dtype=np.float32), properties, given)
-
-
-class _Inline(Executor):
-    """Executor that does its work at once, in this process."""
-
-    def submit(self, fn: Callable, /, *args: Any, **kwargs: Any) -> Future:
-        future: Future = Future()
-        try:
-            future.set_result(fn(*args, **kwargs))
-        except Exception as error:
-            future.set_exception(error)
-        return future
+    return PreparedCase(np.ascontiguousarray(data, dtype=np.float32), properties, given, notes)
 
 
 def worker_numbers(cases: Sequence[CaseFiles], cores: int) -> tuple[int, int]:
@@ -203,26 +190,95 @@ class _Workers(ProcessPoolExecutor):
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+@dataclass(frozen=True, eq=False)
+class Job:
+    """Work that was given to other processes.
+
+    Attributes:
+        future: its outcome.
+        again: does the work once more, alone, and returns its outcome.
+    """
+
+    future: Future
+    again: Callable[[], Any]
+
+    def result(self) -> Any:
+        """Wait for the outcome; raise what the work raised, MemoryError if its process is killed even alone."""
+        try:
+            return self.future.result()
+        except BrokenProcessPool:  # who was killed is not known: the pool forgets all that it was working on
+            return self.again()
+
+
+class Workers:
+    """Processes for one kind of work; they are replaced when the system kills one of them."""
+
+    def __init__(self, number: int) -> None:
+        """Start no process yet; with 0, the work is done at once, in this process."""
+        self._number = number
+        self._pool = _Workers(number) if number else None
+
+    def submit(self, function: Callable, *arguments: Any) -> Job:
+        """Begin `function(*arguments)`."""
+        if self._pool is None:
+            return done_here(function, *arguments)
+        try:
+            future = self._pool.submit(function, *arguments)
+        except BrokenProcessPool:
+            self._pool.shutdown()
+            self._pool = _Workers(self._number)
+            future = self._pool.submit(function, *arguments)
+        return Job(future, partial(done_alone, function, *arguments))
+
+    def shutdown(self, cancel: bool) -> None:
+        """Wait for what has begun, and for the rest too unless it is cancelled."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=cancel)
+
+
+def done_here(function: Callable, *arguments: Any) -> Job:
+    """Do work at once, in this process."""
+    future: Future = Future()
+    try:
+        future.set_result(function(*arguments))
+    except Exception as error:
+        future.set_exception(error)
+    return Job(future, future.result)
+
+
+def done_alone(function: Callable, *arguments: Any) -> Any:
+    """Do work in a process of its own.
+
+    Raises:
+        MemoryError: the process was killed.
+    """
+    with _Workers(1) as pool:
+        try:
+            return pool.submit(function, *arguments).result()
+        except BrokenProcessPool as error:
+            raise MemoryError(
+                "the process that worked on this case was killed, most often for lack of memory or of space in /dev/shm: "
+                "crop the image, or take a machine with more memory"
+            ) from error
+
+
 @contextmanager
-def workers(number: int) -> Iterator[Executor]:
-    """Executor of so many fresh processes, 0 for none; what has not begun is dropped when the block is left by an error."""
-    if number == 0:
-        yield _Inline()
-        return
-    pool = _Workers(number)
+def workers(number: int) -> Iterator[Workers]:
+    """So many fresh processes, 0 for none; what has not begun is dropped when the block is left by an error."""
+    pool = Workers(number)
     try:
         yield pool
     except BaseException:
-        pool.shutdown(wait=True, cancel_futures=True)
+        pool.shutdown(cancel=True)
         raise
-    pool.shutdown()
+    pool.shutdown(cancel=False)
 
 
-def _prepared_ahead(readers: Executor, ahead: int, cases: Sequence[CaseFiles], managers: Managers) -> Iterator[Future]:
+def _prepared_ahead(readers: Workers, ahead: int, cases: Sequence[CaseFiles], managers: Managers) -> Iterator[Job]:
     """Yield the preparation of each case in order, so many of the next ones begun already."""
     following = iter(cases[1:])
     begun = deque(readers.submit(prepare_case, case, managers) for case in islice(following, ahead))
-    yield _Inline().submit(prepare_case, cases[0], managers)  # the other processes still start
+    yield done_here(prepare_case, cases[0], managers)  # the other processes still start
     for case in following:
         begun.append(readers.submit(prepare_case, case, managers))
         yield begun.popleft()
@@ -256,12 +312,11 @@ def run_cases(
     Raises:
         FailedCases: some cases failed; the others are finished.
         OSError: an output folder cannot be written to.
-        RuntimeError: a process was killed; finished cases are kept.
     """
     results: list[Any] = [None] * len(cases)
     failures: dict[str, str] = {}
     names = [case.name for case in cases]
-    written: dict[Future, int] = {}
+    written: dict[Future, tuple[int, Job]] = {}
 
     def failed(index: int, error: Exception) -> None:
         name = names[index]
@@ -273,12 +328,10 @@ def run_cases(
     def collect(limit: int) -> None:
         while len(written) > limit:
             for future in wait(written, return_when=FIRST_COMPLETED).done:
-                index = written.pop(future)
+                index, job = written.pop(future)
                 try:
-                    results[index] = future.result()
+                    results[index] = job.result()
                     on_case(cases[index].name, "")
-                except BrokenProcessPool:
-                    raise
                 except Exception as error:
                     failed(index, error)
 
@@ -289,23 +342,17 @@ def run_cases(
             for index, prepared in enumerate(_prepared_ahead(readers, preparing, cases, managers)):
                 try:
                     predicted = predict(cases[index], prepared.result())
-                except BrokenProcessPool:
-                    raise
                 except Exception as error:
                     failed(index, error)
                     continue
                 collect(writing)
-                executor = writers if predicted.logits.nbytes < LARGE_BYTES else _Inline()
-                written[executor.submit(write_case, predicted, managers, save_probabilities, stages)] = index
-                del predicted
+                submit = writers.submit if predicted.logits.nbytes < LARGE_BYTES else done_here
+                job = submit(write_case, predicted, managers, save_probabilities, stages)
+                written[job.future] = index, job
+                del predicted, job
             collect(0)
-    except BrokenProcessPool as error:
-        raise RuntimeError(
-            "A process that prepares or writes cases was killed, mostly for lack of memory or of space in /dev/shm. Finished "
-            "cases are kept: run again with --continue_prediction and --sequential (or fewer processes, -npp 1 -nps 1)."
-        ) from error
     except (KeyboardInterrupt, SystemExit):  # what was being written is finished by now
-        for future, index in written.items():
+        for future, (index, _) in written.items():
             if future.done() and not future.cancelled() and future.exception() is None:
                 on_case(names[index], "")
         raise

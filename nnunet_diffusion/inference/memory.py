@@ -162,13 +162,14 @@ def plan_memory(
     if not fitting:
         raise MemoryError(
             f"One reverse process of {' x '.join(map(str, volume))} voxels and {heads} channels needs "
-            f"{_size(needed(1))}, {_size(available)} {word}: take a machine with more memory, --steps 1, or a "
+            f"{readable_size(needed(1))}, {readable_size(available)} {word}: take a machine with more memory, --steps 1, or a "
             "configuration with a coarser spacing (3d_lowres)."
         )
     if fitting[0] < samples:
-        notes.append(f"{_size(needed(samples))} for {samples} samples: {fitting[0]} at a time")
+        notes.append(f"{readable_size(needed(samples))} for {samples} samples: {fitting[0]} at a time")
     return MemoryPlan(cpu, fitting[0], needed(fitting[0]), "; ".join(notes))
 
 
-def _size(number: float) -> str:
+def readable_size(number: float) -> str:
+    """Return a number of bytes in GiB or MiB."""
     return f"{number / GIB:.2f} GiB" if number >= GIB / 10 else f"{number / 2**20:.2f} MiB"

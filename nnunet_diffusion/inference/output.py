@@ -105,7 +105,7 @@ def write_case(case: PredictedCase, managers: Managers, save_probabilities: bool
     target = Path(case.target)
     try:
         stage = stages[target.parent] / target.name
-        stage.mkdir()
+        stage.mkdir(exist_ok=True)  # it is there if a process was killed that wrote this case
         try:
             _write_all(case, stage, managers, save_probabilities)
             _publish(stage, target, managers[2]["file_ending"])

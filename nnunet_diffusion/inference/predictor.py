@@ -254,7 +254,7 @@ class DiffusionPredictor(VolumePredictor):
 
     def _predict_case(self, case: CaseFiles, prepared: PreparedCase, save_probabilities: bool) -> PredictedCase:
         prediction = self.predict_volume(torch.from_numpy(prepared.data), prepared.presegmentation)
-        for note in prediction.notes:
+        for note in (*prepared.notes, *prediction.notes):
             print(f"{case.name}: {note}", flush=True)
         return PredictedCase(
             case.name,
@@ -302,7 +302,7 @@ class DiffusionPredictor(VolumePredictor):
             "seconds": round(prediction.seconds, 3),
             "peak_memory_bytes": prediction.peak_bytes,
             "device": str(self.device),
-            "notes": prediction.notes,
+            "notes": [*prepared.notes, *prediction.notes],
             "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
         }
 

@@ -12,6 +12,8 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from numpy.typing import NDArray
 
+from nnunet_diffusion.inference.reading import one_line
+
 SPACING_TOLERANCE = 1e-3  # relative
 ORIGIN_TOLERANCE_VOXELS = 0.1
 DIRECTION_TOLERANCE = 1e-3
@@ -113,7 +115,7 @@ def read_label_map(
     try:
         found, theirs = plans_manager.image_reader_writer_class().read_seg(str(path))
     except Exception as error:  # each reader raises what its library raises
-        raise ValueError(f"The {what} {path} cannot be read: {error}") from error
+        raise ValueError(f"The {what} {path} cannot be read: {one_line(error)}") from error
     if len(found) != 1:
         raise ValueError(
             f"The {what} {path} has {len(found)} channels (a colour image?), but must be a label map with one."

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import io
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +17,6 @@ import torch
 from acvl_utils.cropping_and_padding.padding import pad_nd_image
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
-from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.helpers import dummy_context, empty_cache
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -32,11 +33,17 @@ from nnunet_diffusion.inference.memory import GIB, free_bytes, peak_bytes, plan_
 from nnunet_diffusion.inference.presegmentation import Presegmentation
 from nnunet_diffusion.inference.volume import Evaluations, Tiling, VolumeProcess
 from nnunet_diffusion.network_calls import refuse_nan
+from nnunet_diffusion.networks.architectures import trusting
 from nnunet_diffusion.segmenter import DiffusionSegmenter
+from nnunet_diffusion.training.presegmentor import trainer_class
 
 Folds = Sequence[int | str] | None
 OVERRIDES = ("sampler", "steps", "start_step", "samples", "seed", "presegmentation_weight")
 COMPILE = "nnUNet_compile"
+
+
+def _silent() -> contextlib.AbstractContextManager:
+    return contextlib.redirect_stdout(io.StringIO())
 
 
 class VolumePredictor(nnUNetPredictor):
@@ -95,8 +102,9 @@ class VolumePredictor(nnUNetPredictor):
         state_memory_gb: float | None = None,
     ) -> None:
         on_device = perform_everything_on_device and device.type == "cuda"
-        super().__init__(tile_step_size, use_gaussian, use_mirroring, on_device, device, verbose, verbose_preprocessing,
-                         allow_tqdm)  # fmt: skip
+        with _silent():  # off a GPU, nnU-Net warns of perform_everything_on_device unasked
+            super().__init__(tile_step_size, use_gaussian, use_mirroring, on_device, device, verbose, verbose_preprocessing,
+                             allow_tqdm)  # fmt: skip
         self.allow_tqdm: bool = allow_tqdm
         if fusion not in FUSIONS:
             raise ValueError(f"fusion is {fusion!r}; known: {', '.join(FUSIONS)}")
@@ -125,14 +133,16 @@ class VolumePredictor(nnUNetPredictor):
         model = read_model(Path(model_training_output_dir), folds, checkpoint_name, self.trust_checkpoint)
         plans = PlansManager(model.plans)
         configuration = plans.get_configuration(model.configuration)
-        trainer = recursive_find_trainer_class_by_name(model.trainer_name)
-        network = trainer.build_network_architecture(
-            plans,
-            configuration,
-            determine_num_input_channels(plans, configuration, model.dataset_json),
-            plans.get_label_manager(model.dataset_json).num_segmentation_heads,
-            enable_deep_supervision=False,
-        )
+        # nnU-Net's search for trainers says where it looks
+        with _silent(), trusting(self.trust_checkpoint):
+            trainer = trainer_class(model.trainer_name, model_training_output_dir)
+            network = trainer.build_network_architecture(
+                plans,
+                configuration,
+                determine_num_input_channels(plans, configuration, model.dataset_json),
+                plans.get_label_manager(model.dataset_json).num_segmentation_heads,
+                enable_deep_supervision=False,
+            )
         network.load_state_dict(model.weights[0])
         if os.environ.get(COMPILE, "").lower() in ("true", "1", "t"):  # as nnU-Net's own predictor reads it
             network.compile_inference()

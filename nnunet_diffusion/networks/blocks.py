@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from pydoc import locate
 
 import torch
 from dynamic_network_architectures.building_blocks.helper import (
@@ -14,6 +13,8 @@ from dynamic_network_architectures.building_blocks.helper import (
 )
 from torch import Tensor, nn
 from torch.nn import functional
+
+from nnunet_diffusion.networks.architectures import network_class
 
 NORMS = ("batch", "instance", "group")
 MAX_GROUPS = 32
@@ -30,7 +31,7 @@ def resolve_conv_op(conv_op: type[nn.Module] | str) -> type[nn.Module]:
     Raises:
         ValueError: if it is neither.
     """
-    found = locate(conv_op) if isinstance(conv_op, str) else conv_op
+    found = network_class(conv_op) if isinstance(conv_op, str) else conv_op
     if not isinstance(found, type) or not issubclass(found, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         raise ValueError(f"conv_op must be a convolution class of torch or its dotted name, got {conv_op!r}")
     return found

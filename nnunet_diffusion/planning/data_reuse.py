@@ -34,7 +34,7 @@ STOCK_PLANS = (
     "nnUNetResEncUNetXLPlans.json",
 )
 """Plans of nnU-Net's own planners; those of its presets name the data of the first."""
-CURE = "Give the new plans another name (-overwrite_plans_name), or remove that folder."
+CURE = "Give the new plans another name (-overwrite_plans_name NAME), or remove that folder."
 
 
 def shared_identifier(dataset_name: str, plans: Mapping[str, Any], configuration: str) -> str:
@@ -74,10 +74,12 @@ def _refuse_other_preprocessing(folder: Path, plans: Mapping[str, Any], configur
     earlier = folder.parent / f"{plans['plans_name']}.json"
     if not earlier.is_file() or not finished_cases(folder):
         return
-    theirs = read_plans(earlier, f"remove it, or plan under another name; what lies in {folder} is of these plans")
+    theirs = read_plans(
+        earlier, f"remove it, or plan under another name; what lies in {folder} was made with these plans"
+    )
     changed = different_entries(theirs, plans, configuration) if configuration in theirs["configurations"] else []
     if set(changed) - {"spacing"}:  # of the spacing the data themselves tell
-        raise ValueError(f"{folder} holds data of another {', '.join(changed)} ({earlier.name} says). {CURE}")
+        raise ValueError(f"{folder} holds data of another {', '.join(changed)} (according to {earlier.name}). {CURE}")
 
 
 def finished_cases(folder: Path) -> list[str]:
@@ -97,7 +99,7 @@ def refuse_other_spacing(folder: Path, plans: Mapping[str, Any], configuration: 
         try:
             data = infer_dataset_class(str(folder))(str(folder), [case]).load_case(case)[0]
         except (AssertionError, KeyError) as error:
-            raise ValueError(f"{folder} holds files that are not of nnU-Net's preprocessing: remove it.") from error
+            raise ValueError(f"{folder} holds files that nnU-Net's preprocessing did not write: remove it.") from error
         order = list(plans["transpose_forward"])
         spacing = [float(s) for s in plans["configurations"][configuration]["spacing"]]
         before = [properties["spacing"][axis] for axis in order]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_encoder_unet_planners import (
     ResEncUNetPlanner,
@@ -23,16 +24,17 @@ from nnunet_diffusion.settings import PLANS_KEY, DiffusionSettings
 
 STOCK_FEATURES = 32
 CPU_FEATURES = (32, 16, 8)
-"""nnU-Net's width at the first stage: what a time budget may bring it down to."""
+"""nnU-Net's widths at the first stage that planning for a time budget tries, in this order."""
 CPU_BATCH = {2: 8, 3: 2}
-"""By number of axes, the batch below which the width gives way to a time budget first."""
+"""By dimension, the smallest batch before planning for a time budget narrows the network."""
 CPU_PATCH_VOXELS = {2: 64**2, 3: 32**3}
-"""By number of axes, the patch that gives way no further: a step that takes longer is then accepted, and said."""
+"""By dimension, the smallest patch in voxels that planning for a time budget chooses; if a step of it still takes longer, the
+plan is kept and a note is printed."""
 NNUNET_SHARE = 0.5
-"""Of the time budget, for nnU-Net's step: what is taken from it costs more than a narrower denoiser does (results.md)."""
+"""Share of the time budget for nnU-Net's step; a smaller nnU-Net costs more accuracy than a narrower denoiser (results.md)."""
 CORRECTIONS = 3
 TOLERANCE = 1.25
-"""Of the time budget, what a measured step may take."""
+"""A measured step may take this many times the time budget."""
 
 
 class TargetTooSmall(ValueError):
@@ -78,6 +80,7 @@ class DiffusionPlanning(ExperimentPlanner):
         self._stock_alone, self._keep_patch, self._voxels = False, False, dict[str, float]()
         self._stock_estimates: dict[tuple[str, str], float] = {}
         self._dataset_voxels, self._previous_channels = 0.0, 0
+        self._median_shape: Sequence[float] = ()
         self._flops_per_voxel: dict[str, float] = {}
         self._nnunet_seconds: dict[str, float] = {}
         self._fitting: dict[tuple[int, tuple[str, str]], int] = {}
@@ -161,7 +164,14 @@ class DiffusionPlanning(ExperimentPlanner):
         if self._keep_patch:
             raise _TooSlow
         patch = configuration["patch_size"]  # nnU-Net's loop would give up an axis of one voxel as any other
-        return 0 if math.prod(patch) > CPU_PATCH_VOXELS[axes] and min(patch) > 1 else fewest
+        return 0 if self._next_voxels(configuration) >= CPU_PATCH_VOXELS[axes] and min(patch) > 1 else fewest
+
+    def _next_voxels(self, configuration: Mapping[str, Any]) -> int:
+        """Voxels of the patch that nnU-Net's loop takes after this one, or a few less where it takes a smaller step."""
+        patch = [int(edge) for edge in configuration["patch_size"]]
+        axis = int(np.argsort([edge / of for edge, of in zip(patch, self._median_shape, strict=False)])[-1])
+        patch[axis] -= math.prod(stage[axis] for stage in configuration["architecture"]["arch_kwargs"]["strides"])
+        return math.prod(patch)
 
     def _nnunet_flops(self, configuration: Mapping[str, Any], channels: int) -> float:
         """FLOPs of nnU-Net's step for one patch: convolutions, so in proportion to the voxels of patches of one topology."""
@@ -219,7 +229,10 @@ class DiffusionPlanning(ExperimentPlanner):
         """What to say where nnU-Net's loop has run out of patches."""
         tried = sorted(self.candidates[axes], key=lambda candidate: candidate.stock_gb)
         if not tried:
-            return ValueError(f"The images are too small for a network of two stages: patch {list(patch)}.")
+            return ValueError(
+                f"The images are too small for a network of two stages: the patch would be {list(patch)} voxels. Enlarge "
+                "them, or plan for a finer spacing (-overwrite_target_spacing)."
+            )
         least, needed = tried[0], math.inf
         for candidate in tried:
             if candidate.stock_gb >= needed:
@@ -247,6 +260,7 @@ class DiffusionPlanning(ExperimentPlanner):
         """
         arguments = (spacing, median_shape, data_identifier, approximate_n_voxels_dataset)
         self._voxels[data_identifier] = self._dataset_voxels = approximate_n_voxels_dataset
+        self._median_shape = median_shape
         plan = self._plan(*arguments, _cache)
         covered = math.prod(plan["patch_size"]) / math.prod(float(edge) for edge in median_shape)
         if data_identifier == self.generate_data_identifier("3d_fullres") and covered < self.lowres_creation_threshold:

@@ -6,12 +6,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from nnunet_diffusion.nnunet_words import DEFAULT_PLANNER, PLANS_OF
 from nnunet_diffusion.planning.costs import denoiser_cost
 from nnunet_diffusion.planning.record import GB, memory_target_gb
 from nnunet_diffusion.settings import DiffusionSettings
 
 BYTES_PER_CHANNEL, BYTES_PER_HEAD, BYTES_OF_WEIGHTS = 400, 60, GB
-"""More than a voxel of the widest stage, of the diffusion state, and all weights ever need: small plans need no tracing."""
+"""Upper bounds of what a voxel of the widest stage, a voxel of the state and all weights need; below them nothing is traced."""
 
 OURS = {
     "nnUNetPlannerResEncM": "DiffusionPlannerResEncM",
@@ -20,7 +21,7 @@ OURS = {
     "nnUNetPlannerResEncXL": "DiffusionPlannerResEncL",
     "DiffusionPlannerResEncL": "DiffusionPlannerResEncL",
 }
-"""By the planner of the plans, the one to plan again with, where it is not the default."""
+"""Planner of the plans -> the one to plan again with, where that is not the default."""
 
 
 def memory_warning(
@@ -47,10 +48,11 @@ def memory_warning(
     needed = denoiser_cost(configuration, settings, channels, heads, batch).total / GB
     if needed <= target:
         return None
-    number, planner = int(plans["dataset_name"][7:10]), OURS.get(plans.get("experiment_planner_used", ""))
-    chosen = f" -pl {planner}" if planner else ""
+    number = int(plans["dataset_name"][7:10])
+    planner = OURS.get(plans.get("experiment_planner_used", ""), DEFAULT_PLANNER)
+    chosen = "" if planner == DEFAULT_PLANNER else f" -pl {planner}"
     return (
         f"WARNING: on a GPU this training needs about {needed:.1f} GB, {needed - target:.1f} GB more than the {target:g} GB "
         f"these plans were made for. Plans in which both networks fit: nnunet_diffusion plan -d {number}"
-        f"{chosen} -gpu_memory_target {target:g}"
+        f"{chosen} -gpu_memory_target {target:g} --preprocess; then train with -p {PLANS_OF[planner]}"
     )

@@ -10,6 +10,7 @@ import torch
 
 from nnunet_diffusion.planning.costs import Cost, denoiser_cost, nnunet_cost
 from nnunet_diffusion.planning.diffusion_planner import DiffusionPlanning
+from nnunet_diffusion.planning.flops import flops_text
 from nnunet_diffusion.planning.record import GB, PlanRecord
 from nnunet_diffusion.planning.rules import stage_tokens, width_at
 from nnunet_diffusion.planning.time_budget import TimeBudget
@@ -17,9 +18,7 @@ from nnunet_diffusion.settings import topology_of
 
 EPOCHS = 1000
 ALTERNATIVES = (4, 8, 16, 24, 32)
-STEPS_PER_EPOCH = 250 + 50 / 3
-"""nnU-Net's training steps, and its validation steps without their backward pass."""
-TERA = 10**12
+STEPS_PER_EPOCH = 250 + 50 / 3  # nnU-Net's training steps; its validation steps have no backward pass
 COUNTED = "counted, documentation/planning.md"
 
 
@@ -62,30 +61,35 @@ def _choices(planner: DiffusionPlanning, configuration: dict[str, Any], name: st
             "patch_size",
             width(configuration["patch_size"]),
             f"median shape {median}",
-            f"nnU-Net's, both steps in {budget}",
+            f"nnU-Net's; both training steps within {budget}",
         ),
         ("batch_size", str(batch), f"{count} cases", f"the same ({stock})"),
         (
             "nnU-Net's width",
             width(topology["features_per_stage"]),
             budget,
-            "nnU-Net's; halved if its step takes too long",
+            "nnU-Net's; halved if a step takes too long",
         ),
         (
             "data_identifier",
             str(configuration["data_identifier"]),
             "spacing, intensities",
-            "nnU-Net's data if the same",
+            "nnU-Net's data if they are the same",
         ),
-        ("features_per_stage", width(settings.features_per_stage), budget, "widest of 4/32 to 32/32 of nnU-Net's"),
+        (
+            "features_per_stage",
+            width(settings.features_per_stage),
+            budget,
+            "the widest of 4/32 to 32/32 of nnU-Net's that fits",
+        ),
         (
             "sdb_depth",
             str(settings.sdb_depth),
             budget,
-            "the paper's 4; 2 if 4 would keep it below half of nnU-Net's width",
+            "the paper's 4; 2 if the width would be below half of nnU-Net's at 4",
         ),
         ("attention_tokens", str(settings.attention_tokens), f"stages {sizes}", share),
-        ("attention_stages", width(settings.attention_stages), "the same", "all that keep to that share"),
+        ("attention_stages", width(settings.attention_stages), "the same", "all stages within that share"),
         ("norm", settings.norm, f"batch {batch}", "batch from 8 patches on, else instance"),
         ("timesteps, schedule", f"{settings.timesteps}, {settings.schedule}", "-", "the paper's"),
         ("prediction_type", settings.prediction_type, "-", best),
@@ -111,10 +115,10 @@ def _alternatives(planner: DiffusionPlanning, configuration: dict[str, Any], nam
     stock, stock_fp32 = (nnunet_cost(configuration, *size, amp=amp, gpu=gpu) for amp in (True, False))
 
     def row(network: str, widths: Sequence[int], half: Cost, full: Cost, rate: float) -> tuple[str, ...]:
-        figures = (f"{half.total / GB:.2f}", f"{full.total / GB:.2f}", f"{half.flops / TERA:.3f}")
+        figures = (f"{half.total / GB:.2f}", f"{full.total / GB:.2f}", flops_text(half.flops))
         return (network, _numbers(widths), *figures, f"{half.flops / stock.flops:.2f}", _hours(half.flops / rate))
 
-    head = ("network", "width", "GB, half precision", "GB, float32", "TFLOP a step", "ratio", f"hours, {EPOCHS} epochs")
+    head = ("network", "width", "GB, half precision", "GB, float32", "FLOPs a step", "ratio", f"hours, {EPOCHS} epochs")
     rows = [head, row("nnU-Net", features, stock, stock_fp32, budget.nnunet_rate(configuration, *size[:2]))]
     rate = budget.denoiser_rate(configuration, found.settings, *size[:2])
     for parts in sorted({*ALTERNATIVES, found.parts}):
@@ -123,9 +127,10 @@ def _alternatives(planner: DiffusionPlanning, configuration: dict[str, Any], nam
         mark = " (chosen)" if parts == found.parts else ""
         rows.append(row(f"denoiser {parts}/32{mark}", settings.features_per_stage, half, full, rate))
     where = "GPU" if device.type == "cuda" else "CPU"
+    busy = f" The machine was busy meanwhile ({sign}): the hours are uncertain." if (sign := budget.busy()) else ""
     return (
-        f"{_table(rows)}\n\nHours on this machine's {where}, from a few steps on small patches, without loading and "
-        "augmentation; those of other widths by their FLOPs."
+        f"{_table(rows)}\n\nHours on this machine's {where}, estimated from a few training steps on small patches, without "
+        f"loading and augmentation; for other widths scaled by FLOPs.{busy}"
     )
 
 

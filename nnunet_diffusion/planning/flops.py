@@ -28,6 +28,13 @@ CPU_ATTENTION_FLOPS: dict[Any, Callable[..., int]] = {
 """Operator -> formula, of the CPU's attention kernel: torch's counter takes it for nothing."""
 
 
+def flops_text(flops: float) -> str:
+    """Return FLOPs with three digits and a unit of their size, such as 3.29 GFLOP."""
+    power, unit = next((pair for pair in ((1e12, "TFLOP"), (1e9, "GFLOP")) if flops >= pair[0]), (1e6, "MFLOP"))
+    number = flops / power
+    return f"{number:.0f} {unit}" if number >= 100 else f"{number:.3g} {unit}"
+
+
 def count_flops(run: Callable[[], object]) -> int:
     """Run once and return the FLOPs of all that was computed, backward passes included."""
     counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION_FLOPS)

@@ -14,6 +14,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import Tensor, nn
 
 from nnunet_diffusion.network_calls import training_precision
+from nnunet_diffusion.networks.architectures import refuse_unknown_classes
 from nnunet_diffusion.segmenter import DiffusionSegmenter
 
 Step = Callable[[], None]
@@ -28,6 +29,7 @@ def build_nnunet(configuration: Mapping[str, Any], channels: int, heads: int) ->
         heads: K.
     """
     architecture = configuration["architecture"]
+    refuse_unknown_classes(architecture, "The plans")
     return get_network_from_plans(
         architecture["network_class_name"],
         architecture["arch_kwargs"],

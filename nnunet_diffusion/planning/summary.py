@@ -1,13 +1,15 @@
-"""What `plan` prints: one table, and what planning cost nnU-Net."""
+"""What `plan` prints: one table, notes on what planning cost nnU-Net, and the next commands."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from nnunet_diffusion.evaluation.comparison import markdown_table
+from nnunet_diffusion.nnunet_words import preprocess_command
 from nnunet_diffusion.planning.costs import nnunet_cost
 from nnunet_diffusion.planning.diffusion_planner import DiffusionPlanning
+from nnunet_diffusion.planning.flops import flops_text
 from nnunet_diffusion.planning.record import PlanRecord
 from nnunet_diffusion.settings import topology_of
 
@@ -19,21 +21,20 @@ HEAD = (
     "nnU-Net's width",
     "denoiser's width",
 )
-MEMORY = ("nnU-Net GB", "denoiser GB", "nnU-Net TFLOP a step", "denoiser TFLOP a step")
+MEMORY = ("nnU-Net GB", "denoiser GB", "nnU-Net FLOPs a step", "denoiser FLOPs a step")
 TIME = ("nnU-Net s a step", "denoiser s a step", *MEMORY[2:])
-LATE = 1.5
-"""Times the seconds asked for, what is worth a note."""
+LATE = 1.5  # a step that takes this many times the seconds asked for gets a note
+CPU_EPOCHS = 5
 
 
 def summary(planner: DiffusionPlanning, plans: Mapping[str, Any]) -> str:
-    """Return the configurations that were planned, what was taken from nnU-Net's own choice, and the next commands."""
+    """Return the configurations that were planned, what was taken from nnU-Net's own choice, and warnings."""
     rows, notes = [], []
-    for name, configuration in plans["configurations"].items():
-        if name not in planner.sized:  # a user's own, kept from earlier plans of that name
-            continue
+    for name in planned(planner, plans):
+        configuration, found = plans["configurations"][name], planner.sized[name]
         record = PlanRecord.from_plans(configuration)
         assert record is not None
-        found, patch, batch = planner.sized[name], tuple(configuration["patch_size"]), int(configuration["batch_size"])
+        patch, batch = tuple(configuration["patch_size"]), int(configuration["batch_size"])
         widths = (topology_of(configuration)["features_per_stage"], found.settings.features_per_stage)
         timed = record.step_seconds > 0
         needs = (
@@ -42,7 +43,7 @@ def summary(planner: DiffusionPlanning, plans: Mapping[str, Any]) -> str:
             else (record.nnunet_gb, record.denoiser_gb)
         )
         flops = nnunet_cost(configuration, found.channels, planner.heads, batch, amp=not timed, gpu=not timed).flops
-        cells = (*(f"{need:.2f}" for need in needs), f"{flops / 1e12:.3f}", f"{found.cost.flops / 1e12:.3f}")
+        cells = (*(f"{need:.2f}" for need in needs), flops_text(flops), flops_text(found.cost.flops))
         rows.append([name, _numbers(patch), str(batch), *map(_numbers, widths), *cells])
         if timed and max(needs) > LATE * record.step_seconds:
             notes.append(
@@ -54,20 +55,47 @@ def summary(planner: DiffusionPlanning, plans: Mapping[str, Any]) -> str:
                 f"{name}: nnU-Net alone would get patch {_numbers(record.stock_patch_size)}, batch "
                 f"{record.stock_batch_size} at {record.memory_target_gb:g} GB."
             )
-    cases, number, plans_name = (
-        planner.dataset_json["numTraining"],
-        int(plans["dataset_name"][7:10]),
-        plans["plans_name"],
-    )
-    if cases < FOLDS:
-        notes.append(f"{cases} training cases are too few for {FOLDS} folds: train with fold all.")
-    device = "" if planner.time_budget is None else " -device cpu"
-    notes.append(
-        f"Next, for what is not preprocessed: nnUNetv2_preprocess -d {number} -plans_name {plans_name} -c CONFIG"
-    )
-    notes.append(f"Then: nnUNetv2_train {number} CONFIG FOLD -tr DiffusionTrainer -p {plans_name}{device}")
+    if planner.time_budget is not None and (sign := planner.time_budget.busy()):
+        notes.append(
+            f"WARNING: this machine was busy while training steps were timed ({sign}), so these plans may be smaller than "
+            "needed: plan again when the machine is quiet, or give a larger -step_seconds."
+        )
     head = (*HEAD, *(MEMORY if planner.time_budget is None else TIME))
     return "\n".join([markdown_table(head, rows), *notes])
+
+
+def next_commands(
+    planner: DiffusionPlanning, plans: Mapping[str, Any], chosen: Sequence[str] | None, *, preprocessed: bool
+) -> str:
+    """Return what to run after planning, ready to be pasted, for one configuration and fold.
+
+    Args:
+        planner: after `plan_experiment`.
+        plans: its result.
+        chosen: configurations that the user named; None: the first that was planned.
+        preprocessed: those are preprocessed already.
+    """
+    names, dataset = planned(planner, plans), plans["dataset_name"]
+    name = (chosen or names)[0]
+    fold = "0" if planner.dataset_json["numTraining"] >= FOLDS else "all"
+    words = f"{int(dataset[7:10])} {name} {fold} -p {plans['plans_name']}"
+    if planner.time_budget is not None:
+        words += f" -tr DiffusionTrainer_{CPU_EPOCHS}epochs -device cpu"
+    lines = ["Next:"] + [f"  {preprocess_command(dataset, plans['plans_name'], name)}"] * (not preprocessed)
+    lines.append(f"  nnunet_diffusion train {words}")
+    if planner.time_budget is not None:
+        lines.append(f"That trains {CPU_EPOCHS} epochs of each network; without -tr it is 1000 epochs.")
+    if fold == "all":
+        cases = planner.dataset_json["numTraining"]
+        lines.append(f"{cases} training cases are too few for {FOLDS} folds: train with fold all, as above.")
+    if others := [other for other in names if other != name]:
+        lines.append(f"Other configurations: {', '.join(others)}.")
+    return "\n".join(lines)
+
+
+def planned(planner: DiffusionPlanning, plans: Mapping[str, Any]) -> list[str]:
+    """Return the configurations that the planner made; plans may have others, kept from earlier plans of that name."""
+    return [name for name in plans["configurations"] if name in planner.sized]
 
 
 def _numbers(values: Iterable[float]) -> str:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import bisect
+import hashlib
 import math
 import os
 import platform
 import re
+import statistics
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,13 @@ from nnunet_diffusion.planning.steps import Step, build_nnunet, diffusion_step, 
 from nnunet_diffusion.segmenter import DiffusionSegmenter
 from nnunet_diffusion.settings import DiffusionSettings, topology_of
 
-REPEATS = 3
+REPEATS = range(3, 11)  # of a timed step, as many of these as `TIMED_SECONDS` takes
+TIMED_SECONDS = 0.5
+LOAD_SECONDS = 0.05  # of one look at how busy the machine is
+LOAD_BYTES = bytes(2**20)
+FREE_SHARE = 0.8  # of the processor time: with less for this process the machine is called busy
+SPREAD = 1.25  # median over fastest time of the same step: with more the machine is called busy
+LEAST_SHARE = 0.25  # less is not corrected for: it may be the limit of a container, which training has too
 PROBE_EDGE = {2: 96, 3: 32}
 """By number of axes, the longest edge, in voxels, of the patch on which a width's speed is first measured."""
 PROBE_BATCH = {2: 8, 3: 2}
@@ -30,16 +39,31 @@ PROBE_VOXELS = 2**19
 """The batch is smaller where a patch with all stages is so large that more voxels would take minutes."""
 
 
-def nnunet_seconds(
+@dataclass(frozen=True)
+class Timing:
+    """A step that was timed a few times.
+
+    Attributes:
+        seconds: estimate of what it takes on a quiet machine.
+        spread: the median of the times over the fastest.
+        share: of the processor time that this process asked for between the repeats, what it got; 1 on a quiet machine.
+    """
+
+    seconds: float
+    spread: float = 1.0
+    share: float = 1.0
+
+
+def time_nnunet(
     configuration: Mapping[str, Any], channels: int, heads: int, batch: int, patch: Sequence[int], device: torch.device
-) -> float:
-    """Return the fastest seconds of nnU-Net's training step; `patch` may be smaller than the configuration's."""
+) -> Timing:
+    """Time nnU-Net's training step; `patch` may be smaller than the configuration's."""
     network = build_nnunet(configuration, channels, heads).train().to(device)
     # regions are timed as classes
-    return _seconds(nnunet_step(network, *_random_batch(batch, channels, heads, patch, device, False)), device)
+    return _timed(nnunet_step(network, *_random_batch(batch, channels, heads, patch, device, False)), device)
 
 
-def denoiser_seconds(
+def time_denoiser(
     configuration: Mapping[str, Any],
     settings: DiffusionSettings,
     channels: int,
@@ -47,12 +71,12 @@ def denoiser_seconds(
     batch: int,
     patch: Sequence[int],
     device: torch.device,
-) -> float:
-    """Return the fastest seconds of DiffusionTrainer's training step; `patch` may be smaller than the configuration's."""
+) -> Timing:
+    """Time DiffusionTrainer's training step; `patch` may be smaller than the configuration's."""
     denoiser = build_denoiser(settings, configuration, channels, heads)
     segmenter = DiffusionSegmenter(build_nnunet(configuration, channels, heads), denoiser, settings).to(device)
     data = _random_batch(batch, channels, heads, patch, device, settings.regions)
-    return _seconds(diffusion_step(segmenter, *data), device)
+    return _timed(diffusion_step(segmenter, *data), device)
 
 
 def probe_patch(patch: Sequence[int], strides: Sequence[Sequence[int] | int]) -> tuple[int, ...]:
@@ -92,21 +116,60 @@ def _random_batch(
     return image.to(device), target.to(device)
 
 
-def _seconds(step: Step, device: torch.device) -> float:
+def _timed(step: Step, device: torch.device) -> Timing:
     def synchronize() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
     step()
-    times = []
-    for _ in range(REPEATS):
+    threads = torch.get_num_threads()
+    walls: list[float] = []
+    processor: list[float] = []
+    shares = [free_share(threads)]
+    while len(walls) < REPEATS.start or (sum(walls) < TIMED_SECONDS and len(walls) < REPEATS.stop - 1):
         synchronize()
-        begin = time.perf_counter()
+        begin, used = time.perf_counter(), time.process_time()
         step()
         synchronize()
-        times.append(time.perf_counter() - begin)
-    # the fastest, as timeit advises: whatever else runs on the machine only ever adds
-    return min(times)
+        walls.append(time.perf_counter() - begin)
+        processor.append((time.process_time() - used) / threads)
+        shares.append(free_share(threads))
+    spread = statistics.median(walls) / min(walls)
+    if device.type != "cpu":
+        return Timing(min(walls), spread)
+    # the least, as timeit advises: whatever else runs on the machine only ever adds
+    return Timing(min(map(quiet_seconds, walls, processor, shares, shares[1:])), spread, statistics.median(shares))
+
+
+def quiet_seconds(wall: float, processor: float, before: float, after: float) -> float:
+    """Estimate the seconds of a step on a quiet machine.
+
+    Args:
+        wall: seconds it took.
+        processor: seconds that each of its threads had a processor; the estimate is no less.
+        before: share of the processors that was free for this process before the step (`free_share`).
+        after: the same after it.
+    """
+    return max(processor, wall * max((before + after) / 2, LEAST_SHARE))
+
+
+def free_share(threads: int) -> float:
+    """Return the share of `threads` processors that this process gets when it asks for all of their time: up to 1.
+
+    The processor seconds of the training step itself do not tell: even on a quiet machine they are 0.6 to 1 of all, depending
+    on whether threads that wait for each other spin (OMP_WAIT_POLICY).
+    """
+
+    def keep_busy(_: int) -> None:
+        while time.perf_counter() < end:
+            hashlib.sha256(LOAD_BYTES)  # releases the interpreter's lock
+
+    with ThreadPoolExecutor(threads) as pool:
+        begin, used = time.perf_counter(), time.process_time()
+        end = begin + LOAD_SECONDS
+        list(pool.map(keep_busy, range(threads)))
+        share = (time.process_time() - used) / (time.perf_counter() - begin) / threads
+    return min(share, 1.0)
 
 
 @dataclass
@@ -145,6 +208,7 @@ class TimeBudget:
         machine: its name, for the plans.
         rates: measured FLOP/s, by network, axes and width at the first stage.
         steps: measured seconds of nnU-Net's steps, by patch, batch and FLOPs.
+        timings: all that was measured.
     """
 
     seconds: float
@@ -152,6 +216,7 @@ class TimeBudget:
     machine: str = field(default_factory=machine_name)
     rates: dict[tuple[str, int, int], float] = field(default_factory=dict)
     steps: dict[tuple[tuple[int, ...], int, float], float] = field(default_factory=dict)
+    timings: list[Timing] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Check the budget."""
@@ -164,7 +229,7 @@ class TimeBudget:
         if key not in self.rates:
             small, batch = _small(configuration)
             flops = nnunet_cost(small, channels, heads, batch, amp=False, gpu=False).flops
-            seconds = nnunet_seconds(small, channels, heads, batch, small["patch_size"], self.device)
+            seconds = self._keep(time_nnunet(small, channels, heads, batch, small["patch_size"], self.device))
             self.rates[key] = flops / seconds
         return self.rates[key]
 
@@ -176,8 +241,8 @@ class TimeBudget:
         if key not in self.rates:
             small, batch = _small(configuration)
             flops = denoiser_cost(small, settings, channels, heads, batch, amp=False, gpu=False).flops
-            seconds = denoiser_seconds(small, settings, channels, heads, batch, small["patch_size"], self.device)
-            self.rates[key] = flops / seconds
+            timing = time_denoiser(small, settings, channels, heads, batch, small["patch_size"], self.device)
+            self.rates[key] = flops / self._keep(timing)
         return self.rates[key]
 
     def correct_nnunet(self, configuration: Mapping[str, Any], channels: int, heads: int) -> float:
@@ -186,8 +251,8 @@ class TimeBudget:
         flops = nnunet_cost(configuration, channels, heads, batch, amp=False, gpu=False).flops
         # nnU-Net's search for a low resolution asks for the same networks again and again
         if (patch, batch, flops) not in self.steps:
-            seconds = nnunet_seconds(configuration, channels, heads, batch, patch, self.device)
-            self.steps[patch, batch, flops] = seconds
+            timing = time_nnunet(configuration, channels, heads, batch, patch, self.device)
+            self.steps[patch, batch, flops] = self._keep(timing)
         seconds = self.steps[patch, batch, flops]
         self.rates[_key("nnunet", configuration, topology_of(configuration)["features_per_stage"])] = flops / seconds
         return seconds
@@ -197,7 +262,23 @@ class TimeBudget:
     ) -> float:
         """Measure DiffusionTrainer's step at the configuration's own patch and batch: seconds."""
         batch, patch = int(configuration["batch_size"]), configuration["patch_size"]
-        return denoiser_seconds(configuration, settings, channels, heads, batch, patch, self.device)
+        return self._keep(time_denoiser(configuration, settings, channels, heads, batch, patch, self.device))
+
+    def _keep(self, timing: Timing) -> float:
+        self.timings.append(timing)
+        return timing.seconds
+
+    def busy(self) -> str | None:
+        """Return what tells that the machine was busy while steps were timed, as part of a sentence; None if it was quiet."""
+        if not self.timings:
+            return None
+        share = statistics.median(timing.share for timing in self.timings)
+        spread = statistics.median(timing.spread for timing in self.timings)
+        if share < FREE_SHARE:
+            return f"this process got only {share:.0%} of the processor time it asked for"
+        if spread > SPREAD:
+            return f"the same step often took {spread:.1f} times as long as at best"
+        return None
 
 
 def _key(network: str, configuration: Mapping[str, Any], features: Sequence[int]) -> tuple[str, int, int]:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.collate_outputs import collate_outputs
+from nnunetv2.utilities.file_path_utilities import get_output_folder
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -37,6 +38,7 @@ from nnunet_diffusion.training.checkpoints import (
     DIFFUSION_KEY,
     read_checkpoint,
     refuse_foreign_checkpoint,
+    refuse_unknown_networks,
     remove_what_killed_jobs_left,
     write_checkpoint,
 )
@@ -47,12 +49,19 @@ from nnunet_diffusion.training.checks import (
     refuse_foreign_plans,
     refuse_unusable_folders,
 )
+from nnunet_diffusion.training.ending import end_loaders, tidy_end, what_goes_on
 from nnunet_diffusion.training.network import build_segmenter
+from nnunet_diffusion.training.other_jobs import only_job_in
+from nnunet_diffusion.training.outlook import announce, two_networks
 from nnunet_diffusion.training.presegmentor import (
     ensure_presegmentor,
     given_presegmentor,
     load_presegmentor_weights,
+    presegmentor_state,
 )
+from nnunet_diffusion.training.replacing import keep_finished, what_happens_to_finished
+from nnunet_diffusion.training.steps import SkippedSteps, take_step
+from nnunet_diffusion.training.verdict import give_verdict
 
 LOSS_TERMS = ("denoising", "presence", "location")
 RANK_SEEDS = 1_000_003  # far beyond the epochs of a training, so that no rank repeats another's noise
@@ -86,6 +95,7 @@ class DiffusionTrainer(nnUNetTrainer):
         """Set nnU-Net up, read the settings and write them into the plans."""
         refuse_unusable_folders()
         refuse_foreign_plans(plans["dataset_name"], dataset_json)
+        refuse_unknown_networks(plans, f"{plans.get('plans_name')}.json")
         # before nnU-Net makes the output folder
         manager = PlansManager(plans)
         planned = manager.get_configuration(configuration)
@@ -120,6 +130,8 @@ class DiffusionTrainer(nnUNetTrainer):
         self.save_every = 1
         self.ema: AveragedModel | None = None
         self._resumed = False
+        self._saved = False
+        self._skipped = SkippedSteps()
         self._adopt(self.settings)
 
     def _adopt(self, settings: DiffusionSettings) -> None:
@@ -225,13 +237,36 @@ class DiffusionTrainer(nnUNetTrainer):
 
     def run_training(self) -> None:
         """Train both networks as nnU-Net does; say what to do where cases cannot be loaded any more."""
-        try:
-            super().run_training()
-        except (OSError, RuntimeError) as error:
-            told = explained(error, Path(self.preprocessed_dataset_folder), self.current_epoch)
-            if told is None:
+        with self._alone_and_tidy():
+            for line in what_happens_to_finished(self, self._resumed):
+                self.print_to_log_file(line)
+            try:
+                super().run_training()
+            except (OSError, RuntimeError) as error:
+                told = explained(error, Path(self.preprocessed_dataset_folder), self.current_epoch)
+                if told is None:
+                    raise
+                raise told from error
+
+    @contextlib.contextmanager
+    def _alone_and_tidy(self) -> Iterator[None]:
+        """Keep other jobs out of the output folder for a `with` block, and end it tidily by Ctrl-C and SIGTERM.
+
+        Raises:
+            RuntimeError: another job is at work there.
+            SystemExit: the block was ended by a signal.
+        """
+
+        def tell(cause: str) -> None:
+            saved = self._saved or self._resumed
+            self.print_to_log_file(f"{cause}: {what_goes_on(self, self.settings.presegmentor_trainer, saved)}")
+
+        with only_job_in(Path(self.output_folder), self.print_to_log_file), tidy_end(tell):
+            try:
+                yield
+            except (KeyboardInterrupt, SystemExit):
+                end_loaders(self)
                 raise
-            raise told from error
 
     def on_train_start(self) -> None:
         """Have the pre-segmentor trained, embed it, then start as nnU-Net does."""
@@ -247,12 +282,31 @@ class DiffusionTrainer(nnUNetTrainer):
                 self.settings.presegmentor_trainer,
                 self._number_of_folds(),
             )
+        self._say_what_will_happen()
         if not self._resumed:
             self._embed_presegmentor()
         self._warn_about_presegmentation_starts()
         self._warn_about_memory()
         remove_what_killed_jobs_left(Path(self.output_folder))
         super().on_train_start()
+        announce(self, "denoiser", self.print_to_log_file)
+
+    @property
+    def presegmentor_folder(self) -> Path:
+        """Folder of the pre-segmentor's fold; a resumed training needs it no more, and it may be gone."""
+        if self._given is not None:
+            return self._given.checkpoint.parent
+        manager, trainer = self.plans_manager, self.settings.presegmentor_trainer
+        names = manager.dataset_name, trainer, manager.plans_name, self.configuration_name, self.fold
+        return Path(get_output_folder(*names))
+
+    def _say_what_will_happen(self) -> None:
+        if self._resumed:
+            state = "trained already, its weights are in this model's checkpoint"
+        else:
+            state = presegmentor_state(self.presegmentor_folder, given=self._given is not None)
+        names = self.settings.presegmentor_trainer, state, type(self).__name__
+        self.print_to_log_file(two_networks(*names, self.num_epochs, self.current_epoch))
 
     def _embed_presegmentor(self) -> None:
         if self._given is not None:
@@ -324,7 +378,7 @@ class DiffusionTrainer(nnUNetTrainer):
         )
 
     def train_step(self, batch: dict) -> dict:
-        """One optimizer step; returns the loss and its terms."""
+        """One optimizer step; returns the loss, its terms and whether the step was taken (see `take_step`)."""
         check_batch(batch, self)
         image = batch["data"].to(self.device, non_blocking=True)
         target = batch["target"].to(self.device, non_blocking=True)
@@ -332,37 +386,26 @@ class DiffusionTrainer(nnUNetTrainer):
         with self._autocast():
             terms = self.network(image, target, self.loss, self._generator)
         loss = sum(terms.values())
-        self._step(loss)
-        assert self.ema is not None
-        self.ema.update_parameters(self.segmenter.denoiser)
+        taken = take_step(loss, self.segmenter.denoiser.parameters(), self.optimizer, self.grad_scaler)
+        self._skipped.note(taken, self.current_epoch, batch.get("keys"))
+        if taken:
+            assert self.ema is not None
+            self.ema.update_parameters(self.segmenter.denoiser)
         terms = {"loss": loss, **terms}
         # all at once, and last: each look at a value waits for the GPU
         values = dict(zip(terms, torch.stack(list(terms.values())).detach().tolist(), strict=True))
-        if not np.isfinite(values["loss"]):
-            raise FloatingPointError(
-                f"The loss is {values['loss']} in epoch {self.current_epoch} on cases {batch.get('keys')}: look for NaN or "
-                "infinite voxels in them, or lower diffusion.learning_rate."
-            )
-        return values
-
-    def _step(self, loss: torch.Tensor) -> None:
-        parameters = self.segmenter.denoiser.parameters()
-        if self.grad_scaler is None:
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 12)
-            self.optimizer.step()
-        else:
-            self.grad_scaler.scale(loss).backward()
-            self.grad_scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(parameters, 12)
-            self.grad_scaler.step(self.optimizer)
-            self.grad_scaler.update()
+        return {**values, "taken": taken}
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         return training_precision(self.device)
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
-        """Log the loss as nnU-Net does, and each of its terms."""
+        """Log the loss as nnU-Net does, and each of its terms, both without skipped steps, and the number of these."""
+        told = self._skipped.told(len(train_outputs))
+        if told is not None:
+            self.print_to_log_file(told)
+        # the same ones on all ranks, whose losses nnU-Net puts into one array
+        train_outputs = [output for output in train_outputs if output["taken"]] or train_outputs
         super().on_train_epoch_end(train_outputs)
         means = {key: self._mean_of_ranks(values) for key, values in collate_outputs(train_outputs).items()}
         curves = self._curves()
@@ -399,9 +442,11 @@ class DiffusionTrainer(nnUNetTrainer):
             curves_figure(curves, Path(self.output_folder) / "progress_diffusion.png")
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        """nnU-Net's own validation, by the averaged weights at the settings of inference."""
-        with self._averaged_weights():
+        """nnU-Net's own validation, by the averaged weights at the settings of inference; then compared with nnU-Net's."""
+        with self._alone_and_tidy(), self._averaged_weights():
             super().perform_actual_validation(save_probabilities)
+            if self.local_rank == 0:
+                give_verdict(self)
 
     # checkpoints -----------------------------------------------------------------------------------------------------
 
@@ -430,7 +475,10 @@ class DiffusionTrainer(nnUNetTrainer):
                 "averaged_steps": self.ema.n_averaged,
             },
         }
+        if not (self._saved or self._resumed):
+            keep_finished(Path(self.output_folder))
         write_checkpoint(checkpoint, filename)
+        self._saved = True
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str | Path) -> None:
         """Restore everything a training needs to go on; settings come from the checkpoint.
@@ -440,7 +488,9 @@ class DiffusionTrainer(nnUNetTrainer):
                 differs.
         """
         checkpoint = filename_or_checkpoint
-        if not isinstance(checkpoint, dict):
+        if isinstance(checkpoint, dict):
+            refuse_unknown_networks(checkpoint.get("init_args", {}).get("plans"), "The given dictionary")
+        else:
             checkpoint = read_checkpoint(checkpoint, self.device)
         refuse_foreign_checkpoint(
             checkpoint,

@@ -1,18 +1,25 @@
-"""Other jobs that train the same pre-segmentor: ours are kept apart by a lock, nnU-Net's own go first."""
+"""Other jobs in the same folder: ours are kept apart by locks, nnU-Net's own go first."""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import re
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
-from filelock import FileLock, Timeout
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from nnunet_diffusion.locks import STALE_SECONDS, HeldLock
+from nnunet_diffusion.training.checkpoints import ASIDE
+
 LOCK_NAME = "presegmentor.lock"
+FOLD_LOCK_NAME = "training.lock"
 LOCK_SECONDS = 1.0
 CLAIMED_LOGS = "presegmentor_logs.txt"
 SILENT_SECONDS = 60.0
@@ -38,28 +45,55 @@ def locked(folder: Path, log: Callable[[str], None]) -> Iterator[None]:
         log: takes one line.
     """
     path = folder / LOCK_NAME
-    lock = FileLock(path)
+    lock = HeldLock(path)
     first = True
     while not agreed(_acquired(lock)):
         if first:
-            log(f"Pre-segmentor: another job trains it now ({path} is locked); waiting for that job.")
+            log(f"Pre-segmentor: another job trains it now ({path} is locked); waiting for that job.{_if_dead(lock)}")
             first = False
         # short waits: a collective call of the other ranks must not last long
         time.sleep(LOCK_SECONDS)
-    try:
+    with lock:
         yield
-    finally:
-        lock.release()
 
 
-def _acquired(lock: FileLock) -> bool:
+@contextlib.contextmanager
+def only_job_in(folder: Path, log: Callable[[str], None]) -> Iterator[None]:
+    """Keep other jobs of ours out of a fold's output folder for a `with` block, on all ranks of a distributed training.
+
+    Args:
+        folder: of the fold.
+        log: takes one line.
+
+    Raises:
+        RuntimeError: another job trains or validates there.
+        OSError: the lock cannot be made; names it and the cure.
+    """
+    lock = HeldLock(folder / FOLD_LOCK_NAME)
+    first = True
+    while not agreed(_acquired(lock)):
+        if agreed(lock.seen_alive):
+            raise RuntimeError(
+                f"Another job trains or validates in {folder} now ({lock.path.name} there is locked): wait until it has ended, "
+                "or end it; for a second training of this fold, give the plans another plans_name."
+            )
+        if first:
+            log(f"Another job may be at work in {folder}: waiting for a sign of it.{_if_dead(lock)}")
+            first = False
+        time.sleep(LOCK_SECONDS)
+    with lock:
+        yield
+
+
+def _if_dead(lock: HeldLock) -> str:
+    # a flock ends with its job, so only a marker may be a dead job's
+    return f" If it is dead, this one goes on in {STALE_SECONDS:.0f} s." if lock.kind == "marker" else ""
+
+
+def _acquired(lock: HeldLock) -> bool:
     if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
         return False
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        return False
-    return True
+    return lock.acquire()
 
 
 def wait_for_stock_training(folder: Path, log: Callable[[str], None]) -> None:
@@ -86,11 +120,31 @@ def wait_for_stock_training(folder: Path, log: Callable[[str], None]) -> None:
 def seconds_until_silent(folder: Path) -> float:
     """Return in how many seconds a job of nnU-Net's own in this fold's folder would be taken for dead; 0 if none lives."""
     newest = _stock_log(folder)
-    if newest is None or ((folder / "checkpoint_final.pth").is_file() and (folder / SUMMARY).is_file()):
+    if newest is None or ((folder / "checkpoint_final.pth").is_file() and measured_cases(folder / SUMMARY) is not None):
         return 0.0
     epochs = [float(seconds) for seconds in re.findall(r"Epoch time: ([\d.]+) s", newest.read_text(errors="replace"))]
     limit = max(SILENT_SECONDS, SILENT_EPOCHS * max(epochs, default=0.0))
-    return newest.stat().st_mtime + limit - time.time()
+    return newest.stat().st_mtime + limit - _time_of_file_server(folder)
+
+
+def _time_of_file_server(folder: Path) -> float:
+    """Return the time, in seconds, that the machine which stores `folder` puts on a file now: its clock may be another."""
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".time_", suffix=ASIDE) as file:
+        file.write(b"now")
+        file.flush()
+        os.fsync(file.fileno())
+        return os.fstat(file.fileno()).st_mtime
+
+
+def measured_cases(summary: Path) -> list[Any] | None:
+    """Return the cases of a validation's summary; None if it is not there or not whole, as nnU-Net writes it in place."""
+    if not summary.is_file():
+        return None
+    try:
+        cases = json.loads(summary.read_text(encoding="utf-8"))["metric_per_case"]
+    except (ValueError, KeyError, TypeError):  # ValueError: no JSON, or no text at all
+        return None
+    return cases if isinstance(cases, list) else None
 
 
 class StockTrainingBegan(Exception):

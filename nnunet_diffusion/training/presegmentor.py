@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import inspect
-import json
 import math
 import os
 import time
@@ -22,15 +21,18 @@ from nnunetv2.utilities.helpers import empty_cache
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunet_diffusion.environment import PRESEGMENTOR_FOLDER
+from nnunet_diffusion.networks.architectures import refuse_unknown_classes
 from nnunet_diffusion.nnunet_words import says_not_found
 from nnunet_diffusion.planning.data_reuse import SAME_DATA, same_entries
 from nnunet_diffusion.training.checkpoints import (
     DIFFUSION_KEY,
     read_checkpoint,
+    refuse_not_finite,
     remove_what_killed_jobs_left,
     write_aside,
 )
 from nnunet_diffusion.training.checks import check_batch
+from nnunet_diffusion.training.ending import end_loaders
 from nnunet_diffusion.training.other_jobs import (
     LOCK_SECONDS,
     SUMMARY,
@@ -39,8 +41,10 @@ from nnunet_diffusion.training.other_jobs import (
     claim_log,
     give_way_to_stock_training,
     locked,
+    measured_cases,
     wait_for_stock_training,
 )
+from nnunet_diffusion.training.outlook import announce
 
 # what must agree for one network's output to be another's start
 SAME_DATASET = ("labels", "regions_class_order", "channel_names")
@@ -62,9 +66,8 @@ def ensure_presegmentor(
     """Return the final checkpoint of the pre-segmentor, training and validating it first where it does not exist.
 
     The training is nnU-Net's own, with a checkpoint each epoch; a half-trained one is resumed. A lock in the fold's folder
-    keeps other jobs from training the same network meanwhile; it is the operating system's, so it ends with its job. A job
-    of nnU-Net's own, which knows no lock, is waited for, also if it begins later. All ranks of a distributed training call
-    this together.
+    keeps other jobs from training the same network meanwhile; it ends with its job. A job of nnU-Net's own, which knows no
+    lock, is waited for, also if it begins later. All ranks of a distributed training call this together.
 
     Args:
         trainer_name: an nnU-Net trainer that nnU-Net's own search finds.
@@ -77,7 +80,7 @@ def ensure_presegmentor(
     """
     folder = Path(get_output_folder(dataset_name, trainer_name, plans_name, configuration, fold))
     final, summary = folder / "checkpoint_final.pth", folder / SUMMARY
-    if agreed(final.is_file() and _measured(summary) is not None):
+    if agreed(final.is_file() and measured_cases(summary) is not None):
         log(f"Pre-segmentor: {final} is trained already.")
         return final
     folder.mkdir(parents=True, exist_ok=True)
@@ -89,18 +92,18 @@ def ensure_presegmentor(
             log(f"Pre-segmentor: {trainer_name} of fold {fold} is not trained yet, training it first (in {folder}).")
             resumable = agreed(any((folder / f"checkpoint_{kind}.pth").is_file() for kind in ("latest", "best")))
             trainer = _make_trainer(trainer_name, dataset_name, configuration, fold, plans_name, resumable, device)
-            if not _trained(trainer, resumable):
+            if not _trained(trainer, resumable, log):
                 log(f"Pre-segmentor: nnU-Net's own training began in {folder}, so this one gives way to it.")
                 trainer = None
                 wait_for_stock_training(folder, log)
-        if not agreed(_measured(summary) is not None):
+        if not agreed(measured_cases(summary) is not None):
             if trainer is None:
                 trainer = _make_trainer(trainer_name, dataset_name, configuration, fold, plans_name, True, device)
                 _refuse_other_plans(final, trainer)
                 trainer.load_checkpoint(str(final))
             log("Pre-segmentor: validation with probabilities.")
             trainer.perform_actual_validation(save_probabilities=True)
-            while trainer.local_rank != 0 and _measured(summary) is None:
+            while trainer.local_rank != 0 and measured_cases(summary) is None:
                 time.sleep(LOCK_SECONDS)  # rank 0 measures all cases: a collective call would not wait that long
         if trainer is not None:
             _finish_loggers(trainer)
@@ -111,14 +114,36 @@ def ensure_presegmentor(
     return final
 
 
-def _trained(trainer: nnUNetTrainer, resumable: bool) -> bool:
+def presegmentor_state(folder: Path, given: bool = False) -> str:
+    """Say what is there of a pre-segmentor and what is left to do.
+
+    Args:
+        folder: of its fold.
+        given: whether the user named it.
+    """
+    final = folder / "checkpoint_final.pth"
+    if given or (final.is_file() and measured_cases(folder / SUMMARY) is not None):
+        named = f", named by {PRESEGMENTOR_FOLDER}" if given else ""
+        return f"trained already, {read_checkpoint(final)['current_epoch']} epochs{named}"
+    if final.is_file():
+        return "trained already, to be validated first"
+    if any((folder / f"checkpoint_{kind}.pth").is_file() for kind in ("latest", "best")):
+        return "half-trained, to be trained to the end first"
+    return "to be trained and validated first"
+
+
+def _trained(trainer: nnUNetTrainer, resumable: bool, log: Callable[[str], None]) -> bool:
     """Train to the end; return False if nnU-Net's own job began to train the same network meanwhile."""
     _save_often_and_whole(trainer)
     _check_batches(trainer)
     give_way_to_stock_training(trainer)
     _load_last_checkpoint(trainer, resumable)
+    announce(trainer, "pre-segmentor", log)
     try:
         trainer.run_training()
+    except (KeyboardInterrupt, SystemExit):
+        end_loaders(trainer)
+        raise
     except StockTrainingBegan:
         for loader in (trainer.dataloader_train, trainer.dataloader_val):
             if hasattr(loader, "_finish"):  # worker processes
@@ -146,8 +171,13 @@ def _make_trainer(
 def _save_often_and_whole(trainer: nnUNetTrainer) -> None:
     """Save each epoch, aside: nnU-Net saves every 50 and writes over the last file, which a killed job leaves in pieces."""
     save = trainer.save_checkpoint
+
+    def save_whole(path: str) -> None:
+        refuse_not_finite(trainer.network.state_dict(), path)
+        write_aside(save, path)
+
     trainer.save_every = 1
-    trainer.save_checkpoint = lambda path: write_aside(save, path)
+    trainer.save_checkpoint = save_whole
 
 
 def _load_last_checkpoint(trainer: nnUNetTrainer, resumable: bool) -> None:
@@ -197,7 +227,8 @@ def given_presegmentor(fold: int | str, patch_size: Sequence[int]) -> GivenPrese
 
     Raises:
         FileNotFoundError: the folder has no finished training of that fold.
-        ValueError: it holds a diffusion model, one of other axes, or the patch is not divisible by the network's strides.
+        ValueError: it holds a diffusion model, one of other axes or with a network of an unknown package, or the patch is not
+            divisible by the network's strides.
     """
     folder = os.environ.get(PRESEGMENTOR_FOLDER)
     if not folder:
@@ -217,6 +248,7 @@ def given_presegmentor(fold: int | str, patch_size: Sequence[int]) -> GivenPrese
     init = checkpoint["init_args"]
     theirs = PlansManager(init["plans"]).get_configuration(init["configuration"]).configuration
     architecture = theirs["architecture"]
+    refuse_unknown_classes(architecture, str(path))
     if len(theirs["patch_size"]) != len(patch_size):
         raise ValueError(
             f"{PRESEGMENTOR_FOLDER} is {folder}, a model of the configuration {init['configuration']} in "
@@ -316,19 +348,9 @@ def _refuse_misfit(
             )
 
 
-def _measured(summary: Path) -> list[Any] | None:
-    """Return the cases of a validation's summary; None if it is not there or not whole, as nnU-Net writes it in place."""
-    if not summary.is_file():
-        return None
-    try:
-        return json.loads(summary.read_text())["metric_per_case"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return None
-
-
 def _refuse_other_split(path: Path, validation_cases: Sequence[str], file_ending: str) -> None:
     """Raise ValueError if the pre-segmentor's own validation had other cases; without one there is nothing to compare."""
-    measured = _measured(path.parent / SUMMARY)
+    measured = measured_cases(path.parent / SUMMARY)
     if not measured:
         return
     theirs = {Path(case["prediction_file"]).name.removesuffix(file_ending) for case in measured}
@@ -339,6 +361,31 @@ def _refuse_other_split(path: Path, validation_cases: Sequence[str], file_ending
             "validation cases of one training and training cases of the other. Restore its splits_final.json, or move its "
             "folder away and start again."
         )
+
+
+def trainer_class(name: str, trained: str) -> type[nnUNetTrainer]:
+    """Return the trainer that nnU-Net's own search finds under a name, which may come from a stranger's file.
+
+    Args:
+        name: of the trainer.
+        trained: what it trained, for the messages.
+
+    Raises:
+        RuntimeError: if nnU-Net finds nothing of that name.
+        ValueError: if it finds something that is not a trainer.
+    """
+    try:
+        found = recursive_find_trainer_class_by_name(name)
+    except RuntimeError as error:
+        if not says_not_found(error):
+            raise
+        raise RuntimeError(
+            f"{trained} is a network of the trainer {name}, which nnU-Net does not find: install the package it comes from, or "
+            "add the folder of its file to nnUNet_extTrainer."
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, nnUNetTrainer)):
+        raise ValueError(f"{trained} is a network of {name}, which is not a trainer of nnU-Net: correct that name.")
+    return found
 
 
 def build_presegmentor(
@@ -360,18 +407,10 @@ def build_presegmentor(
         architecture: in the place of the configuration's own.
 
     Raises:
-        ValueError: if that trainer needs a pre-segmentor itself.
+        ValueError: if that trainer needs a pre-segmentor itself, or the plans name anything but a network class they may name.
         RuntimeError: if nnU-Net does not find it.
     """
-    try:
-        trainer = recursive_find_trainer_class_by_name(trainer_name)
-    except RuntimeError as error:
-        if not says_not_found(error):
-            raise
-        raise RuntimeError(
-            f"The pre-segmentor of this model is a network of {trainer_name}, which nnU-Net does not find: install the package "
-            "it comes from, or add the folder of its file to nnUNet_extTrainer."
-        ) from error
+    trainer = trainer_class(trainer_name, "The pre-segmentor of this model")
     if hasattr(trainer, "presegmentor_trainer"):
         raise ValueError(
             f"diffusion.presegmentor_trainer is {trainer_name!r}, itself a diffusion trainer: give one of nnU-Net's, "
@@ -381,6 +420,7 @@ def build_presegmentor(
         configuration_manager = ConfigurationManager(
             {**configuration_manager.configuration, "architecture": dict(architecture)}
         )
+    refuse_unknown_classes(configuration_manager.configuration["architecture"], "The plans")
     if "plans_manager" in inspect.signature(trainer.build_network_architecture).parameters:
         return trainer.build_network_architecture(
             plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision=False

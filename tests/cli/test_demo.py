@@ -84,7 +84,7 @@ def test_environment_keeps_to_the_demos_folders(tmp_path, monkeypatch):
 
 def test_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(CommandError, match="holds something else"):
+    with pytest.raises(CommandError, match="holds other files"):
         demo.claim(tmp_path, TINY)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 

@@ -50,6 +50,7 @@ def test_bare_environment_fails_with_cures():
     assert done.returncode == 1
     failed = [line for line in done.stdout.splitlines() if line.startswith("FAIL")]
     assert [line.split()[1] for line in failed] == [*FOLDERS, VARIABLE, "trainer"]
+    assert done.stdout.splitlines()[-1] == "5 problems found"
     for name, line in zip(FOLDERS, failed, strict=False):
         assert f"export {name}=" in line
     assert all(doctor.SET_TRAINERS in line for line in failed[3:])
@@ -68,6 +69,7 @@ def test_folders(good, tmp_path):
     broken.pop("nnUNet_results")
     findings = {finding.name: finding for finding in doctor.check_folders(broken)}
     assert findings["nnUNet_raw"].level == doctor.FAIL and "mkdir -p" in findings["nnUNet_raw"].cure
+    assert findings["nnUNet_raw"].seen.endswith("nowhere is not a folder")
     assert findings["nnUNet_results"].level == doctor.FAIL
 
 
@@ -103,8 +105,8 @@ def test_search_path(good, tmp_path):
 
 @pytest.mark.parametrize(
     ("nnunet", "torch", "level"),
-    [("2.8.0", "2.5.0", "OK"), ("2.8.1", "2.14.1+cpu", "OK"), ("2.7.9", "2.8.0", "FAIL"), ("2.8.0", "2.9.1", "FAIL")]
-    + [("2.8.0", "2.4.1", "FAIL"), ("3.0", "2.10.0", "OK"), (None, "2.8.0", "FAIL")],
+    [("2.8.0", "2.10.0", "OK"), ("2.8.1", "2.14.1+cpu", "OK"), ("2.7.9", "2.11.0", "FAIL"), ("2.8.0", "2.9.1", "FAIL")]
+    + [("2.8.0", "2.5.1", "FAIL"), ("3.0", "3.0", "OK"), (None, "2.11.0", "FAIL")],
 )
 def test_versions(monkeypatch, nnunet, torch, level):
     def version(package: str) -> str:

@@ -46,26 +46,6 @@ def test_the_dataset_alone_means_its_only_model_of_a_diffusion_trainer(results, 
     assert chosen == "DiffusionTrainer__nnUNetPlans__3d_fullres"
 
 
-def test_several_models_are_listed_with_what_to_type(results, tmp_path):
-    names = [OURS, "DiffusionTrainer__nnUNetPlans__3d_fullres", "DiffusionTrainer__nnUNetDiffusionPlans__2d"]
-    for name in names:
-        results(name)
-    with pytest.raises(CommandError) as error:
-        found(tmp_path, d="4")
-    message = str(error.value)
-    assert "3 trained models fit -d 4" in message
-    for line in (
-        "  -d 4 -tr DiffusionTrainer -p nnUNetPlans -c 2d",
-        "  -d 4 -tr DiffusionTrainer -p nnUNetPlans -c 3d_fullres",
-        "  -d 4 -tr DiffusionTrainer -p nnUNetDiffusionPlans -c 2d",
-    ):
-        assert line in message.splitlines()
-    assert found(tmp_path, d="4", p="nnUNetDiffusionPlans") == names[2]
-    assert found(tmp_path, d="4", p="nnUNetPlans", c="2d") == OURS
-    with pytest.raises(CommandError, match="no trained model fits -d 4 -c 3d_lowres; there is:\n  -d 4 -tr Diff"):
-        found(tmp_path, d="4", c="3d_lowres")
-
-
 @pytest.mark.parametrize(
     ("given", "reason"),
     [

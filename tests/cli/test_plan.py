@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import inspect
 import json
 import os
 
@@ -10,6 +12,7 @@ import pytest
 
 from nnunet_diffusion.cli import plan
 from nnunet_diffusion.cli.main import main
+from nnunet_diffusion.nnunet_words import PLANS_OF
 
 DATASET = "Dataset007_Toy"
 DESCRIPTION = {"labels": {"background": 0}, "channel_names": {"0": "MRI"}, "numTraining": 1, "file_ending": ".nii.gz"}
@@ -43,14 +46,14 @@ def error_of(capsys, *words: str) -> str:
     ("words", "told"),
     [
         (("-d", "7", "-pl", "MyPlanner"), ["-pl is MyPlanner", *PLANNERS]),
-        (("-d", "7", "-step_seconds", "2"), ["-step_seconds", "-device cpu"]),
+        (("-d", "7", "-step_seconds", "2"), ["-step_seconds is for plans for a CPU", "add -device cpu"]),
         (("-d", "7", "-gpu_memory_target", "0"), ["-gpu_memory_target is 0", "positive"]),
         (("-d", "7", "-device", "cpu", "-step_seconds", "-1"), ["-step_seconds is -1", "positive"]),
         (("-d", "7", "--preprocess", "-c", "2d", "3d_fullres", "-np", "1", "2", "3"), ["-np has 3 numbers", "2d"]),
-        (("-d", "7", "--preprocess", "-np", "0"), ["-np has 0", "at least 1"]),
+        (("-d", "7", "--preprocess", "-np", "0"), ["-np is 0", "at least 1"]),
         (("-d", "7", "-overwrite_target_spacing", "0", "1", "1"), ["-overwrite_target_spacing has 0", "positive"]),
         (("-d", "7", "-overwrite_target_spacing", "1", "-1", "1"), ["-overwrite_target_spacing has -1", "positive"]),
-        (("-d", "7", "-c", "2d"), ["-c is for the preprocessing", "--preprocess"]),
+        (("-d", "7", "-c", "2d"), ["-c needs --preprocess"]),
         (("-d", "7", "-overwrite_plans_name", "a/b"), ["-overwrite_plans_name is 'a/b'"]),
         (("-d", "8"), ["dataset 8 is not in", "nnUNet_raw"]),
         (("-d", "seven"), ["'seven'", "Dataset004_Name"]),
@@ -142,6 +145,12 @@ def test_unset_folder_and_ambiguous_number(folders, capsys, monkeypatch):
 
 def test_planners_are_the_modules_of_their_folder():
     assert plan.planner_names() == PLANNERS
+
+
+@pytest.mark.parametrize("planner", PLANNERS)
+def test_messages_name_the_plans_that_a_planner_makes(planner):
+    kind = getattr(importlib.import_module(f"nnunet_diffusion.planners.{planner}"), planner)
+    assert inspect.signature(kind.__init__).parameters["plans_name"].default == PLANS_OF[planner]
 
 
 def test_planning_without_augmentation_processes(monkeypatch):

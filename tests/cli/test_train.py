@@ -6,7 +6,10 @@ import json
 import os
 import sys
 
+import nibabel
+import numpy as np
 import pytest
+import torch
 
 from nnunet_diffusion.cli import train
 from nnunet_diffusion.cli.main import main
@@ -65,7 +68,8 @@ def test_unset_folder(folders, monkeypatch, capsys, name):
 def test_folder_that_does_not_exist(folders, monkeypatch, capsys):
     monkeypatch.setenv("nnUNet_preprocessed", "/nowhere/at/all")
     line = error_of(capsys, "7", "2d", "0")
-    assert "/nowhere/at/all" in line and "nnUNetv2_plan_and_preprocess" in line
+    assert "/nowhere/at/all, which is not a folder" in line
+    assert "nnUNetv2_extract_fingerprint -d 7 --verify_dataset_integrity && nnunet_diffusion plan -d 7" in line
 
 
 def test_unknown_dataset(folders, capsys):
@@ -76,7 +80,12 @@ def test_unknown_dataset(folders, capsys):
 
 def test_dataset_that_is_only_raw(folders, capsys):
     (folders.parents[1] / "nnUNet_raw" / "Dataset008_Raw").mkdir()
+    extract = "is not preprocessed yet; run: nnUNetv2_extract_fingerprint -d 8 --verify_dataset_integrity && "
+    ours = f"{extract}nnunet_diffusion plan -d 8 --preprocess -c 3d_fullres"
     line = error_of(capsys, "8", "3d_fullres", "0")
+    assert line.endswith(f"{ours}, then train with -p nnUNetDiffusionPlans")
+    assert f"{ours} -device cpu, then" in error_of(capsys, "8", "3d_fullres", "0", "-device", "cpu")
+    line = error_of(capsys, "Dataset008_Raw", "3d_fullres", "0", "-p", "nnUNetPlans")
     assert "run: nnUNetv2_plan_and_preprocess -d 8 -c 3d_fullres --verify_dataset_integrity" in line
 
 
@@ -94,14 +103,14 @@ def test_missing_fingerprint(folders, capsys, name):
 
 def test_missing_plans(folders, capsys):
     line = error_of(capsys, "7", "2d", "0", "-p", "nnUNetResEncUNetMPlans")
-    assert "there are: nnUNetPlans" in line and "nnUNetv2_plan_experiment -d 7" in line
+    assert "with -p nnUNetPlans, or run: nnUNetv2_plan_and_preprocess -d 7 -pl nnUNetPlannerResEncM -c 2d" in line
     (folders / "nnUNetPlans.json").unlink()
-    assert "run: nnUNetv2_plan_experiment -d 7" in error_of(capsys, "7", "2d", "0")
+    assert "run: nnunet_diffusion plan -d 7 --preprocess -c 2d" in error_of(capsys, "7", "2d", "0")
 
 
 def test_plans_that_are_no_json(folders, capsys):
     (folders / "nnUNetPlans.json").write_text("{")
-    assert "is no valid JSON" in error_of(capsys, "7", "2d", "0")
+    assert "is not valid JSON" in error_of(capsys, "7", "2d", "0")
 
 
 def test_plans_of_another_dataset(folders, capsys):
@@ -126,7 +135,7 @@ def test_gpu_that_is_not_there(folders, monkeypatch, capsys):
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "add: -device cpu" in error_of(capsys, "7", "2d", "0")
+    assert "add -device cpu" in error_of(capsys, "7", "2d", "0")
 
 
 def test_pretrained_weights_of_nnunet_itself_and_of_no_checkpoint(folders, tmp_path, capsys):
@@ -143,7 +152,8 @@ def test_pretrained_weights_of_nnunet_itself_and_of_no_checkpoint(folders, tmp_p
     assert "nnUNet_diffusion_presegmentor" in line
 
 
-def test_pretrained_weights_of_nnunets_own_trainer_are_nnunets_affair(folders, monkeypatch, tmp_path):
+def test_pretrained_weights_reach_nnunets_own_trainer(folders, monkeypatch, tmp_path):
+    torch.save({"network_weights": {}}, tmp_path / "a.pth")
     run_training = pytest.importorskip("nnunetv2.run.run_training")
     reached = []
     monkeypatch.setattr(run_training, "run_training_entry", lambda: reached.append(sys.argv[-1]))
@@ -177,9 +187,13 @@ def test_everything_reaches_nnunet_unchanged(folders, monkeypatch, trainer, conf
 @pytest.mark.parametrize(
     ("plans_name", "command"),
     [
-        ("nnUNetPlans", "nnUNetv2_plan_experiment -d 7"),
-        ("nnUNetDiffusionPlans", "nnunet_diffusion plan -d 7"),
-        ("nnUNetDiffusionResEncUNetLPlans", "nnunet_diffusion plan -d 7 -pl DiffusionPlannerResEncL"),
+        ("nnUNetPlans", "nnUNetv2_plan_and_preprocess -d 7 -c 2d --verify_dataset_integrity"),
+        ("nnUNetDiffusionPlans", "nnunet_diffusion plan -d 7 --preprocess -c 2d"),
+        ("myPlans", "nnunet_diffusion plan -d 7 --preprocess -c 2d -overwrite_plans_name myPlans"),
+        (
+            "nnUNetDiffusionResEncUNetLPlans",
+            "nnunet_diffusion plan -d 7 --preprocess -c 2d -pl DiffusionPlannerResEncL",
+        ),
     ],
 )
 def test_the_cure_is_a_command_that_makes_these_plans(folders, capsys, plans_name, command):
@@ -201,3 +215,56 @@ def test_help_tells_the_default_trainer(folders, capsys):
         main(["train", "--help"])
     assert end.value.code == 0
     assert "without -tr the trainer is DiffusionTrainer" in capsys.readouterr().out
+
+
+class Bomb:
+    """Runs code when it is unpickled."""
+
+    def __init__(self, trace):
+        self.trace = str(trace)
+
+    def __reduce__(self):
+        return os.mkdir, (self.trace,)
+
+
+@pytest.mark.parametrize("trainer", ["nnUNetTrainer", "DiffusionTrainer_5epochs", "DiffusionTrainerUpright"])
+def test_pretrained_weights_are_read_safely_whatever_the_trainer(folders, capsys, monkeypatch, tmp_path, trainer):
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "DiffusionTrainerUpright.py").write_text(
+        "from nnunet_diffusion.training import DiffusionTrainer\nclass DiffusionTrainerUpright(DiffusionTrainer): pass\n"
+    )
+    monkeypatch.setenv(VARIABLE, str(own))
+    path = tmp_path / "strange.pth"
+    words = ["7", "2d", "0", "-device", "cpu", "-tr", trainer, "-pretrained_weights", str(path)]
+    torch.save({"network_weights": {}, "more": Bomb(tmp_path / "ran")}, path)
+    assert f"{path} holds more than tensors" in error_of(capsys, *words)
+    network = {"network_class_name": "torch.hub.load", "arch_kwargs": {}, "_kw_requires_import": []}
+    plans = {"configurations": {"2d": {"architecture": network}}}
+    torch.save({"network_weights": {}, "diffusion": {}, "init_args": {"plans": plans}}, path)
+    assert f"{path} names 'torch.hub.load'" in error_of(capsys, *words)
+    assert not (tmp_path / "ran").exists()
+    if trainer != "nnUNetTrainer":
+        torch.save({"network_weights": {}, "trainer_name": "nnUNetTrainer"}, path)
+        assert "not of a diffusion trainer" in error_of(capsys, *words)
+
+
+def test_raw_images_with_nan_are_refused_once_and_remembered_as_good_else(folders, monkeypatch, capsys, tmp_path):
+    run_training = pytest.importorskip("nnunetv2.run.run_training")
+    monkeypatch.setattr(run_training, "run_training_entry", lambda: None)
+    images = tmp_path / "nnUNet_raw" / DATASET / "imagesTr"
+    images.mkdir()
+    voxels = np.ones((4, 5, 6), np.float32)
+    nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4)), images / "a_0000.nii.gz")
+    nibabel.save(nibabel.Nifti1Image(voxels.astype(np.int16), np.eye(4)), images / "c_0000.nii.gz")
+    voxels[1, 2, 3] = np.nan
+    nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4)), images / "b_0000.nii.gz")
+    words = ["7", "2d", "0", "-device", "cpu", "-tr", "nnUNetTrainer"]
+    line = error_of(capsys, *words)
+    assert (
+        f"{images / 'b_0000.nii.gz'} has NaN or infinite voxels: replace them, then preprocess again: nnUNetv2" in line
+    )
+    nibabel.save(nibabel.Nifti1Image(np.nan_to_num(voxels), np.eye(4)), images / "b_0000.nii.gz")
+    assert main(["train", *words]) == 0
+    monkeypatch.setattr(nibabel, "load", lambda _: pytest.fail("what was found good is read again"))
+    assert main(["train", *words]) == 0

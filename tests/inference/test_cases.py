@@ -9,7 +9,16 @@ import pytest
 import torch
 from torch import nn
 
-from nnunet_diffusion.inference.cases import SMALL_BYTES, CaseFiles, reason_of, run_cases, worker_numbers, workers
+from nnunet_diffusion.inference.cases import (
+    SMALL_BYTES,
+    CaseFiles,
+    FailedCases,
+    Workers,
+    reason_of,
+    run_cases,
+    worker_numbers,
+    workers,
+)
 from nnunet_diffusion.inference.volume import Evaluations
 from nnunet_diffusion.inference.volume_predictor import VolumePredictor
 from nnunet_diffusion.segmenter import DiffusionSegmenter
@@ -24,14 +33,28 @@ class Deadly:
 
 
 @pytest.mark.slow
-def test_killed_worker_is_named_with_the_cure():
-    cases = [CaseFiles("a", ["a"]), CaseFiles("b", ["b"])]  # the first is prepared by this process
-    with pytest.raises(RuntimeError, match=r"killed.*/dev/shm.*--continue_prediction and --sequential"):
-        run_cases(cases, predict_nothing, (Deadly(), None, {}), False, 1, 0, lambda *_: None)
+@pytest.mark.parametrize("number", [1, 2])
+def test_killed_process_costs_its_case_only(number):
+    missing = [CaseFiles(name, [name], previous_stage=f"{name}.nii") for name in "acde"]
+    cases = [missing[0], CaseFiles("b", [Deadly()]), *missing[1:]]
+    with pytest.raises(FailedCases) as error:
+        run_cases(cases, None, (None, None, {"channel_names": {"0": "MRI"}}), False, number, 0, lambda *_: None)
+    failures = error.value.failures
+    assert failures.keys() == set("abcde")
+    assert "was killed, most often for lack of memory" in failures.pop("b")
+    assert failures == {name: f"{name}.nii is missing" for name in "acde"}
 
 
-def predict_nothing(case, prepared):
-    raise AssertionError("no case is prepared")
+def test_a_killed_process_does_not_take_what_another_was_doing_with_it():
+    pool = Workers(2)
+    try:
+        slow, deadly = pool.submit(time.sleep, 2), pool.submit(Deadly().__reduce__()[0], 1)
+        with pytest.raises(MemoryError, match="killed"):
+            deadly.result()
+        assert slow.result() is None  # done once more
+        assert pool.submit(abs, -3).result() == 3
+    finally:
+        pool.shutdown(cancel=True)
 
 
 @pytest.mark.slow
@@ -43,9 +66,9 @@ def test_a_worker_is_deaf_to_signals_of_its_group_from_its_start_on():
             for number in (signal.SIGINT, signal.SIGTERM):
                 os.kill(worker.pid, number)
             time.sleep(0.05)
-        assert future.result(timeout=120) is None
+        assert future.result() is None
         os.kill(worker.pid, signal.SIGTERM)
-        assert pool.submit(os.getpid).result(timeout=60) == worker.pid
+        assert pool.submit(os.getpid).result() == worker.pid
 
 
 def test_no_process_for_small_work_and_never_more_than_cores(tmp_path):

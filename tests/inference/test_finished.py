@@ -1,4 +1,4 @@
-"""Settings beside each case: a continued run keeps what it would predict itself, and says what differs."""
+"""What stands beside a finished case is compared with what a continued run would do."""
 
 import json
 
@@ -8,46 +8,48 @@ import SimpleITK as sitk
 import torch
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
-from nnunet_diffusion.inference.finished import hash_of_json, hash_of_weights, is_finished, why_not_kept
+from nnunet_diffusion.inference.finished import hash_of_weights, is_finished, why_not_kept
 
-SETTINGS = {"trainer": "DiffusionTrainer", "steps": 2, "folds": ("0", "1"), "weights_sha256": ["ab", "cd"]}
+SETTINGS = {"samples": 3, "folds": ["0"], "weights_sha256": ["abc"], "start_step": 100}
 PLANS = type("Plans", (), {"image_reader_writer_class": SimpleITKIO})
 MANAGERS = (PLANS, None, {"file_ending": ".nii.gz"})
 
 
-@pytest.fixture
-def target(tmp_path):
-    """A finished case, its path without the file ending."""
-    (tmp_path / "reports").mkdir()
-    (tmp_path / "reports" / "a.json").write_text(json.dumps({**SETTINGS, "seconds": 3.0, "device": "cpu"}))
-    sitk.WriteImage(sitk.GetImageFromArray(np.zeros((4, 5, 6), np.uint8)), str(tmp_path / "a.nii.gz"))
-    return str(tmp_path / "a")
+@pytest.mark.parametrize(
+    ("report", "reason"),
+    [
+        (SETTINGS | {"seconds": 3}, ""),
+        (SETTINGS | {"samples": 5}, "was predicted with samples 5, which is 3 now: leave --continue_prediction out"),
+        (SETTINGS | {"weights_sha256": ["abd"]}, "with weights_sha256"),
+        ({key: value for key, value in SETTINGS.items() if key != "folds"}, "does not tell folds"),
+        (None, "has no readable report"),
+        ([], "has no readable report"),
+    ],
+)
+def test_other_settings_are_named_with_the_cure(tmp_path, report, reason):
+    if report is not None:
+        (tmp_path / "reports").mkdir()
+        (tmp_path / "reports" / "a.json").write_text(json.dumps(report))
+    found = why_not_kept(str(tmp_path / "a"), ".png", SETTINGS)
+    assert (reason in found and str(tmp_path / "a.png") in found) if reason else found == ""
 
 
-def test_equal_settings_are_kept(target):
-    assert why_not_kept(target, ".nii.gz", SETTINGS) == ""
+def test_hash_tells_weights_apart_by_name_value_shape_and_type():
+    weights = {"a": torch.arange(6.0), "b": torch.tensor(3)}
+    others = [
+        {"a": torch.arange(6.0), "c": torch.tensor(3)},
+        {"a": torch.arange(6.0).flip(0), "b": torch.tensor(3)},
+        {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(3)},
+        {"a": torch.arange(6.0).double(), "b": torch.tensor(3)},
+    ]
+    hashes = {hash_of_weights(each) for each in (weights, *others)}
+    assert len(hashes) == 5
+    assert hash_of_weights({key: value.clone() for key, value in weights.items()}) in hashes
 
 
-@pytest.mark.parametrize("key, value", [("steps", 3), ("folds", ["0"]), ("weights_sha256", ["ab", "ce"])])
-def test_what_differs_is_named_with_both_values_and_the_cure(target, key, value):
-    reason = why_not_kept(target, ".nii.gz", {**SETTINGS, key: value})
-    before = json.loads(json.dumps(SETTINGS[key]))
-    assert f"{target}.nii.gz was predicted with {key} {before}, which is {value} now" in reason
-    assert "leave --continue_prediction out" in reason
-
-
-def test_a_report_that_does_not_tell_is_no_agreement(target, tmp_path):
-    report = tmp_path / "reports" / "a.json"
-    assert "does not tell seed" in why_not_kept(target, ".nii.gz", {**SETTINGS, "seed": 1})
-    for content in ("", "[]", '{"steps":'):
-        report.write_text(content)
-        assert f"{target}.nii.gz has no readable report ({report})" in why_not_kept(target, ".nii.gz", SETTINGS)
-    report.unlink()
-    assert "has no readable report" in why_not_kept(target, ".nii.gz", SETTINGS)
-
-
-def test_only_what_can_be_read_is_finished(target, tmp_path):
-    mask = tmp_path / "a.nii.gz"
+def test_only_what_can_be_read_is_finished(tmp_path):
+    target, mask = str(tmp_path / "a"), tmp_path / "a.nii.gz"
+    sitk.WriteImage(sitk.GetImageFromArray(np.zeros((4, 5, 6), np.uint8)), str(mask))
     assert is_finished(target, MANAGERS, False)
     assert not is_finished(target, MANAGERS, True)  # no .npz
     np.savez_compressed(f"{target}.npz", probabilities=np.zeros(1000))
@@ -60,13 +62,3 @@ def test_only_what_can_be_read_is_finished(target, tmp_path):
         assert not is_finished(target, MANAGERS, False)
     mask.unlink()
     assert not is_finished(target, MANAGERS, False)
-
-
-def test_hashes_tell_models_apart():
-    weights = {"a": torch.arange(6.0).reshape(2, 3), "count": torch.tensor(3), "b": torch.ones(2, dtype=torch.bfloat16)}
-    same = {key: tensor.clone() for key, tensor in weights.items()}
-    assert hash_of_weights(weights) == hash_of_weights(same)
-    for key in weights:
-        assert hash_of_weights({**weights, key: weights[key] + 1}) != hash_of_weights(weights)
-    assert hash_of_weights({**weights, "a": weights["a"].reshape(3, 2)}) != hash_of_weights(weights)
-    assert hash_of_json({"a": 1, "b": 2}) == hash_of_json({"b": 2, "a": 1}) != hash_of_json({"a": 1, "b": 3})

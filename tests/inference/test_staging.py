@@ -1,60 +1,48 @@
-"""Folders of unfinished files: removed when their run is dead, never under a living one, wherever that runs."""
+"""Folders for unfinished files: removed once their run is dead, never under a living one, wherever that runs."""
 
 import subprocess
 import sys
-import time
 
 import pytest
 
 from nnunet_diffusion.inference.staging import UNFINISHED, remove_abandoned, staging_folders
 
 RUN = """
-import pathlib, sys, time
+import sys, time
+from pathlib import Path
 from nnunet_diffusion.inference.staging import staging_folders
-with staging_folders([pathlib.Path(sys.argv[1])]) as stages:
-    (next(iter(stages.values())) / "case.nii.gz").write_bytes(b"half")
-    print("made", flush=True)
-    time.sleep(600)
+with staging_folders([Path(sys.argv[1])]) as stages:
+    (stages[Path(sys.argv[1])] / "case.nii.gz").write_text("half")
+    print("staged", flush=True)
+    time.sleep(60)
+    assert (stages[Path(sys.argv[1])] / "case.nii.gz").exists()
 """
 
 
-@pytest.fixture
-def run(tmp_path):
-    """Another run that is writing into the folder."""
-    process = subprocess.Popen([sys.executable, "-c", RUN, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "made\n"
-    yield process
-    process.kill()
-    process.wait()
-
-
-def unfinished(folder):
-    return sorted(path.name for path in folder.glob(f"{UNFINISHED}*"))
-
-
-def test_a_living_runs_folder_stays_and_a_killed_ones_goes(run, tmp_path):
-    before = unfinished(tmp_path)
-    assert len(before) == 2  # with its lock
+def test_only_what_dead_runs_left_is_removed(tmp_path):
+    job = subprocess.Popen([sys.executable, "-c", RUN, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert job.stdout.readline() == "staged\n"
+        (tmp_path / f"{UNFINISHED}123_somewhere_else").mkdir()  # of an earlier version: nobody holds its lock
+        with staging_folders([tmp_path]) as stages:
+            (living,) = tmp_path.glob(f"{UNFINISHED}*/case.nii.gz")
+            assert stages[tmp_path] != living.parent
+            assert not (tmp_path / f"{UNFINISHED}123_somewhere_else").exists()
+        assert living.read_text() == "half"
+    finally:
+        job.kill()
+        job.wait()
     remove_abandoned(tmp_path)
-    with staging_folders([tmp_path]) as stages:
-        assert len(unfinished(tmp_path)) == 4
-        assert list(stages[tmp_path].iterdir()) == []
-    assert unfinished(tmp_path) == before
-    assert len(list((tmp_path / before[0]).iterdir())) == 1
-    run.kill()
-    run.wait()
-    remove_abandoned(tmp_path)
-    assert unfinished(tmp_path) == []
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_without_a_lock_is_abandoned_whatever_its_name_and_age(tmp_path):
-    for name in ("1_here_x", "abc"):
-        (tmp_path / f"{UNFINISHED}{name}").mkdir()
-        (tmp_path / f"{UNFINISHED}{name}" / "case.nii.gz").touch()
-    (tmp_path / f"{UNFINISHED}lost.lock").touch()
-    (tmp_path / "case.nii.gz").touch()
-    remove_abandoned(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["case.nii.gz"]
+def test_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(NotADirectoryError, match=f"{tmp_path / 'file'} is a file: give a folder"),
+        staging_folders([tmp_path / "file"]),
+    ):
+        pass
 
 
 def test_an_error_leaves_no_folder(tmp_path):
@@ -64,21 +52,10 @@ def test_an_error_leaves_no_folder(tmp_path):
     assert [list((tmp_path / name).iterdir()) for name in "ab"] == [[], []]
 
 
-def test_a_file_in_the_place_of_the_folder_is_named(tmp_path):
-    (tmp_path / "out").touch()
-    with pytest.raises(OSError, match="out is a file: give a folder"), staging_folders([tmp_path / "out"]):
-        pass
-
-
-def test_many_runs_begin_at_once(tmp_path):
-    """Each looks for abandoned folders while others make theirs, and takes none of them."""
-    words = [sys.executable, "-c", RUN.replace("600", "2"), str(tmp_path)]
-    runs = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True) for _ in range(4)]
-    for each in runs:
-        assert each.stdout.readline() == "made\n"
-    held = [path for path in tmp_path.glob(f"{UNFINISHED}*") if path.is_dir()]
-    assert all(len(list(path.iterdir())) == 1 for path in held)
-    begin = time.monotonic()
-    assert [each.wait() for each in runs] == [0] * 4
-    assert time.monotonic() - begin < 60
-    assert unfinished(tmp_path) == []
+def test_runs_that_begin_at_once_leave_each_other_alone(tmp_path):
+    """Each looks for abandoned folders while the others make theirs."""
+    words = [sys.executable, "-c", RUN.replace("sleep(60)", "sleep(2)"), str(tmp_path)]
+    jobs = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    assert [job.communicate()[0] for job in jobs] == ["staged\n"] * 4
+    assert [job.returncode for job in jobs] == [0] * 4
+    assert not list(tmp_path.iterdir())

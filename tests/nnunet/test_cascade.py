@@ -72,6 +72,17 @@ def trained(place):
     return place, refused
 
 
+@pytest.mark.parametrize("plans", ["Cascade", "CascadeStart"])
+def test_verdict_compares_the_networks_and_the_weights(trained, plans):
+    place, _ = trained
+    fold = place.results / f"{OURS}__{plans}__{CONFIGURATION}" / "fold_0"
+    content = json.loads((fold / "validation" / "comparison.json").read_text())
+    assert content["n"] == 2
+    rows = {row["weight"]: row for row in content["presegmentation_weights"]["table"]}
+    # nnU-Net alone, here on the preprocessed grid, is what its own validation measured
+    assert rows[1.0]["mean"] == pytest.approx(content["nnunet_mean"], abs=0.02)
+
+
 def test_missing_first_stage_is_refused_with_the_commands(trained):
     _, refused = trained
     assert refused.returncode != 0

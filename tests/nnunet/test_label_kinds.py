@@ -55,6 +55,7 @@ def test_training_logs_finite_terms_and_a_proxy_dice_per_foreground(trained):
         assert np.isfinite(curves[term]).all(), term
     assert all(len(values) == 2 for values in curves["dice_per_class_or_region"])
     assert "Mean Validation Dice" in output
+    assert "Mean Dice by presegmentation_weight" in output
 
 
 def test_checkpoint_knows_its_kind_of_heads(trained):

@@ -36,6 +36,47 @@ def test_one_command_trains_both_networks_completely(trained_2d):
     assert section["presegmentor_trainer"] == "TinynnUNetTrainer"
 
 
+def dice_of_class(segmentation, truth, label):
+    ours, theirs = segmentation == label, truth == label
+    return 2 * (ours & theirs).sum() / (ours.sum() + theirs.sum())
+
+
+def test_log_says_what_happens_and_which_network_is_better(trained_2d):
+    place, log = trained_2d
+    said = [
+        "1. pre-segmentor, an ordinary nnU-Net (TinynnUNetTrainer): to be trained and validated first",
+        "2. denoiser, which corrects what the first one segments (TinyDiffusionTrainer): 2 epochs",
+        "Now training the pre-segmentor: 2 epochs.",
+        "An epoch of the pre-segmentor took",
+        "Now training the denoiser: 2 epochs.",
+        "An epoch of the denoiser took",
+        "Verdict: neither PD-DDPM nor nnU-Net is shown to be better. On 2 validation cases",
+        "Mean Dice by presegmentation_weight",
+    ]
+    assert sorted(said, key=log.index) == said
+    assert "WARNING: The comparison" not in log
+
+    validation = place.results / "TinyDiffusionTrainer__Tiny__2d" / "fold_0" / "validation"
+    content = json.loads((validation / "comparison.json").read_text())
+    assert content["sentence"] in log
+    assert content["presegmentation_weights"]["sentence"] in log
+    folders = {"nnunet": place.results / "TinynnUNetTrainer__Tiny__2d" / "fold_0" / "validation", "pddpm": validation}
+    cases = json.loads((place.preprocessed / "splits_final.json").read_text())[0]["val"]
+    assert sorted(content["cases"]) == sorted(cases)
+    for name, folder in folders.items():
+        expected = []
+        for case in cases:
+            found, truth = (
+                sitk.GetArrayFromImage(sitk.ReadImage(str(place_of / f"{case}.nii.gz")))
+                for place_of in (folder, place.raw / "labelsTr")
+            )
+            expected.append(np.mean([dice_of_class(found, truth, label) for label in (1, 2)]))
+            assert content["cases"][case][name] == pytest.approx(expected[-1], abs=1e-6)
+        assert content[f"{name}_mean"] == pytest.approx(np.mean(expected), abs=1e-6)
+    assert content["mean_difference"] == pytest.approx(content["pddpm_mean"] - content["nnunet_mean"])
+    assert [row["weight"] for row in content["presegmentation_weights"]["table"]] == [0, 0.25, 0.5, 0.75, 1]
+
+
 def test_checkpoint_holds_the_presegmentor_unchanged_and_every_loss_term_as_a_curve(trained_2d):
     place, _ = trained_2d
     first, ours = (

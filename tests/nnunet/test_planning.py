@@ -33,6 +33,7 @@ def planned(workplace_maker, hippocampus_data, tmp_path_factory):
     )
     assert modified(place) == before, "nnU-Net's data were written again"
     assert f"nnUNetPlans_{CONFIGURATION} is preprocessed already" in done.stdout
+    assert f"\nNext:\n  nnunet_diffusion train 4 {CONFIGURATION} 0 -p {NAME}\n" in done.stdout, "after preprocessing"
     return place, done.stdout
 
 
@@ -83,7 +84,9 @@ def test_another_spacing_gets_data_of_its_own_and_is_refused_over_them(planned):
 def test_a_plan_for_this_cpu(planned):
     place, _ = planned
     words = ("-d", 4, "-device", "cpu", "-step_seconds", 0.1, "-overwrite_plans_name", "Laptop")
-    place.run("nnunet_diffusion", "plan", *words)
+    done = place.run("nnunet_diffusion", "plan", *words)
+    assert "nnUNetv2_preprocess -d 4 -plans_name Laptop -c 2d\n" in done.stdout
+    assert "train 4 2d 0 -p Laptop -tr DiffusionTrainer_5epochs -device cpu\n" in done.stdout
     section = json.loads((place.preprocessed / "Laptop.json").read_text())["configurations"][CONFIGURATION]
     assert section["diffusion_plan"]["step_seconds"] == 0.1 and section["diffusion_plan"]["machine"]
     assert np.prod(section["patch_size"]) <= np.prod(section["diffusion_plan"]["stock_patch_size"])
@@ -119,4 +122,5 @@ def test_stock_plans_that_need_more_than_their_target_are_warned_about(planned):
     larger = {**configuration, "batch_size": 3000}
     warning = memory_warning(plans, larger, default_settings(larger), 1, 3)
     assert warning is not None and "more than the 8 GB" in warning and "nnunet_diffusion plan -d 4" in warning
+    assert warning.endswith(f"--preprocess; then train with -p {NAME}")
     assert memory_warning({**plans, "experiment_planner_used": "Mine"}, larger, default_settings(larger), 1, 3) is None

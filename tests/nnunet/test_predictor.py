@@ -264,7 +264,7 @@ def test_bad_cases_are_named_and_the_others_finished(place, tmp_path, with_bad_c
     for name, reason in {
         "empty": "every voxel is 0",
         "two": "2 channels",
-        "broken": "cannot be read",
+        "broken": "is damaged",
     }.items():
         line = next(line for line in message.splitlines() if line.startswith(f"  {name}: "))
         assert reason in line

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import SimpleITK as sitk
 
@@ -52,3 +53,11 @@ def test_validation_by_the_best_checkpoint(trained):
     done = place.run("nnUNetv2_train", *TRAIN, "--val", "--val_best", nnUNet_results=str(results))
     assert "Mean Validation Dice" in done.stdout
     assert summary.stat().st_mtime > before
+    content = json.loads(summary.with_name("comparison.json").read_text())
+    assert content["sentence"] in done.stdout
+    assert content["on_training_cases"] is True
+    measured = [
+        np.nanmean([each["Dice"] for each in case["metrics"].values()])
+        for case in json.loads(summary.read_text())["metric_per_case"]
+    ]
+    assert content["pddpm_mean"] == pytest.approx(np.mean(measured))

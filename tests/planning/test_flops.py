@@ -1,9 +1,10 @@
 """FLOPs on a CPU: what torch's own counter leaves out is in."""
 
+import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from nnunet_diffusion.planning.flops import count_flops
+from nnunet_diffusion.planning.flops import count_flops, flops_text
 
 BATCH, HEADS, QUERIES, KEYS, WIDTH = 2, 3, 32, 16, 8
 PRODUCTS = 2 * BATCH * HEADS * QUERIES * KEYS * WIDTH
@@ -26,3 +27,18 @@ def test_backward_pass_is_counted():
     run = attention(requires_grad=True)
     # five products: the weights again, then the gradients of values, weights, queries and keys
     assert count_flops(lambda: run().sum().backward()) == (2 + 5) * PRODUCTS
+
+
+@pytest.mark.parametrize(
+    ("flops", "text"),
+    [
+        (3.29e8, "329 MFLOP"),
+        (3.294e9, "3.29 GFLOP"),
+        (123.4e9, "123 GFLOP"),
+        (999.9e9, "1000 GFLOP"),
+        (1.5e12, "1.5 TFLOP"),
+        (1.5e15, "1500 TFLOP"),
+    ],
+)
+def test_flops_have_a_unit_of_their_size(flops, text):
+    assert flops_text(flops) == text

@@ -17,8 +17,8 @@ from nnunet_diffusion.planning.data_reuse import shared_identifier
 from nnunet_diffusion.planning.diffusion_planner import TargetTooSmall
 from nnunet_diffusion.planning.explain import explanation
 from nnunet_diffusion.planning.record import PlanRecord
-from nnunet_diffusion.planning.summary import summary
-from nnunet_diffusion.planning.time_budget import StepTimes, TimeBudget
+from nnunet_diffusion.planning.summary import next_commands, summary
+from nnunet_diffusion.planning.time_budget import StepTimes, TimeBudget, Timing
 from nnunet_diffusion.settings import DiffusionSettings, topology_of
 
 NAME = "Dataset900_Sizes"
@@ -50,8 +50,17 @@ def test_large_volumes_fill_the_target_keep_nnunets_patch_and_get_a_cascade(fing
         assert nnunet[0] / 8 <= settings.features_per_stage[0] <= nnunet[0] == 32
         assert record.planner == "DiffusionPlanner"
     assert found["3d_lowres"][0]["data_identifier"] == "nnUNetDiffusionPlans_3d_lowres"
-    text = summary(planner, plans)
-    assert all(word in text for word in ("3d_lowres", "nnUNetv2_preprocess -d 900 -plans_name nnUNetDiffusionPlans"))
+    assert all(name in summary(planner, plans) for name in planner.sized)
+    assert next_commands(planner, plans, None, preprocessed=False).splitlines() == [
+        "Next:",
+        "  nnUNetv2_preprocess -d 900 -plans_name nnUNetDiffusionPlans -c 2d",
+        "  nnunet_diffusion train 900 2d 0 -p nnUNetDiffusionPlans",
+        "Other configurations: 3d_lowres, 3d_fullres.",
+    ]
+    assert next_commands(planner, plans, ["3d_lowres"], preprocessed=True).splitlines()[:2] == [
+        "Next:",
+        "  nnunet_diffusion train 900 3d_lowres 0 -p nnUNetDiffusionPlans",
+    ]
 
 
 def test_natural_images(fingerprint):
@@ -137,7 +146,8 @@ def test_one_case(fingerprint):
     planner = DiffusionPlanner(NAME, gpu_memory_target_in_gb=1)
     plans = planner.plan_experiment()
     assert plans["configurations"]["2d"]["batch_size"] == 2
-    assert "1 training cases are too few" in summary(planner, plans)
+    text = next_commands(planner, plans, None, preprocessed=True)
+    assert "train 900 2d all -p nnUNetDiffusionPlans" in text and "1 training cases are too few" in text
 
 
 def test_nnunets_data_are_shared_where_they_are_the_same(fingerprint):
@@ -177,7 +187,7 @@ def test_data_of_earlier_plans_of_that_name_are_refused_where_they_differ(finger
     assert shared_identifier(NAME, changed, "2d"), "an interrupted preprocessing holds nothing yet"
     (folder / "case0.pkl").touch()
     with pytest.raises(
-        ValueError, match=r"another preprocessor_name \(nnUNetDiffusionPlans.json says\).*-overwrite_plans"
+        ValueError, match=r"another preprocessor_name \(according to nnUNetDiffusionPlans.json\).*-overwrite_plans"
     ):
         shared_identifier(NAME, changed, "2d")
 
@@ -195,15 +205,15 @@ def steady_machine(monkeypatch):
         def nnunet(configuration, channels, heads, batch, patch, device):
             timed.append((topology_of(configuration)["features_per_stage"][0], batch, tuple(map(int, patch))))
             cost = time_budget.nnunet_cost({**configuration, "patch_size": patch}, channels, heads, batch, amp=False)
-            return cost.flops / rate
+            return Timing(cost.flops / rate)
 
         def denoiser(configuration, settings, channels, heads, batch, patch, device):
             configuration = {**configuration, "patch_size": patch}
             cost = time_budget.denoiser_cost(configuration, settings, channels, heads, batch, amp=False)
-            return overhead + cost.flops / rate
+            return Timing(overhead + cost.flops / rate)
 
-        monkeypatch.setattr(time_budget, "nnunet_seconds", nnunet)
-        monkeypatch.setattr(time_budget, "denoiser_seconds", denoiser)
+        monkeypatch.setattr(time_budget, "time_nnunet", nnunet)
+        monkeypatch.setattr(time_budget, "time_denoiser", denoiser)
         return timed
 
     return set_rate
@@ -310,7 +320,22 @@ def test_a_machine_too_slow_gets_the_smallest_plan_that_learns_and_is_told(finge
     assert configuration["patch_size"] == [64, 64] and configuration["batch_size"] == 2
     assert topology_of(configuration)["features_per_stage"][0] == 8 and settings.features_per_stage[0] == 4
     assert record.denoiser_step_seconds > 0.01 < record.nnunet_step_seconds
-    assert "s instead of 0.01 s" in summary(planner, plans)
+    assert "s instead of 0.01 s" in summary(planner, plans) and "WARNING" not in summary(planner, plans)
+    planner.time_budget.timings = [Timing(1.0, share=0.5)]
+    assert "WARNING: this machine was busy" in summary(planner, plans), "not the hardware alone"
+    text = next_commands(planner, plans, None, preprocessed=True)
+    assert "train 900 2d 0 -p nnUNetDiffusionPlans -tr DiffusionTrainer_5epochs -device cpu" in text
+    assert "preprocess" not in text
+
+
+@pytest.mark.parametrize("shape", [(288, 384), (96, 144), (100, 72)])
+def test_no_machine_is_so_slow_that_the_patch_goes_below_its_floor(fingerprint, steady_machine, shape):
+    """nnU-Net's loop goes from 64 x 72 to 56 x 72 voxels, which is below 64 x 64."""
+    preprocessed = fingerprint((1, *shape), (999.0, 1.0, 1.0))
+    steady_machine(1e8)
+    DiffusionPlanner(NAME, time_budget=TimeBudget(0.01)).plan_experiment()
+    configuration, _, _ = read(preprocessed)["2d"]
+    assert 64 * 64 <= math.prod(configuration["patch_size"]) <= 1.3 * 64 * 64
 
 
 def test_regions_are_timed_too(fingerprint):
@@ -345,6 +370,7 @@ def test_explanation_names_rules_values_and_alternatives(fingerprint, steady_mac
         assert field in text
     assert f"| {settings.attention_tokens} " in text and "median shape [64, 48]" in text
     assert "denoiser 4/32" in text and "(chosen)" in text and "hours, 1000 epochs" in text
+    assert "GFLOP" in text and "0.000" not in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert len({len(row) for row in rows[: rows.index(next(row for row in rows if "network" in row))]}) == 1, (
         "columns in line"

@@ -2,7 +2,9 @@
 
 import os
 import pickle
+import re
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -105,7 +107,7 @@ def test_failed_write_leaves_the_previous_file_whole_and_nothing_else(tmp_path, 
 
     monkeypatch.setattr(torch, "save", half)
     with pytest.raises(OSError, match=r"checkpoint_latest\.pth: No space left.*untouched.*--c"):
-        write_checkpoint({}, path)
+        write_checkpoint(CHECKPOINT, path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
@@ -232,3 +234,132 @@ def test_disabled_checkpointing_writes_nothing(workplace, tmp_path):
     trainer.disable_checkpointing = True
     trainer.save_checkpoint(str(tmp_path / "a.pth"))
     assert not (tmp_path / "a.pth").exists()
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """An architecture that runs a stranger's code when it is built; yields it and checks that the code has not run."""
+    (tmp_path / "repository").mkdir()
+    code = f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\ndef net(**_): pass\n"
+    (tmp_path / "repository" / "hubconf.py").write_text(code)
+    keywords = {"repo_or_dir": str(tmp_path / "repository"), "model": "net", "source": "local"}
+    yield {"network_class_name": "torch.hub.load", "arch_kwargs": keywords, "_kw_requires_import": []}
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("place", ["presegmentor_architecture", "architecture"])
+def test_code_in_the_plans_of_a_checkpoint_does_not_run_on_resuming(workplace, tmp_path, hub, place):
+    trainer = workplace.trainer(DiffusionTrainer)
+    trainer.initialize()
+    trainer.save_checkpoint(str(tmp_path / "a.pth"))
+    checkpoint = read_checkpoint(tmp_path / "a.pth")
+    section = checkpoint["init_args"]["plans"]["configurations"]["2d"]
+    (section if place == "architecture" else section["diffusion"])[place] = hub
+    torch.save(checkpoint, tmp_path / "a.pth")
+    for source, name in ((tmp_path / "a.pth", "a.pth"), (checkpoint, "The given dictionary")):
+        with pytest.raises(ValueError, match=f"{name} names 'torch.hub.load' as network_class_name"):
+            workplace.trainer(DiffusionTrainer).load_checkpoint(source)
+
+
+def test_code_in_the_plans_of_a_training_does_not_run(workplace, hub):
+    def change(plans):
+        plans["configurations"]["2d"]["architecture"] = hub
+
+    with pytest.raises(ValueError, match=r"Tiny\.json names 'torch.hub.load'"):
+        workplace.trainer(DiffusionTrainer, change=change)
+
+
+PICKLES = {
+    "arguments are missing": b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n)R.",
+    "unknown instruction": b"\x80\x02}q\x00(X\x01\x00\x00\x00ak\x01u.",
+    "cut off": b"\x80\x02}",
+}
+
+
+@pytest.mark.parametrize("kind", PICKLES)
+def test_malformed_pickles_are_one_sentence(tmp_path, kind):
+    path = tmp_path / "a.pth"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in {"data.pkl": PICKLES[kind], "version": b"3", "byteorder": b"little"}.items():
+            archive.writestr(f"a/{name}", content)
+    with pytest.raises(ValueError, match=r"^Checkpoint .*a\.pth .*[.]$") as error:
+        read_checkpoint(path)
+    assert "\n" not in str(error.value)
+
+
+def test_compressed_checkpoint_is_not_unpacked(tmp_path):
+    torch.save({"network_weights": {"a": torch.zeros(10_000_000)}}, tmp_path / "a.pth")
+    with zipfile.ZipFile(tmp_path / "a.pth") as source, zipfile.ZipFile(tmp_path / "b.pth", "w") as copy:
+        for entry in source.infolist():
+            copy.writestr(entry.filename, source.read(entry), zipfile.ZIP_DEFLATED)
+    assert (tmp_path / "b.pth").stat().st_size < 1_000_000
+    with pytest.raises(ValueError, match=r"b\.pth is not read: it holds compressed records"):
+        read_checkpoint(tmp_path / "b.pth")
+
+
+@pytest.mark.parametrize(
+    ("version", "safe"), [("2.5.1", False), ("2.9.1+cu128", False), ("2.10.0", True), ("3.0", True)]
+)
+def test_torch_that_checkpoints_can_break_reads_none(tmp_path, monkeypatch, version, safe):
+    torch.save({"network_weights": {}}, tmp_path / "a.pth")
+    monkeypatch.setattr(torch, "__version__", version)
+    if safe:
+        assert read_checkpoint(tmp_path / "a.pth") == {"network_weights": {}}
+        return
+    with pytest.raises(ValueError, match=rf"a\.pth is not read: torch {re.escape(version)}.*torch>=2.10"):
+        read_checkpoint(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+def test_write_that_a_signal_ends_leaves_nothing(tmp_path, monkeypatch, stop):
+    path = tmp_path / "checkpoint_latest.pth"
+    write_checkpoint(CHECKPOINT, path)
+    before = path.read_bytes()
+
+    def half(checkpoint, file):
+        with open(file, "wb") as opened:
+            opened.write(before[:100])
+        raise stop
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(stop):
+        write_checkpoint(CHECKPOINT, path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_checkpoint_is_on_the_disk_before_it_has_its_name_and_the_name_is_too(tmp_path, monkeypatch):
+    events = []
+    sync, replace = os.fsync, os.replace
+
+    def synced(descriptor):
+        events.append(("sync", Path(os.readlink(f"/proc/self/fd/{descriptor}"))))
+        sync(descriptor)
+
+    def renamed(source, target):
+        events.append(("rename", Path(target)))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    write_checkpoint(CHECKPOINT, tmp_path / "a.pth")
+    (first, aside), *rest = events
+    assert first == "sync" and aside.name.startswith(".a.pth") and aside.parent == tmp_path
+    assert rest == [("rename", tmp_path / "a.pth"), ("sync", tmp_path)]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_network_that_is_not_finite_replaces_no_good_checkpoint(workplace, tmp_path, value):
+    trainer = workplace.trainer(DiffusionTrainer)
+    trainer.initialize()
+    path = tmp_path / "checkpoint_latest.pth"
+    trainer.save_checkpoint(str(path))
+    before = path.read_bytes()
+    with torch.no_grad():
+        next(trainer.ema.module.parameters()).view(-1)[0] = value
+    with pytest.raises(
+        FloatingPointError, match=r"checkpoint_latest.pth was not written: the network's denoiser\..*kept"
+    ):
+        trainer.save_checkpoint(str(path))
+    assert path.read_bytes() == before
+    assert list(tmp_path.glob("*.pth")) == [path]

@@ -1,6 +1,9 @@
 """The trainer in this process: steps, moving average, resuming, and what it refuses by name."""
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +14,9 @@ from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerDA5
 from torch.nn.functional import interpolate
 
 from nnunet_diffusion.training import DiffusionTrainer, diffusion_trainer
+from nnunet_diffusion.training.other_jobs import FOLD_LOCK_NAME
+from nnunet_diffusion.training.replacing import what_happens_to_finished
+from nnunet_diffusion.training.steps import SKIPPED_IN_A_ROW, take_step
 
 pytestmark = pytest.mark.nnunet
 
@@ -247,8 +253,88 @@ def test_a_fold_beyond_the_splits_has_the_presegmentors_random_split(workplace):
     assert [len(part) for part in ours] == [8, 2]
 
 
-def test_infinite_loss_names_epoch_and_cases(workplace):
+def test_steps_that_are_not_finite_are_skipped_counted_and_end_the_training_at_last(workplace):
     trainer = started(workplace, prediction_type="logits")
+    trainer.train_step(make_batch())
+    good, lines = trainer.loss, []
+    trainer.print_to_log_file = lambda *words, **_: lines.append(" ".join(map(str, words)))
+    before = [
+        {
+            key: value.clone()
+            for key, value in network.state_dict().items()
+            if "running" not in key and "batches" not in key
+        }
+        for network in (trainer.segmenter.denoiser, trainer.ema.module)
+    ]
+    steps = int(trainer.ema.n_averaged)
     trainer.loss = lambda logits, target: logits.sum() * float("inf")
-    with pytest.raises(FloatingPointError, match="epoch 0 on cases .*case_1.*learning_rate"):
+    outputs = [trainer.train_step(make_batch()) for _ in range(2)]
+    for network, old in zip((trainer.segmenter.denoiser, trainer.ema.module), before, strict=True):
+        assert all(torch.equal(value, network.state_dict()[key]) for key, value in old.items())
+    assert trainer.ema.n_averaged == steps
+    trainer.loss = good
+    outputs.append(trainer.train_step(make_batch()))
+    assert trainer.ema.n_averaged == steps + 1
+    trainer.on_train_epoch_end(outputs)
+    assert "2 of 3 training steps were skipped" in lines[0]
+    assert np.isfinite(trainer.logger.get_value("train_losses", -1))  # without the skipped ones
+
+    trainer.loss = lambda logits, target: logits.sum() * float("nan")
+    for _ in range(SKIPPED_IN_A_ROW):
         trainer.train_step(make_batch())
+    with pytest.raises(FloatingPointError, match=r"21 training steps in a row.*epoch 0, last on cases .*case_1.*--c"):
+        trainer.train_step(make_batch())
+
+
+def test_float16_scaler_skips_as_torch_does():
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([weight], 0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)
+    taken = []
+    for _ in range(40):
+        optimizer.zero_grad()
+        taken.append(take_step((weight * 1e10).sum(), [weight], optimizer, scaler))
+    first = taken.index(True)
+    assert 0 < first < 30 and all(taken[first:])
+    assert scaler.get_scale() == 2.0 ** (120 - first)
+    assert torch.isfinite(weight).all() and weight != 1
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_second_training_of_a_fold_is_refused(workplace, resume):
+    trainer = started(workplace)
+    folder = Path(trainer.output_folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    trainer._resumed = resume
+    held = "import sys, time\nfrom nnunet_diffusion.locks import HeldLock\nlock = HeldLock(sys.argv[1])\n"
+    held += "assert lock.acquire()\nprint('held', flush=True)\ntime.sleep(60)"
+    job = subprocess.Popen(
+        [sys.executable, "-c", held, str(folder / FOLD_LOCK_NAME)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert job.stdout.readline() == "held\n"
+        before = sorted(folder.iterdir())
+        for work in (trainer.run_training, trainer.perform_actual_validation):
+            with pytest.raises(RuntimeError, match=rf"Another job trains or validates in {folder} now.*plans_name"):
+                work()
+        assert sorted(folder.iterdir()) == before
+    finally:
+        job.kill()
+        job.wait()
+
+
+def test_what_happens_to_a_finished_training_is_said_and_it_is_kept(workplace, tmp_path):
+    trainer = started(workplace)
+    folder = Path(trainer.output_folder)
+    assert what_happens_to_finished(trainer, resumed=False) == []
+    trainer.save_checkpoint(str(folder / "checkpoint_final.pth"))
+    finished = (folder / "checkpoint_final.pth").read_bytes()
+    (line,) = what_happens_to_finished(trainer, resumed=False)
+    assert str(folder) in line and "holds a finished training, and this one starts anew" in line
+    again = started(workplace)
+    again.save_checkpoint(str(folder / "checkpoint_latest.pth"))
+    assert not (folder / "checkpoint_final.pth").exists()  # --c would go on from it
+    assert (folder / "checkpoint_replaced.pth").read_bytes() == finished
+    again.current_epoch = again.num_epochs
+    (line,) = what_happens_to_finished(again, resumed=True)
+    assert "only validated again" in line

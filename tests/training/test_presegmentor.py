@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from filelock import FileLock
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_diffusion.environment import PRESEGMENTOR_FOLDER
+from nnunet_diffusion.locks import HeldLock
 from nnunet_diffusion.training import DiffusionTrainer, other_jobs, presegmentor
-from nnunet_diffusion.training.presegmentor import ensure_presegmentor, load_presegmentor_weights
+from nnunet_diffusion.training.presegmentor import ensure_presegmentor, load_presegmentor_weights, presegmentor_state
 
 pytestmark = pytest.mark.nnunet
 CPU = torch.device("cpu")
@@ -53,6 +53,20 @@ def test_fitting_weights_are_returned_and_load_into_the_segmenter(workplace, sto
     with torch.no_grad():
         stock[0].network.eval()
         assert torch.equal(ours.segmenter.presegment(image), stock[0].network(image)[0].softmax(1))
+
+
+def test_state_is_what_is_left_to_do(stock):
+    final = stock[1]
+    folder, summary = final.parent, final.parent / "validation" / "summary.json"
+    assert presegmentor_state(folder, given=True) == f"trained already, 1 epochs, named by {PRESEGMENTOR_FOLDER}"
+    assert presegmentor_state(folder) == "trained already, to be validated first"
+    summary.parent.mkdir()
+    summary.write_text('{"metric_per_case": []}')
+    assert presegmentor_state(folder) == "trained already, 1 epochs"
+    final.rename(folder / "checkpoint_latest.pth")
+    assert presegmentor_state(folder) == "half-trained, to be trained to the end first"
+    (folder / "checkpoint_latest.pth").unlink()
+    assert presegmentor_state(folder) == "to be trained and validated first"
 
 
 def changed(plans, *keys, value):
@@ -135,12 +149,14 @@ def test_intensities_count_where_ct_is_normalised_by_them(stock):
 
 def test_a_summary_that_is_not_whole_counts_as_none(tmp_path):
     path = tmp_path / "summary.json"
-    assert presegmentor._measured(path) is None
-    for text in ("", '{"metric_per_case": [', "{}", "[]"):
+    assert other_jobs.measured_cases(path) is None
+    path.write_bytes(b"\xff\x00")
+    assert other_jobs.measured_cases(path) is None
+    for text in ("", '{"metric_per_case": 3}', '{"metric_per_case": [', "{}", "[]"):
         path.write_text(text)
-        assert presegmentor._measured(path) is None
+        assert other_jobs.measured_cases(path) is None
     path.write_text('{"metric_per_case": [1]}')
-    assert presegmentor._measured(path) == [1]
+    assert other_jobs.measured_cases(path) == [1]
 
 
 @pytest.mark.parametrize("kind", ["latest", "final"])
@@ -214,6 +230,25 @@ def test_given_diffusion_model_and_network_of_other_axes_are_refused(workplace, 
     torch.save({**torch.load(path, weights_only=False), "diffusion": {}}, path)
     with pytest.raises(ValueError, match=rf"{PRESEGMENTOR_FOLDER} is .*itself a diffusion trainer: name the folder"):
         workplace.trainer(DiffusionTrainer)
+
+
+def test_code_in_the_plans_of_a_given_one_does_not_run(workplace, stock, tmp_path, monkeypatch):
+    monkeypatch.setenv(PRESEGMENTOR_FOLDER, str(tmp_path / "model"))
+    (tmp_path / "repository").mkdir()
+    (tmp_path / "repository" / "hubconf.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\n")
+    path = tmp_path / "model" / "fold_0" / "checkpoint_final.pth"
+    checkpoint = torch.load(path, weights_only=False)
+    section = checkpoint["init_args"]["plans"]["configurations"]["2d"]
+    keywords = {"repo_or_dir": str(tmp_path / "repository"), "model": "net", "source": "local"}
+    section["architecture"] = {
+        "network_class_name": "torch.hub.load",
+        "arch_kwargs": keywords,
+        "_kw_requires_import": [],
+    }
+    torch.save(checkpoint, path)
+    with pytest.raises(ValueError, match=rf"{path} names 'torch.hub.load'"):
+        workplace.trainer(DiffusionTrainer).initialize()
+    assert not (tmp_path / "ran").exists()
 
 
 def test_given_network_that_the_patch_does_not_fit_is_refused(workplace, stock, tmp_path, monkeypatch):
@@ -306,9 +341,10 @@ def test_checkpoint_that_a_killed_job_left_in_pieces_is_named(workplace, tmp_pat
 HOLD = """
 import sys, time
 from pathlib import Path
-from filelock import FileLock
+from nnunet_diffusion.locks import HeldLock
 folder = Path(sys.argv[1])
-with FileLock(folder / sys.argv[2]):
+with HeldLock(folder / sys.argv[2]) as lock:
+    assert lock.acquire()
     print("locked", flush=True)
     time.sleep(2)
     (folder / "validation" / "summary.json").write_text('{"metric_per_case": []}')
@@ -433,7 +469,7 @@ with locked(Path(sys.argv[1]), print):
 def test_the_lock_ends_with_its_job_though_a_worker_lives_on(tmp_path):
     job = subprocess.run([sys.executable, "-c", KILLED_WITH_A_WORKER_LEFT, tmp_path], stdout=subprocess.DEVNULL)
     assert job.returncode == -signal.SIGKILL
-    FileLock(tmp_path / other_jobs.LOCK_NAME).acquire(timeout=0)
+    assert HeldLock(tmp_path / other_jobs.LOCK_NAME).acquire()
 
 
 @pytest.mark.parametrize(
@@ -453,3 +489,14 @@ def test_settings_name_the_presegmentor_for_inference(workplace):
     section = trainer.plans_manager.plans["configurations"]["2d"]["diffusion"]
     assert section["presegmentor_trainer"] == "nnUNetTrainer"
     assert json.loads(json.dumps(section)) == section
+
+
+def test_age_of_a_log_is_measured_by_the_clock_of_its_file_server(workplace, tmp_path, monkeypatch):
+    folder = stock_log(workplace, tmp_path, "Epoch time: 30.0 s").parent
+    left = other_jobs.seconds_until_silent(folder)
+    assert 80 < left <= 90
+    # this machine's clock is an hour ahead of the file server's
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + 3600)
+    assert left - 10 < other_jobs.seconds_until_silent(folder) <= left
+    assert [path.name for path in folder.iterdir()] == ["training_log_2026_1_1_00_00_00.txt"]

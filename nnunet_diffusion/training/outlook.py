@@ -1,0 +1,75 @@
+"""What a training is about to do and how long it will take, for the log."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+
+def two_networks(presegmentor: str, state: str, trainer: str, epochs: int, done: int = 0) -> str:
+    """Return the block that begins the log of a training.
+
+    Args:
+        presegmentor: its trainer.
+        state: of the pre-segmentor, such as "to be trained first".
+        trainer: of the denoiser.
+        epochs: of the denoiser.
+        done: those that a resumed training has behind it.
+    """
+    left = f"{epochs} epochs" if done == 0 else f"resumed after {done} of {epochs} epochs"
+    return (
+        "This model has two networks, which are trained one after the other:\n"
+        f"  1. pre-segmentor, an ordinary nnU-Net ({presegmentor}): {state}\n"
+        f"  2. denoiser, which corrects what the first one segments ({trainer}): {left}, then validated and compared with "
+        "nnU-Net\n"
+        "The hours left are estimated after the first epoch of each."
+    )
+
+
+def announce(trainer: nnUNetTrainer, network: str, log: Callable[[str], None]) -> None:
+    """Log that a network's training begins, and after its first epoch how long the others will take.
+
+    Args:
+        trainer: of the network, before its first epoch.
+        network: what the log calls it.
+        log: takes one line.
+    """
+    first, epochs = trainer.current_epoch, trainer.num_epochs
+    log(f"Now training the {network}: {epochs} epochs" + (f", of which {first} are done." if first else "."))
+    begin_epoch, end_epoch = trainer.on_epoch_start, trainer.on_epoch_end
+    began = 0.0
+
+    def on_epoch_start() -> None:
+        nonlocal began
+        began = time.perf_counter()
+        begin_epoch()
+
+    def on_epoch_end() -> None:
+        end_epoch()
+        left = trainer.num_epochs - trainer.current_epoch
+        if trainer.current_epoch == first + 1 and left > 0:
+            log(remaining_time(network, time.perf_counter() - began, left))
+
+    trainer.on_epoch_start, trainer.on_epoch_end = on_epoch_start, on_epoch_end
+
+
+def remaining_time(network: str, seconds: float, epochs: int) -> str:
+    """Return the sentence that estimates a training's rest from the duration of one epoch.
+
+    Args:
+        network: what the log calls it.
+        seconds: of the epoch.
+        epochs: that are left.
+    """
+    return (
+        f"An epoch of the {network} took {seconds:.1f} s: at this pace the rest of its training (epochs: {epochs}) takes about "
+        f"{_duration(seconds * epochs)}, without the validation at the end."
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds >= 3600:
+        return f"{seconds / 3600:.1f} hours"
+    return f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} s"

@@ -1,0 +1,282 @@
+"""The end of a training: nnU-Net and PD-DDPM compared on the validation cases, in the log and as a file."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from nnunet_diffusion.environment import PRESEGMENTOR_FOLDER
+from nnunet_diffusion.evaluation.comparison import PairedComparison, compare_paired
+from nnunet_diffusion.json_files import read_dictionary
+from nnunet_diffusion.training.checkpoints import read_checkpoint
+from nnunet_diffusion.training.other_jobs import SUMMARY
+
+if TYPE_CHECKING:
+    from nnunet_diffusion.training.diffusion_trainer import DiffusionTrainer
+
+COMPARISON = "validation/comparison.json"
+SIGNIFICANT = 0.05
+FEWEST_CASES = 6  # the exact two-sided Wilcoxon p of 5 pairs is at least 2 / 2^5 = 0.0625
+WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+MEASURE = "Dice, mean over the foreground classes of each case; classes absent from label and segmentation are left out"
+HOW_WEIGHTS = "predicted as by `nnunet_diffusion predict`, measured on the preprocessed grid, not on the images' own"
+
+
+def give_verdict(trainer: DiffusionTrainer) -> None:
+    """Log which of the two networks is better on the validation cases and write `validation/comparison.json`.
+
+    The validation is finished by then: whatever goes wrong here ends in a warning in the log.
+
+    Args:
+        trainer: after its validation, the averaged weights in its network; of a distributed training, on rank 0.
+    """
+    log, path = trainer.print_to_log_file, Path(trainer.output_folder) / COMPARISON
+    with _warned_about(trainer, "The comparison with nnU-Net"):
+        path.unlink(missing_ok=True)  # of an earlier validation
+        content = _compare_networks(trainer)
+        write_json(content, path)
+        log(content["sentence"])
+        with _warned_about(trainer, "The comparison of presegmentation_weight"):
+            content["presegmentation_weights"] = weights = _compare_weights(trainer, sorted(content["cases"]))
+            write_json(content, path)
+            log(weights["sentence"])
+
+
+@contextlib.contextmanager
+def _warned_about(trainer: DiffusionTrainer, what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        trainer.print_to_log_file(
+            f"WARNING: {what} stopped with {type(error).__name__}: {error}. The training is finished and "
+            f"{SUMMARY} is not affected."
+        )
+
+
+# the two networks ----------------------------------------------------------------------------------------------------
+
+
+def _compare_networks(trainer: DiffusionTrainer) -> dict[str, Any]:
+    """Return the content of the file."""
+    ending, ours = trainer.dataset_json["file_ending"], Path(trainer.output_folder) / SUMMARY
+    pddpm = dice_of_cases(ours, ending, "validate again with --val")
+    try:
+        nnunet, reason = _dice_of_presegmentor(trainer, ending), ""
+    except (OSError, ValueError) as error:
+        nnunet, reason = {}, f"PD-DDPM has no nnU-Net to be compared with: {error}"
+    content = comparison_content(nnunet, pddpm, trainer.fold == "all")
+    return {**content, "sentence": reason or content["sentence"]}
+
+
+def _dice_of_presegmentor(trainer: DiffusionTrainer, file_ending: str) -> dict[str, float]:
+    """Read the validation of the embedded pre-segmentor; raise OSError or ValueError if there is none of that network."""
+    folder = trainer.presegmentor_folder
+    cure = (
+        f"validate that nnU-Net, or name its model folder by {PRESEGMENTOR_FOLDER} if this training did, then give this "
+        "command with --val"
+    )
+    found = dice_of_cases(folder / SUMMARY, file_ending, cure)
+    weights = read_checkpoint(folder / "checkpoint_final.pth")["network_weights"]
+    theirs = {key.removeprefix("module."): value for key, value in weights.items()}
+    embedded = trainer.segmenter.presegmentor.state_dict()
+    same = theirs.keys() == embedded.keys() and all(torch.equal(theirs[key], embedded[key].cpu()) for key in theirs)
+    if not same:
+        raise ValueError(f"{folder} has another network than the one in this model (was it trained again?); {cure}")
+    return found
+
+
+def dice_of_cases(summary: Path, file_ending: str, cure: str) -> dict[str, float]:
+    """Read the mean Dice of each case from nnU-Net's summary of a validation.
+
+    Args:
+        summary: its path.
+        file_ending: of the segmentations, such as ".nii.gz".
+        cure: what to do if it cannot be read; a sentence's end.
+
+    Returns:
+        Case -> mean over the classes with a Dice; NaN for a case without any.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged.
+    """
+    cases = read_dictionary(summary, cure, {"metric_per_case": list})["metric_per_case"]
+    return {
+        Path(case["prediction_file"]).name.removesuffix(file_ending): mean_known(
+            [metrics["Dice"] for metrics in case["metrics"].values()]
+        )
+        for case in cases
+    }
+
+
+def mean_known(values: list[float]) -> float:
+    """Return the mean of all values that are not NaN; NaN if there are none."""
+    known = [value for value in values if not math.isnan(value)]
+    return float(np.mean(known)) if known else math.nan
+
+
+def comparison_content(
+    nnunet: Mapping[str, float], pddpm: Mapping[str, float], on_training_cases: bool = False
+) -> dict[str, Any]:
+    """Compare two networks over the cases that both have and return what `validation/comparison.json` says of them.
+
+    Args:
+        nnunet: case -> Dice of the pre-segmentor alone.
+        pddpm: case -> Dice of this model.
+        on_training_cases: as with fold "all".
+    """
+    cases = sorted(nnunet.keys() & pddpm.keys())
+    comparison = compare_paired([pddpm[case] for case in cases], [nnunet[case] for case in cases])
+    return {
+        "sentence": verdict_sentence(comparison, on_training_cases),
+        "measure": MEASURE,
+        "on_training_cases": on_training_cases,
+        "n": comparison.cases,
+        "left_out": len(nnunet.keys() | pddpm.keys()) - comparison.cases,
+        "nnunet_mean": comparison.baseline_mean,
+        "pddpm_mean": comparison.candidate_mean,
+        "mean_difference": comparison.mean_difference,
+        "interval_95": list(comparison.interval),
+        "wilcoxon_p": comparison.p_value,
+        "cases": {
+            case: {"nnunet": nnunet.get(case), "pddpm": pddpm.get(case)}
+            for case in sorted(nnunet.keys() | pddpm.keys())
+        },
+    }
+
+
+def verdict_sentence(comparison: PairedComparison, on_training_cases: bool = False) -> str:
+    """Say in plain words which network is better; begins with "WARNING" if it is nnU-Net.
+
+    Args:
+        comparison: PD-DDPM against nnU-Net as the baseline.
+        on_training_cases: as with fold "all".
+    """
+    if comparison.cases == 0:
+        return "PD-DDPM and nnU-Net have no validation case in common that has a Dice: there is nothing to compare."
+    better, worse = is_better(comparison), _significant(comparison) and comparison.mean_difference < 0
+    if better:
+        said = "Verdict: PD-DDPM is better than nnU-Net."
+    elif worse:
+        said = "WARNING: Verdict: PD-DDPM is worse than nnU-Net; predict with nnU-Net's own model."
+    else:
+        said = "Verdict: neither PD-DDPM nor nnU-Net is shown to be better."
+    kind = "training cases (fold all)" if on_training_cases else "validation cases"
+    lower, upper = comparison.interval
+    figures = (
+        f"On {comparison.cases} {kind} the mean Dice is {comparison.baseline_mean:.4f} with nnU-Net alone and "
+        f"{comparison.candidate_mean:.4f} with PD-DDPM (this model): difference {comparison.mean_difference:+.4f}, 95 % "
+        f"interval {lower:+.4f} to {upper:+.4f}, p = {comparison.p_value:.2g} (paired Wilcoxon test)."
+    )
+    notes = []
+    if comparison.undefined:
+        notes.append(f"Cases left out, because one of the two has no Dice there: {comparison.undefined}.")
+    if comparison.cases < FEWEST_CASES:
+        notes.append(f"With fewer than {FEWEST_CASES} cases p and interval mean little.")
+    if on_training_cases:
+        notes.append("Both networks were trained on these cases, so this says nothing about new ones.")
+    return " ".join([said, figures, *notes])
+
+
+def is_better(comparison: PairedComparison) -> bool:
+    """Return whether the candidate is better than the baseline on average and by the paired test of enough cases."""
+    return _significant(comparison) and comparison.mean_difference > 0
+
+
+def _significant(comparison: PairedComparison) -> bool:
+    return comparison.cases >= FEWEST_CASES and comparison.p_value < SIGNIFICANT
+
+
+# the weight of nnU-Net's probabilities -------------------------------------------------------------------------------
+
+
+def _compare_weights(trainer: DiffusionTrainer, cases: Sequence[str]) -> dict[str, Any]:
+    """Predict the cases once more and return what the file says of each weight."""
+    if trainer.is_ddp:  # the other ranks would wait in a collective call, which does not last that long
+        return {"sentence": "Other values of presegmentation_weight are compared on one GPU only: --val -num_gpus 1."}
+    # late: `inference` imports this package
+    from nnunet_diffusion.training.weights import dice_by_weight
+
+    own = trainer.segmenter.settings.presegmentation_weight
+    trainer.print_to_log_file("Predicting the validation cases once more, to compare values of presegmentation_weight.")
+    dice = dice_by_weight(trainer, cases, sorted({*WEIGHTS, own}))
+    return weights_content(dice, own, str(Path(trainer.output_folder_base) / "plans.json"))
+
+
+def weights_content(dice: Mapping[float, Mapping[str, float]], own: float, plans: str) -> dict[str, Any]:
+    """Compare each weight with the model's own and return what `validation/comparison.json` says of them.
+
+    Args:
+        dice: weight -> case -> Dice, of the same cases in the same order.
+        own: weight of the model.
+        plans: path of the file in which the weight is set.
+    """
+    baseline = list(dice[own].values())
+    comparisons = {weight: compare_paired(list(cases.values()), baseline) for weight, cases in dice.items()}
+    better = [weight for weight, comparison in comparisons.items() if is_better(comparison)]
+    best = max(better, key=lambda weight: comparisons[weight].mean_difference, default=None)
+    return {
+        "sentence": weights_sentence(comparisons, own, best, plans),
+        "how": HOW_WEIGHTS,
+        "own": own,
+        "better": best,
+        "table": [
+            {
+                "weight": weight,
+                "n": comparison.cases,
+                "mean": comparison.candidate_mean,
+                "mean_difference": comparison.mean_difference,
+                "wilcoxon_p": comparison.p_value,
+            }
+            for weight, comparison in comparisons.items()
+        ],
+    }
+
+
+def weights_sentence(comparisons: Mapping[float, PairedComparison], own: float, best: float | None, plans: str) -> str:
+    """Say in plain words whether another weight is better.
+
+    Args:
+        comparisons: weight -> its comparison with the model's own.
+        own: weight of the model.
+        best: the weight to recommend; None if no other is better.
+        plans: path of the file in which the weight is set.
+    """
+    notes = {0.0: " (denoiser alone)", 1.0: " (nnU-Net alone)"}
+    notes[own] = notes.get(own, "") + " (this model)"
+    means = ", ".join(
+        f"{comparison.candidate_mean:.4f} at {weight:g}{notes.get(weight, '')}"
+        for weight, comparison in comparisons.items()
+    )
+    figures = f"Mean Dice by presegmentation_weight ({HOW_WEIGHTS}): {means}."
+    if best is None:
+        return f"{figures} No other weight is significantly better than {own:g}."
+    difference, p_value = comparisons[best].mean_difference, comparisons[best].p_value
+    return (
+        f"{figures} A weight of {best:g}{notes.get(best, '')} is better than this model's {own:g} by {difference:+.4f} "
+        f"(p = {p_value:.2g}); to use it, set presegmentation_weight to {best:g} in {plans}. It was chosen on "
+        "these cases, so its Dice on them is optimistic."
+    )
+
+
+# the file ------------------------------------------------------------------------------------------------------------
+
+
+def write_json(content: Mapping[str, Any], path: Path) -> None:
+    """Write JSON, with null for NaN and infinite numbers, which JSON does not know."""
+    path.write_text(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
