@@ -41,11 +41,12 @@ def model_folder(options: argparse.Namespace, environment: Mapping[str, str]) ->
     given = " ".join(f"-{name} {value}" for name in ("d", *NAME_PARTS) if (value := getattr(options, name)) is not None)
     if found:
         raise CommandError(f"{len(found)} trained models fit {given}; type one of:\n{_to_type(found, options.d)}")
-    if trained:
-        raise CommandError(
-            f"no trained model of a diffusion trainer fits {given}; in {dataset} there are:\n{_to_type(trained, options.d)}"
-        )
-    raise CommandError(f"{dataset} has no trained model of a diffusion trainer with {options.chk}; train one first")
+    if others := [path for path in trained if _is_of_diffusion_trainer(path)]:
+        raise CommandError(f"no trained model fits {given}; there is:\n{_to_type(others, options.d)}")
+    raise CommandError(
+        f"{dataset} has no model of a diffusion trainer with {options.chk}; "
+        f"train one: nnunet_diffusion train {options.d} CONFIG FOLD"
+    )
 
 
 def _dataset_folder(name_or_id: str, results: Path) -> Path:

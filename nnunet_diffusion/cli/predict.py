@@ -16,7 +16,7 @@ from nnunet_diffusion.cli.models import finished_folds, model_folder
 from nnunet_diffusion.cli.trainers_directory import with_trainers
 from nnunet_diffusion.input_files import find_images, refuse_overwriting
 from nnunet_diffusion.json_files import read_dictionary
-from nnunet_diffusion.signals import EXIT_INTERRUPTED, EXIT_TERMINATED, Terminated, terminated
+from nnunet_diffusion.signals import EXIT_INTERRUPTED, EXIT_TERMINATED, Terminated, stopped
 
 # what diffusion.samplers and inference.fusion know, without their imports: help must not wait for torch
 SAMPLERS = ("ddpm", "ddim", "dpm_solver", "dpm_solver++", "unipc")
@@ -115,7 +115,7 @@ def run(options: argparse.Namespace) -> int:
     check_names(options, model)
     os.environ.update(with_trainers(os.environ))
     predictor = None
-    with _silence(options.quiet), terminated():
+    with _silence(options.quiet), stopped(lambda code: None):
         try:
             predictor = _loaded_predictor(options, model, folds)
             return _predict(predictor, options)

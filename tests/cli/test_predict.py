@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 from nnunetv2.inference import predict_from_raw_data
@@ -53,6 +55,8 @@ def made_model(folder, ending=".png"):
         (["-m", "model", "--threads", "0"], "--threads is 0, but must be 1 or more"),
         (["-m", "model", "-f", "five"], "-f has 'five'"),
         (["-m", "nowhere"], "no model folder of that name"),
+        (["-m", "model", "-o", "."], "-o and -i are the same folder"),
+        (["-m", "model", "-chk", "checkpoint_best.pth"], "no fold of model has checkpoint_best.pth"),
         (["-m", "model", "-o", __file__], "which is a file: give a folder"),
         (["-m", "model", "-i", __file__], "which is a file: give the folder that it is in"),
     ],
@@ -118,7 +122,7 @@ def test_several_models_are_listed_as_one_types_them(results, tmp_path, monkeypa
     main(words(tmp_path, "-d", "7", "-c", "3d_fullres"))
     assert found == [("DiffusionTrainer__nnUNetDiffusionPlans__3d_fullres", ["0"])]
     assert main(words(tmp_path, "-d", "7", "-p", "other")) == 2
-    assert "no trained model of a diffusion trainer fits -d 7 -p other" in capsys.readouterr().err
+    assert "no trained model fits -d 7 -p other; there is:\n  -d 7 -tr Diff" in capsys.readouterr().err
 
 
 def test_names_are_checked_before_the_model_is_loaded(results, tmp_path, monkeypatch, capsys):
@@ -132,3 +136,11 @@ def test_names_are_checked_before_the_model_is_loaded(results, tmp_path, monkeyp
     main(words(tmp_path, "-d", "7"))
     assert "polyp.png is left out: nnU-Net wants polyp_0000.png" in capsys.readouterr().err
     assert len(found) == 1
+
+
+def test_names_are_checked_before_torch_is_imported(results, tmp_path):
+    (tmp_path / "images" / "polyp_0000.png").unlink()
+    call = f"main({words(tmp_path, '-d', '7')}), 'torch' in sys.modules"
+    code = f"import sys; from nnunet_diffusion.cli.main import main; print({call})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["2", "False"], done.stderr

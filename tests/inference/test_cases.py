@@ -1,6 +1,8 @@
 """Processes that die, networks that fail: one clear message, and no error taken for another."""
 
+import multiprocessing
 import os
+import signal
 import time
 
 import nibabel
@@ -11,7 +13,17 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from torch import nn
 
 from nnunet_diffusion.inference import cases
-from nnunet_diffusion.inference.cases import CaseFiles, FailedCases, Workers, _prepared_ahead, run_cases
+from nnunet_diffusion.inference.cases import (
+    SMALL_BYTES,
+    CaseFiles,
+    FailedCases,
+    Workers,
+    _prepared_ahead,
+    reason_of,
+    run_cases,
+    worker_numbers,
+    workers,
+)
 from nnunet_diffusion.inference.output import PredictedCase
 from nnunet_diffusion.inference.reading import expected_bytes
 from nnunet_diffusion.inference.volume import Evaluations
@@ -111,6 +123,39 @@ def test_only_as_many_cases_are_prepared_ahead_as_fit_into_memory_together(
     readers = Recorder()
     assert len(list(_prepared_ahead(readers, 3, listed, managers, room * one))) == 6
     assert readers.begun == list("abcdef")  # but not where that could end the run
+
+
+@pytest.mark.slow
+def test_a_worker_is_deaf_to_signals_of_its_group_from_its_start_on():
+    with workers(1) as pool:
+        future = pool.submit(time.sleep, 0)
+        (worker,) = multiprocessing.active_children()
+        for _ in range(20):  # it imports for longer than that
+            for number in (signal.SIGINT, signal.SIGTERM):
+                os.kill(worker.pid, number)
+            time.sleep(0.05)
+        assert future.result() is None
+        os.kill(worker.pid, signal.SIGTERM)
+        assert pool.submit(os.getpid).result() == worker.pid
+
+
+def test_no_process_for_small_work_and_never_more_than_cores(tmp_path):
+    image = tmp_path / "image"
+    image.write_bytes(b"0" * 100)
+
+    def numbers(cases, cores):
+        return worker_numbers([CaseFiles(str(number), [str(image)]) for number in range(cases)], cores)
+
+    assert [numbers(cases, 16) for cases in (1, 2, 3, 4, 40)] == [(0, 0), (0, 0), (2, 2), (3, 3), (3, 3)]
+    assert [numbers(40, cores) for cores in (1, 2, 3, 4, 5, 6)] == [(0, 0), (1, 1), (1, 1), (2, 2), (2, 2), (3, 3)]
+    os.truncate(image, SMALL_BYTES)
+    assert numbers(2, 16) == (1, 1)
+
+
+def test_reasons_are_for_the_user():
+    assert reason_of(ValueError("a.png has 4 channels")) == "a.png has 4 channels"
+    assert reason_of(KeyError("spacing")) == "KeyError: 'spacing'"  # written for nobody
+    assert reason_of(MemoryError()) == "MemoryError: "
 
 
 class Failing(nn.Module):

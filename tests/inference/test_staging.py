@@ -15,6 +15,7 @@ with staging_folders([Path(sys.argv[1])]) as stages:
     (stages[Path(sys.argv[1])] / "case.nii.gz").write_text("half")
     print("staged", flush=True)
     time.sleep(60)
+    assert (stages[Path(sys.argv[1])] / "case.nii.gz").exists()
 """
 
 
@@ -42,3 +43,19 @@ def test_folder_that_cannot_be_made_is_named(tmp_path):
         staging_folders([tmp_path / "file"]),
     ):
         pass
+
+
+def test_an_error_leaves_no_folder(tmp_path):
+    with pytest.raises(KeyboardInterrupt), staging_folders([tmp_path / "a", tmp_path / "b"]) as stages:
+        assert len(stages) == 2
+        raise KeyboardInterrupt
+    assert [list((tmp_path / name).iterdir()) for name in "ab"] == [[], []]
+
+
+def test_runs_that_begin_at_once_leave_each_other_alone(tmp_path):
+    """Each looks for abandoned folders while the others make theirs."""
+    words = [sys.executable, "-c", RUN.replace("sleep(60)", "sleep(2)"), str(tmp_path)]
+    jobs = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    assert [job.communicate()[0] for job in jobs] == ["staged\n"] * 4
+    assert [job.returncode for job in jobs] == [0] * 4
+    assert not list(tmp_path.iterdir())

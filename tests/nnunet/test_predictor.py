@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import gzip
 import json
 import multiprocessing
@@ -50,13 +51,20 @@ def predict(place, out, *arguments, images=None, code=0):
 
 
 def test_the_model_may_be_named_as_for_nnunet(place, tmp_path):
-    """-d, -p, -tr and -c instead of its folder."""
+    """-d, -p, -tr and -c instead of its folder; its only model needs -d alone, and no folds."""
+    results = tmp_path / "results"
+    model = results / place.dataset / MODEL
+    shutil.copytree(place.results / MODEL, model, ignore=shutil.ignore_patterns("fold_[1-9]"))
     by_folder = predict(place, tmp_path / "a")
-    arguments = words(place, tmp_path / "b", "--sequential")
-    start = arguments.index("-m")
-    arguments[start : start + 2] = ["-d", "4", "-p", "Tiny", "-tr", "TinyDiffusionTrainer", "-c", "2d"]
-    assert main(arguments) == 0
-    assert_same(by_folder, {path.name: path for path in (tmp_path / "b").glob("*.nii.gz")})
+    for number, named in enumerate((["-d", "4", "-p", "Tiny", "-tr", "TinyDiffusionTrainer", "-c", "2d"], ["-d", "4"])):
+        out = tmp_path / f"out_{number}"
+        arguments = words(place, out, "--sequential")
+        start = arguments.index("-m")
+        arguments[start : start + 4] = named  # -m and -f
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("nnUNet_results", str(results))
+            assert main(arguments) == 0
+        assert_same(by_folder, {path.name: path for path in out.glob("*.nii.gz")})
 
 
 def label_maps(files):
@@ -135,6 +143,96 @@ def test_finished_cases_are_left_out(place, tmp_path):
     predict(place, tmp_path / "out", "--continue_prediction")
     assert second.read_bytes() == kept
     assert first.stat().st_mtime_ns == before
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_continuing_with_other_settings_is_refused_before_anything_is_written(place, tmp_path, capsys):
+    out = tmp_path / "out"
+    names = list(predict(place, out))
+    (out / names[1]).unlink()
+    before = contents(out)
+
+    def refused(reason, *arguments):
+        predict(place, out, "--continue_prediction", *arguments, code=2)
+        message = capsys.readouterr().err
+        assert f"{out / names[0]} {reason}" in message
+        assert "leave --continue_prediction out" in message
+        assert contents(out) == before
+
+    refused("was predicted with samples 1, which is 2 now", "--samples", 2)
+    refused("was predicted with start_step 100, which is 900 now", "--start_step", 900)
+    refused("was predicted with seed 1234, which is 5 now", "--seed", 5)
+    refused("was predicted with presegmentation_weight 0.5, which is 0.25", "--presegmentation_weight", 0.25)
+    refused("was predicted with tile_step_size 0.5, which is 1.0 now", "-step_size", 1)
+    refused("was predicted with mirrored_presegmentation True, which is False", "--disable_tta")
+    given = tmp_path / "given"
+    given.mkdir()
+    refused(f"was predicted with presegmentation_folder None, which is {given}", "--presegmentation", given)
+    refused("was predicted with keep_samples False, which is True now", "--keep_samples")
+    # another part of the same images has not begun, but lies in the same folder
+    refused("was predicted with seed 1234", "--seed", 5, "-num_parts", 2, "-part_id", 1)
+    # another model of the same name
+    model = tmp_path / "model" / MODEL
+    shutil.copytree(place.results / MODEL, model, ignore=shutil.ignore_patterns("fold_[1-9]"))
+    path = model / "fold_0" / "checkpoint_final.pth"
+    checkpoint = torch.load(path, weights_only=False)
+    next(iter(checkpoint["network_weights"].values())).add_(0.01)
+    torch.save(checkpoint, path)
+    refused("was predicted with weights_sha256", "-m", model)
+    (out / "reports" / names[0].replace(".nii.gz", ".json")).unlink()
+    before = contents(out)
+    refused("has no readable report")
+    # device and processes are none; what is empty or no image is not finished
+    (out / names[0]).write_bytes(b"")
+    assert main(words(place, out, "--continue_prediction", "--seed", 5, "-npp", 1, "-nps", 0)) == 0
+    assert 'seed": 5' in (out / "predict_from_raw_data_args.json").read_text()
+    assert_same({name: out / name for name in names}, predict(place, tmp_path / "other", "--seed", 5))
+
+
+def test_predicting_again_leaves_nothing_of_the_run_before(place, tmp_path):
+    images, out = tmp_path / "images", tmp_path / "out"
+    shutil.copytree(place.raw / "imagesTs", images)
+    names = list(predict(place, out, "--samples", 2, "--keep_samples", "--save_probabilities", images=images))
+    (images / names[1].replace(".nii.gz", "_0000.nii.gz")).write_bytes(b"no image any more")
+    predict(place, out, "--keep_samples", images=images, code=1)
+    case = names[0].removesuffix(".nii.gz")
+    described = {"dataset.json", "plans.json", "predict_from_raw_data_args.json"}
+    expected = {names[0], f"reports/{case}.json", f"samples/fold_0_sample_0/{names[0]}"} | described
+    assert set(contents(out)) == expected
+    assert sorted(path.name for path in (out / "samples").iterdir()) == ["fold_0_sample_0"]
+
+
+def test_stray_images_are_left_out_by_name_and_all_others_predicted(place, tmp_path, capsys):
+    images = tmp_path / "images"
+    shutil.copytree(place.raw / "imagesTs", images)
+    first = sorted(images.iterdir())[0]
+    shutil.copy(first, images / "scan1.nii.gz")
+    shutil.copy(first, images / "other_0001.nii.gz")
+    (images / "picture_0000.png").touch()
+    found = predict(place, tmp_path / "out", images=images, code=1)
+    assert len(found) == 2
+    before, _, after = capsys.readouterr().err.partition("1 of 3 cases failed")
+    for message in (before, after):
+        assert "scan1.nii.gz" in message and "nnU-Net wants scan1_0000.nii.gz" in message
+        assert "picture_0000.png" in message
+    assert f"  other: {images / 'other_0000.nii.gz'} is missing" in after
+    with pytest.raises(FailedCases) as failed:
+        loaded(place).predict_from_files_sequential(str(images), str(tmp_path / "again"))
+    assert set(failed.value.left_out) == {"scan1.nii.gz", "picture_0000.png"}
+    assert set(failed.value.failures) == {"other"}
+
+
+def test_standard_output_tells_how_far_it_is_and_nothing_nobody_asked_for(place, tmp_path, capsys):
+    names = [name.removesuffix(".nii.gz") for name in predict(place, tmp_path / "out")]
+    first, *others = capsys.readouterr().out.splitlines()
+    assert first.startswith("Loading the model ") and first.endswith("(fold 0) ...")
+    assert others[0] == "0/2 cases"
+    assert [line.split(" left ")[1] for line in others[1:]] == [f"({name})" for name in names]
+    predict(place, tmp_path / "out", "--quiet")
+    assert capsys.readouterr().out == ""
 
 
 @pytest.fixture
@@ -452,21 +550,32 @@ def test_killed_run_leaves_no_half_file_and_goes_on(place, tmp_path):
         shutil.copy(source, images / f"case{number:02d}_0000.nii.gz")
     arguments = words(place, out, "--save_probabilities", "-npp", 1, "-nps", 1, images=images)
     command = [sys.executable, "-m", "nnunet_diffusion.cli.main", *arguments]
-    for how, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
+    ends = ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130), (signal.SIGTERM, 143))
+    for how, code in ends:
         before = len(list(out.glob("*.nii.gz")))
         job = subprocess.Popen(
             [*command, "--continue_prediction"],
             env={**os.environ, **place.environment},
-            # a shell's background jobs ignore Ctrl-C, and hand that on to what they start
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
         while len(list(out.glob("*.nii.gz"))) < before + 2:
             time.sleep(0.02)
             assert job.poll() is None
-        job.send_signal(how)
-        assert job.wait(60) == code
+        # a terminal and a cluster send it to all processes of a job
+        (job.send_signal if how == signal.SIGKILL else functools.partial(os.killpg, job.pid))(how)
+        message = job.communicate(timeout=60)[1]
+        assert job.returncode == code
         finished = sorted(out.glob("*.nii.gz"))
         assert before + 2 <= len(finished) < 12
+        assert how == signal.SIGKILL or not list(out.glob(".*"))
+        if how != signal.SIGKILL:
+            done = f"{len(finished) - before} of {12 - before} cases are finished in {out}"
+            line = next(line for line in message.splitlines() if done in line)
+            assert "--continue_prediction" in line
+            assert {path.name.split(".")[0] for path in finished} == {path.stem for path in out.glob("*.npz")}
+            assert "Traceback" not in message
         for path in finished:
             sitk.ReadImage(str(path))
             np.load(str(path).replace(".nii.gz", ".npz"))["probabilities"]
