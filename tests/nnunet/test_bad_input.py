@@ -221,7 +221,7 @@ def test_architecture_without_nnunets_topology_is_refused_by_name_before_a_folde
 
     def transformer(plans):
         plans["configurations"]["2d"]["architecture"] = {
-            "network_class_name": "somewhere.Primus",
+            "network_class_name": "dynamic_network_architectures.architectures.primus.Primus",
             "arch_kwargs": {"embed_dim": 864},
             "_kw_requires_import": [],
         }
