@@ -226,7 +226,7 @@ def test_architecture_without_nnunets_topology_is_refused_by_name_before_a_folde
             "_kw_requires_import": [],
         }
 
-    with pytest.raises(NotImplementedError, match=r"somewhere\.Primus has no conv_op, strides"):
+    with pytest.raises(NotImplementedError, match=r"primus\.Primus has no conv_op, strides"):
         place.trainer(DiffusionTrainer, change=transformer)
     assert not list(results.rglob("fold_0"))
     place.trainer(DiffusionTrainer)
