@@ -22,8 +22,8 @@ from nnunet_diffusion.nnunet_words import says_not_found
 
 OK, WARN, FAIL = "OK", "WARN", "FAIL"
 SET_TRAINERS = f'export {VARIABLE}="$(nnunet_diffusion trainers_directory)"'
-# package: oldest supported version, versions known to be broken (as prefix)
-REQUIREMENTS = {"nnunetv2": ((2, 8, 0), None), "torch": ((2, 10, 0), None)}
+# package: oldest supported version
+REQUIREMENTS = {"nnunetv2": (2, 8, 0), "torch": (2, 10, 0)}
 SMALL_SHARED_MEMORY_BYTES = 1 << 30
 
 
@@ -92,17 +92,15 @@ def check_python() -> Iterator[Finding]:
 
 def check_versions() -> Iterator[Finding]:
     """The packages this plugin is built for are installed in a supported version."""
-    for package, (oldest, broken) in REQUIREMENTS.items():
-        wanted = f'"{package}>={".".join(map(str, oldest))}' + (
-            f',!={".".join(map(str, broken))}.*"' if broken else '"'
-        )
+    for package, oldest in REQUIREMENTS.items():
+        wanted = f'"{package}>={".".join(map(str, oldest))}"'
         try:
             seen = version(package)
         except PackageNotFoundError:
             yield Finding(package, FAIL, "not installed", f"pip install {wanted}")
             continue
         numbers = tuple(int(number) for number in re.findall(r"\d+", seen.split("+")[0])[:3])
-        if numbers < oldest or (broken and numbers[: len(broken)] == broken):
+        if numbers < oldest:
             yield Finding(package, FAIL, f"{seen} is not supported", f"pip install --upgrade {wanted}")
         else:
             yield Finding(package, OK, seen)

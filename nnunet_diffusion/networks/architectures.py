@@ -14,7 +14,7 @@ from typing import Any
 import dynamic_network_architectures.architectures
 from torch import nn
 
-PACKAGES_VARIABLE = "nnUNet_diffusion_network_packages"
+NETWORK_PACKAGES = "nnUNet_diffusion_network_packages"
 """Environment variable of the user: further packages whose networks plans may name, separated by commas."""
 OFFERED = "dynamic_network_architectures"
 TRUST = "give --trust_checkpoint (trust_checkpoint=True)"
@@ -76,12 +76,12 @@ def refuse_unknown_classes(architecture: Mapping[str, Any], source: str) -> None
         if name is not None and network_class(name) is None:
             raise ValueError(
                 f"{source} names {name!r} as {key}, which is not a network class of torch.nn or {OFFERED}: it is not loaded. "
-                f"If you trust this model, export {PACKAGES_VARIABLE}=PACKAGE with the package of its network, or {TRUST}."
+                f"If you trust this model, export {NETWORK_PACKAGES}=PACKAGE with the package of its network, or {TRUST}."
             )
 
 
 def _packages_of_the_user() -> list[str]:
-    return [each.strip() for each in os.environ.get(PACKAGES_VARIABLE, "").split(",") if each.strip()]
+    return [each.strip() for each in os.environ.get(NETWORK_PACKAGES, "").split(",") if each.strip()]
 
 
 def _module(name: str, package: str) -> Any:

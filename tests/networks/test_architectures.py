@@ -4,12 +4,7 @@ import dynamic_network_architectures.architectures.unet as unet
 import pytest
 from torch import nn
 
-from nnunet_diffusion.networks.architectures import (
-    PACKAGES_VARIABLE,
-    network_class,
-    refuse_unknown_classes,
-    trusting,
-)
+from nnunet_diffusion.networks.architectures import NETWORK_PACKAGES, network_class, refuse_unknown_classes, trusting
 
 PLAIN = "dynamic_network_architectures.architectures.unet.PlainConvUNet"
 ARCHITECTURE = {
@@ -70,7 +65,7 @@ def evil(tmp_path, monkeypatch):
 def test_packages_are_imported_only_if_the_user_names_them(evil, monkeypatch):
     assert network_class("evil_package.Net") is None
     assert not evil.exists()
-    monkeypatch.setenv(PACKAGES_VARIABLE, "another, evil_package")
+    monkeypatch.setenv(NETWORK_PACKAGES, "another, evil_package")
     assert network_class("evil_package.Net").__name__ == "Net"
     assert network_class("evil_package.os") is None
     assert evil.exists()
