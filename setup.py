@@ -48,6 +48,7 @@ if __name__ == "__main__":
             "acvl-utils",
             "batchgenerators",
             "matplotlib",
+            "nibabel",
             "numpy",
             "scipy",
             "SimpleITK",
