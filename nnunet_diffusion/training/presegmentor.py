@@ -380,7 +380,7 @@ def trainer_class(name: str, trained: str) -> type[nnUNetTrainer]:
         if not says_not_found(error):
             raise
         raise RuntimeError(
-            f"{trained} is a network of the trainer {name}, which nnU-Net does not find: install the package it comes from, or "
+            f"{trained} is a network of {name}, which nnU-Net does not find: install the package it comes from, or "
             "add the folder of its file to nnUNet_extTrainer."
         ) from error
     if not (isinstance(found, type) and issubclass(found, nnUNetTrainer)):
