@@ -53,7 +53,9 @@ def read_model(folder: Path, folds: Sequence[int | str] | None, checkpoint_name:
         ValueError: a file is damaged or unsafe, or the model is none of a diffusion trainer.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"There is no model folder {folder}: train first, or correct -d, -c, -tr, -p or -m.")
+        raise FileNotFoundError(
+            f"The model folder {folder} does not exist: train first, or correct -d, -c, -tr, -p or -m."
+        )
     plans = read_plans(folder / "plans.json", CURE)
     dataset_json = read_dictionary(folder / "dataset.json", CURE, {"labels": dict, "file_ending": str})
     with trusting(trust):
@@ -93,5 +95,5 @@ def _read(path: Path, trust: bool) -> dict[str, Any]:
         )
     missing = [key for key in ("init_args", "trainer_name", "network_weights") if key not in checkpoint]
     if missing or "configuration" not in checkpoint["init_args"]:
-        raise ValueError(f"{path} is no checkpoint of nnU-Net's: it has no {(missing or ['configuration'])[0]!r}.")
+        raise ValueError(f"{path} is not a checkpoint of nnU-Net: it has no {(missing or ['configuration'])[0]!r}.")
     return checkpoint

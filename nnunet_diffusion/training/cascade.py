@@ -27,7 +27,13 @@ def previous_stage_folder(plans_manager: PlansManager, configuration: str, train
 
 
 def refuse_incomplete_previous_stage(
-    folder: Path, cases: Sequence[str], plans_manager: PlansManager, configuration: str, trainer_name: str, folds: int
+    folder: Path,
+    cases: Sequence[str],
+    plans_manager: PlansManager,
+    configuration: str,
+    trainer_name: str,
+    folds: int,
+    device: str,
 ) -> None:
     """Raise FileNotFoundError, with the commands that are missing, unless every case has a segmentation.
 
@@ -38,19 +44,22 @@ def refuse_incomplete_previous_stage(
         configuration: with a previous stage.
         trainer_name: of the previous stage's networks.
         folds: of the split; each validates its own cases.
+        device: its type, for the commands.
     """
     found = {path.stem for path in folder.glob("*")} if folder.is_dir() else set()
     missing = [case for case in cases if case not in found]
     if not missing:
         return
     previous = plans_manager.get_configuration(configuration).previous_stage_name
-    words = (
-        f"nnUNetv2_train {plans_manager.dataset_name} {previous} FOLD -tr {trainer_name} -p {plans_manager.plans_name}"
+    command = (
+        f"nnUNetv2_train {plans_manager.dataset_name} {previous} $fold -tr {trainer_name} -p {plans_manager.plans_name}"
     )
+    command += f" -device {device}" if device != "cuda" else ""
     raise FileNotFoundError(
         f"{configuration} needs the segmentations that {previous} makes in its validation, and {len(missing)} of "
         f"{len(cases)} cases have none in {folder} ({', '.join(missing[:SHOWN])}{', ...' if len(missing) > SHOWN else ''}). "
-        f"Run for each FOLD of 0 to {folds - 1}, with --val if it is trained already: {words}"
+        f"Run (with --val if these folds are trained already): for fold in {' '.join(map(str, range(folds)))}; do {command}; "
+        "done"
     )
 
 

@@ -52,9 +52,7 @@ def explained(error: Exception, preprocessed: Path, epoch: int) -> Exception | N
     """
     saved = f"Finished epochs are saved; continue with --c, from epoch {epoch} on."
     if not preprocessed.is_dir():
-        return FileNotFoundError(
-            f"{preprocessed} is not there, or no more: mount or restore it, or run nnUNetv2_preprocess. {saved}"
-        )
+        return FileNotFoundError(f"{preprocessed} is missing: mount or restore it, or run nnUNetv2_preprocess. {saved}")
     if "Some background workers" in str(error):  # nnU-Net's check of the processes that write a validation's cases
         return RuntimeError(
             "A process that writes the validation's segmentations has died. Its own message, if it had one, stands above; "
@@ -83,9 +81,9 @@ def refuse_foreign_plans(dataset_name: str, dataset_json: Mapping[str, Any]) -> 
         if theirs is None or theirs.get(key) != dataset_json.get(key):
             found = f"has {key} {theirs.get(key)}, not {dataset_json.get(key)}" if theirs else f"has no {path}"
             raise ValueError(
-                f"These plans were made for {dataset_name}, which {found}. Plan this dataset with "
-                "nnUNetv2_plan_experiment, or bring plans over with nnUNetv2_move_plans_between_datasets, then run "
-                "nnUNetv2_preprocess."
+                f"These plans were made for {dataset_name}, which {found}. Plan and preprocess this "
+                "dataset with 'nnunet_diffusion plan -d ID --preprocess -c CONFIG', or bring plans over with "
+                "nnUNetv2_move_plans_between_datasets and run nnUNetv2_preprocess."
             )
 
 

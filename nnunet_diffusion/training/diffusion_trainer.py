@@ -281,6 +281,7 @@ class DiffusionTrainer(nnUNetTrainer):
                 self.configuration_name,
                 self.settings.presegmentor_trainer,
                 self._number_of_folds(),
+                self.device.type,
             )
         self._say_what_will_happen()
         if not self._resumed:

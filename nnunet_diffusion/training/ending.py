@@ -59,6 +59,7 @@ class _Watch:
         self.code = EXIT_INTERRUPTED
         self._before, self._tell = before, tell
         self._begun, self._ended, self._deciding = threading.Event(), threading.Event(), threading.Lock()
+        self._excepthook = threading.excepthook
         threading.Thread(target=self._wait, daemon=True).start()
 
     def begin(self, code: int) -> None:
@@ -71,6 +72,7 @@ class _Watch:
         """Call the watch off; return False if it was called off before."""
         with self._deciding:
             first = not self._ended.is_set()
+            threading.excepthook = self._excepthook
             self._ended.set()
             self._begun.set()
         return first
@@ -127,7 +129,7 @@ def what_goes_on(trainer: nnUNetTrainer, presegmentor: str, saved: bool) -> str:
             else f"{own} is on disk, with the last finished epoch"
         )
     elif first is not None:
-        found = f"of the denoiser nothing is on disk yet; {first} of the pre-segmentor is"
+        found = f"the denoiser has no finished epoch yet; the pre-segmentor's {first} is on disk"
     else:
         found = "no finished epoch is on disk yet"
     return f"{found}. To go on: {_command(trainer, own is not None)}"

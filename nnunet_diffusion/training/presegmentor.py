@@ -259,8 +259,9 @@ def given_presegmentor(fold: int | str, patch_size: Sequence[int]) -> GivenPrese
         stride = math.prod(each[axis] for each in architecture["arch_kwargs"].get("strides", []))
         if size % stride:
             raise ValueError(
-                f"{PRESEGMENTOR_FOLDER} is {folder}, whose network halves axis {axis} to a {stride}th: the patch size "
-                f"{list(patch_size)} of these plans is not divisible by that."
+                f"{PRESEGMENTOR_FOLDER} is {folder}, whose network downsamples axis {axis} by {stride}, but the patch "
+                f"size of these plans, {list(patch_size)}, is not divisible by {stride} there: plan another patch size, or "
+                "unset the variable."
             )
     return GivenPresegmentor(path, checkpoint["trainer_name"], architecture)
 
@@ -356,10 +357,10 @@ def _refuse_other_split(path: Path, validation_cases: Sequence[str], file_ending
     theirs = {Path(case["prediction_file"]).name.removesuffix(file_ending) for case in measured}
     other = sorted(theirs ^ set(validation_cases))
     if other:
+        shown = ", ".join(other[:5]) + (", ..." if len(other) > 5 else "")
         raise ValueError(
-            f"Pre-segmentor {path} was trained on another split: {', '.join(other[:5])} and {max(0, len(other) - 5)} more are "
-            "validation cases of one training and training cases of the other. Restore its splits_final.json, or move its "
-            "folder away and start again."
+            f"Pre-segmentor {path} was trained on another split: {len(other)} cases ({shown}) are validation cases of one "
+            "training and training cases of the other. Restore its splits_final.json, or move its folder away and start again."
         )
 
 

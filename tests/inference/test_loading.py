@@ -231,7 +231,7 @@ def test_checkpoint_without_what_nnunet_saves_is_refused(model):
     damaged = checkpoint()
     del damaged["init_args"]
     torch.save(damaged, model / "fold_0" / NAME)
-    with pytest.raises(ValueError, match="no checkpoint of nnU-Net's: it has no 'init_args'"):
+    with pytest.raises(ValueError, match="not a checkpoint of nnU-Net: it has no 'init_args'"):
         read_model(model, None, NAME, trust=False)
 
 

@@ -87,8 +87,8 @@ def test_missing_first_stage_is_refused_with_the_commands(trained):
     _, refused = trained
     assert refused.returncode != 0
     assert "4 of 4 cases" in refused.stderr
-    assert f"nnUNetv2_train Dataset044_Cascade 3d_lowres FOLD -tr {FIRST} -p Cascade" in refused.stderr
-    assert "each FOLD of 0 to 1" in refused.stderr
+    command = f"nnUNetv2_train Dataset044_Cascade 3d_lowres $fold -tr {FIRST} -p Cascade -device cpu"
+    assert f"for fold in 0 1; do {command}; done" in refused.stderr
 
 
 COMMON = ["-d", 44, "-f", 0, "-device", "cpu", "-npp", 1, "-nps", 1]

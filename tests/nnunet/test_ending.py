@@ -1,7 +1,6 @@
 """Ctrl-C and SIGTERM end a training within seconds: no worker is left, and the command that goes on is named and does."""
 
 import os
-import re
 import signal
 import subprocess
 import time
@@ -32,7 +31,7 @@ def ended_at(place, results, moment, send, arguments=()):
                 send(job.pid)
                 sent = time.monotonic()
     assert sent is not None, "".join(lines[-40:])
-    assert time.monotonic() - sent < 60  # 30 on a quiet machine
+    assert time.monotonic() - sent < 30
     assert processes_of(job.pid) == []
     return job.returncode, lines
 
@@ -55,25 +54,25 @@ def test_a_training_is_ended_three_times_and_goes_on_as_each_line_says(hippocamp
     first = results / "TinynnUNetTrainer__Tiny__2d" / "fold_0"
     assert code == 143
     text = "".join(lines)
-    # a busy machine may finish the epoch first
-    assert re.search(rf"Ended by SIGTERM: of the denoiser nothing is on disk yet; {first}/checkpoint_\w+.pth", text), (
-        text[-3000:]
-    )
+    assert "Traceback" not in text, text[-3000:]
+    assert "Ended by SIGTERM: the denoiser has no finished epoch yet; the pre-segmentor's" in text
+    assert f"{first / 'checkpoint_latest.pth'} is on disk. To go on" in text
     assert "To go on: nnUNetv2_train " + " ".join(TRAIN) + "\n" in text
-    assert read_checkpoint(first / "checkpoint_best.pth")["current_epoch"] >= 1
+    assert read_checkpoint(first / "checkpoint_latest.pth")["current_epoch"] == 1
 
     ours = results / "TinyDiffusionTrainer__Tiny__2d" / "fold_0"
     code, lines = ended_at(hippocampus, tmp_path, epoch_of_denoiser, to_the_group)
     text = "".join(lines)
-    assert code == 130, text[-3000:]
-    assert re.search(rf"Interrupted: {ours}/checkpoint_\w+.pth is on disk", text), text[-3000:]
+    assert code == 130 and "Traceback" not in text and "KeyboardInterrupt" not in text, text[-3000:]
+    assert f"Interrupted: {ours / 'checkpoint_latest.pth'} is on disk, with the last finished epoch" in text
     assert "To go on: nnUNetv2_train " + " ".join([*TRAIN, "--c"]) in text
-    assert read_checkpoint(ours / "checkpoint_best.pth")["current_epoch"] >= 1
+    assert read_checkpoint(ours / "checkpoint_latest.pth")["current_epoch"] == 1
 
     code, lines = ended_at(hippocampus, tmp_path, seen("predicting"), to_the_group, ["--c"])
     text = "".join(lines)
     assert code == 130, text[-3000:]
-    assert f"Interrupted: {ours / 'checkpoint_final.pth'} is on disk, with all epochs" in text
+    # nnU-Net's export workers are still importing and may print tracebacks of their own: our line comes after them
+    assert f"Interrupted: {ours / 'checkpoint_final.pth'} is on disk, with all epochs" in text.strip().splitlines()[-1]
     done = hippocampus.run("nnUNetv2_train", *TRAIN, "--c", nnUNet_results=str(tmp_path))
     assert "This training is finished" in done.stdout
     assert (ours / "validation" / "summary.json").is_file()

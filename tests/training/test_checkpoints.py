@@ -94,18 +94,24 @@ def test_something_else_saved_by_torch_is_refused(tmp_path):
         read_checkpoint(tmp_path / "a.pth")
 
 
-@pytest.mark.parametrize("kind", [OSError, RuntimeError])  # torch's own writer raises the latter on a full disk
-def test_failed_write_leaves_the_previous_file_whole_and_nothing_else(tmp_path, monkeypatch, kind):
-    path = tmp_path / "checkpoint_latest.pth"
+def saved_then_broken_off(folder, monkeypatch, error):
+    """Write a checkpoint, have the next write end by `error` half way; return the checkpoint's path and bytes."""
+    path = folder / "checkpoint_latest.pth"
     write_checkpoint(CHECKPOINT, path)
     before = path.read_bytes()
 
     def half(checkpoint, file):
         with open(file, "wb") as opened:
             opened.write(before[:100])
-        raise kind("No space left on device")
+        raise error
 
     monkeypatch.setattr(torch, "save", half)
+    return path, before
+
+
+@pytest.mark.parametrize("kind", [OSError, RuntimeError])  # torch's own writer raises the latter on a full disk
+def test_failed_write_leaves_the_previous_file_whole_and_nothing_else(tmp_path, monkeypatch, kind):
+    path, before = saved_then_broken_off(tmp_path, monkeypatch, kind("No space left on device"))
     with pytest.raises(OSError, match=r"checkpoint_latest\.pth: No space left.*untouched.*--c"):
         write_checkpoint(CHECKPOINT, path)
     assert path.read_bytes() == before
@@ -312,16 +318,7 @@ def test_torch_that_checkpoints_can_break_reads_none(tmp_path, monkeypatch, vers
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
 def test_write_that_a_signal_ends_leaves_nothing(tmp_path, monkeypatch, stop):
-    path = tmp_path / "checkpoint_latest.pth"
-    write_checkpoint(CHECKPOINT, path)
-    before = path.read_bytes()
-
-    def half(checkpoint, file):
-        with open(file, "wb") as opened:
-            opened.write(before[:100])
-        raise stop
-
-    monkeypatch.setattr(torch, "save", half)
+    path, before = saved_then_broken_off(tmp_path, monkeypatch, stop())
     with pytest.raises(stop):
         write_checkpoint(CHECKPOINT, path)
     assert path.read_bytes() == before

@@ -184,7 +184,7 @@ def test_another_split_is_refused_naming_the_cases(stock):
     measured = [{"prediction_file": f"/some/where/{case}{ending}"} for case in [training[0], *validation[1:]]]
     summary.write_text(json.dumps({"metric_per_case": measured}))
     named = ", ".join(sorted([training[0], validation[0]]))
-    with pytest.raises(ValueError, match=f"was trained on another split: {named} and 0 more"):
+    with pytest.raises(ValueError, match=f"was trained on another split: .* cases \\({named}\\)"):
         load(stock)
 
 
