@@ -257,7 +257,7 @@ def test_given_network_that_the_patch_does_not_fit_is_refused(workplace, stock, 
     def odd(plans):
         plans["configurations"]["2d"]["patch_size"] = [30, 32]
 
-    with pytest.raises(ValueError, match=r"axis 0 to a 4th: the patch size \[30, 32\]"):
+    with pytest.raises(ValueError, match=r"axis 0 by 4, but the patch size of these plans, \[30, 32\], is not divisible by 4"):
         workplace.trainer(DiffusionTrainer, change=odd)
 
 
