@@ -16,33 +16,26 @@ PACKAGE = "nnunet_diffusion"
 LAYERS = {
     "diffusion": 1,
     "networks": 1,
-    "environment": 1,
-    "finite": 1,
-    "input_files": 1,
-    "json_files": 1,
-    "locks": 1,
-    "nnunet_words": 1,
-    "signals": 1,
-    "settings": 2,
-    "labels": 2,
-    "losses": 2,
-    "starts": 2,
-    "denoiser": 2,
-    "network_calls": 2,
-    "segmenter": 2,
+    "files": 1,
+    "jobs": 1,
+    "model": 2,
     "training": 3,
     "planning": 3,
     "inference": 3,
     "evaluation": 3,
     "explain": 3,
-    "demo_data": 4,
     "cli": 4,
     "trainers": 4,
     "planners": 4,
 }
 # Beside the standard library and its own subpackage, each part of layer 1 imports only these.
-FOREIGN = {"diffusion": {"torch"}, "finite": {"torch"}, "networks": {"torch", "dynamic_network_architectures"}}
-FOREIGN_INSIDE_FUNCTIONS = {"diffusion": {"diffusers"}, "finite": set(), "networks": set()}
+FOREIGN = {
+    "diffusion": {"torch"},
+    "networks": {"torch", "dynamic_network_architectures"},
+    "files": set(),
+    "jobs": set(),
+}
+FOREIGN_INSIDE_FUNCTIONS = {"diffusion": {"diffusers"}}
 SOURCES = sorted(path for part in (PACKAGE, "trainers", "planners") for path in (ROOT / part).rglob("*.py"))
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "documentation").glob("*.md"))]
 
@@ -104,12 +97,12 @@ def test_layer_1_imports_its_own_subpackage_and_torch_only(path):
     everywhere, at_top = imports(tree_of(path)), imports(tree_of(path), inside_functions=False)
     assert own_parts(everywhere) <= {part}
     assert foreign(at_top) <= FOREIGN[part]
-    assert foreign(everywhere) <= FOREIGN[part] | FOREIGN_INSIDE_FUNCTIONS[part]
+    assert foreign(everywhere) <= FOREIGN[part] | FOREIGN_INSIDE_FUNCTIONS.get(part, set())
 
 
-def test_diffusion_and_networks_meet_in_the_segmenter_only():
-    both = {name_of(path) for path in SOURCES if {"diffusion", "networks"} <= own_parts(imports(tree_of(path)))}
-    assert both == {f"{PACKAGE}/segmenter.py"}
+def test_diffusion_and_networks_meet_in_the_model_only():
+    both = {part_of(path) for path in SOURCES if {"diffusion", "networks"} <= own_parts(imports(tree_of(path)))}
+    assert both == {"model"}
 
 
 TRAINER_FILES = [path for path in SOURCES if part_of(path) in ("trainers", "planners") and path.stem != "__init__"]

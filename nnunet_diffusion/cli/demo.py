@@ -16,7 +16,7 @@ from pathlib import Path
 
 from nnunet_diffusion.cli.errors import CommandError
 from nnunet_diffusion.cli.trainers_directory import with_trainers
-from nnunet_diffusion.environment import PRESEGMENTOR_FOLDER
+from nnunet_diffusion.files import PRESEGMENTOR_FOLDER
 
 DATASET_ID = 901
 DATASET_NAME = "Dataset901_DemoUltrasound"
@@ -172,7 +172,7 @@ def default_device() -> str:
 
 def demo_steps(place: Workplace) -> dict[str, Callable[[], object]]:
     """Name and action of each step, in order; an interrupted one can be run again."""
-    from nnunet_diffusion.demo_data import write_dataset
+    from nnunet_diffusion.cli.demo_data import write_dataset
 
     recipe, number = place.recipe, str(DATASET_ID)
     model = ["-d", number, "-c", "2d", "-f", "0", "-p", PLANS_NAME, "-device", place.device]

@@ -225,7 +225,7 @@ def reverse_process(
     import torch
     from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 
-    from nnunet_diffusion.labels import probabilities_to_logits, probabilities_to_state
+    from nnunet_diffusion.model.labels import probabilities_to_logits, probabilities_to_state
 
     network, managers = diffusion.network, (diffusion.plans_manager, diffusion.configuration_manager)
     preprocessor = managers[1].preprocessor_class(verbose=False)
@@ -289,7 +289,7 @@ def report_text(
 
 def planned_sizes(model: Path) -> str:
     """Patch, batch and widths in words."""
-    from nnunet_diffusion.settings import DiffusionSettings, topology_of
+    from nnunet_diffusion.model.settings import DiffusionSettings, topology_of
 
     configuration = json.loads((model / "plans.json").read_text(encoding="utf-8"))["configurations"]["2d"]
     patch = " x ".join(map(str, configuration["patch_size"]))

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from nnunet_diffusion.cli.errors import first_line
 from nnunet_diffusion.cli.trainers_directory import VARIABLE, search_path, trainers_directory
-from nnunet_diffusion.nnunet_words import says_not_found
+from nnunet_diffusion.files import says_not_found
 
 OK, WARN, FAIL = "OK", "WARN", "FAIL"
 SET_TRAINERS = f'export {VARIABLE}="$(nnunet_diffusion trainers_directory)"'
@@ -186,8 +186,8 @@ def check_device() -> Iterator[Finding]:
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         yield Finding("GPU", OK, f"{properties.name}, {properties.total_memory / 1e9:.0f} GB")
-        network_calls = importlib.import_module("nnunet_diffusion.network_calls")  # what training goes by
-        if network_calls.has_bfloat16(torch.device("cuda")):
+        precision = importlib.import_module("nnunet_diffusion.model.precision")  # what training goes by
+        if precision.has_bfloat16(torch.device("cuda")):
             yield Finding("bfloat16", OK, "supported")
         else:
             yield Finding("bfloat16", WARN, "not supported", "training uses float16 instead; nothing to do")

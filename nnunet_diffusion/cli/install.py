@@ -15,8 +15,8 @@ from typing import Any
 
 from nnunet_diffusion.cli.errors import CommandError, first_line
 from nnunet_diffusion.cli.folders import RESULTS, folder_in
-from nnunet_diffusion.locks import HeldLock
-from nnunet_diffusion.signals import terminated
+from nnunet_diffusion.jobs.locks import HeldLock
+from nnunet_diffusion.jobs.signals import terminated
 
 ASIDE = ".installing_"
 MB = 1e6

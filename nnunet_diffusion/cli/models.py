@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nnunet_diffusion.cli.errors import CommandError
 from nnunet_diffusion.cli.folders import RESULTS, dataset_prefix, datasets_in, folder_in
-from nnunet_diffusion.json_files import read_plans
+from nnunet_diffusion.files import read_plans
 
 NAME_PARTS = ("tr", "p", "c")  # arguments that make up a model folder's name, in their order
 

@@ -15,8 +15,7 @@ from typing import Any
 
 from nnunet_diffusion.cli.errors import CommandError, named_for_the_user
 from nnunet_diffusion.cli.folders import PREPROCESSED, RAW, dataset_prefix, datasets_in, folder_in
-from nnunet_diffusion.json_files import read_dictionary, read_plans, require
-from nnunet_diffusion.nnunet_words import preprocess_command
+from nnunet_diffusion.files import preprocess_command, read_dictionary, read_plans, require
 
 CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
 DEFAULT_PROCESSES = {"2d": 8, "3d_fullres": 4, "3d_lowres": 8}

@@ -25,9 +25,15 @@ from nnunet_diffusion.cli.folders import (
     folder_in,
 )
 from nnunet_diffusion.cli.trainers_directory import trainers_directory, with_trainers
-from nnunet_diffusion.environment import PRESEGMENTOR_FOLDER
-from nnunet_diffusion.json_files import read_dictionary, read_plans
-from nnunet_diffusion.nnunet_words import DEFAULT_PLANNER, PLANS_OF, preprocess_command, says_not_found
+from nnunet_diffusion.files import (
+    DEFAULT_PLANNER,
+    PLANS_OF,
+    PRESEGMENTOR_FOLDER,
+    preprocess_command,
+    read_dictionary,
+    read_plans,
+    says_not_found,
+)
 
 DEFAULT_TRAINER = "DiffusionTrainer"
 CHECKED = "checked_images.json"

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from nnunet_diffusion import labels
 from nnunet_diffusion.inference.fusion import votes_of
 from nnunet_diffusion.inference.volume import Evaluations
+from nnunet_diffusion.model import labels
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ import SimpleITK as sitk
 import torch
 from torch import Tensor
 
-from nnunet_diffusion import labels
+from nnunet_diffusion.model import labels
 
 FUSIONS = ("mean", "majority", "staple")
 STAPLE_ITERATIONS = 50

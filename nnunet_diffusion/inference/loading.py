@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from nnunet_diffusion.json_files import read_dictionary, read_plans
+from nnunet_diffusion.files import read_dictionary, read_plans
 from nnunet_diffusion.networks.architectures import trusting
 from nnunet_diffusion.training.checkpoints import DIFFUSION_KEY, read_checkpoint, refuse_unknown_networks
 

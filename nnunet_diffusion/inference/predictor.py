@@ -25,11 +25,11 @@ from nnunet_diffusion.inference.cases import (
 )
 from nnunet_diffusion.inference.ensemble import VolumePrediction
 from nnunet_diffusion.inference.finished import hash_of_json, hash_of_weights, is_finished, why_not_kept
+from nnunet_diffusion.inference.input_files import find_images, refuse_overwriting
 from nnunet_diffusion.inference.output import Managers, PredictedCase, mask_of, remove_case, write_case
 from nnunet_diffusion.inference.progress import Progress
 from nnunet_diffusion.inference.staging import not_writable, staging_folders
 from nnunet_diffusion.inference.volume_predictor import OVERRIDES, VolumePredictor
-from nnunet_diffusion.input_files import find_images, refuse_overwriting
 
 VERSIONS = ("nnunet-diffusion", "nnunetv2", "torch", "numpy", "SimpleITK")
 

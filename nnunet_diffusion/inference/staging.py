@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from nnunet_diffusion.locks import HeldLock
+from nnunet_diffusion.jobs.locks import HeldLock
 
 UNFINISHED = ".unfinished_"
 LOCK = ".lock"

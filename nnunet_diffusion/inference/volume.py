@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nnunet_diffusion import labels
 from nnunet_diffusion.diffusion.gaussian import GaussianDiffusion
 from nnunet_diffusion.diffusion.samplers import Predict, sample
-from nnunet_diffusion.network_calls import inference_precision
-from nnunet_diffusion.segmenter import DiffusionSegmenter
+from nnunet_diffusion.model import labels
+from nnunet_diffusion.model.precision import inference_precision
+from nnunet_diffusion.model.segmenter import DiffusionSegmenter
 
 Tile = tuple[slice | int, ...]
 """Where a tile lies in (channels, *volume); as nnU-Net's slicers, an integer for the slice of a volume in 2D."""

@@ -23,19 +23,18 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor
 from tqdm import tqdm
 
-from nnunet_diffusion import labels
-from nnunet_diffusion.finite import all_finite
 from nnunet_diffusion.inference.ensemble import Members, VolumePrediction
 from nnunet_diffusion.inference.fusion import FUSIONS, fuse
-from nnunet_diffusion.inference.giving_way import run_group, tell, unless_out_of_memory
 from nnunet_diffusion.inference.loading import read_model
 from nnunet_diffusion.inference.memory import GIB, free_bytes, peak_bytes, plan_memory
+from nnunet_diffusion.inference.out_of_memory import run_group, tell, unless_out_of_memory
 from nnunet_diffusion.inference.presegmentation import Presegmentation
 from nnunet_diffusion.inference.reproducible import ask_cublas, computing, threads_of
 from nnunet_diffusion.inference.volume import Evaluations, Tiling, VolumeProcess
-from nnunet_diffusion.network_calls import refuse_nan
+from nnunet_diffusion.model import labels
+from nnunet_diffusion.model.precision import all_finite, refuse_nan
+from nnunet_diffusion.model.segmenter import DiffusionSegmenter
 from nnunet_diffusion.networks.architectures import trusting
-from nnunet_diffusion.segmenter import DiffusionSegmenter
 from nnunet_diffusion.training.presegmentor import trainer_class
 
 Folds = Sequence[int | str] | None

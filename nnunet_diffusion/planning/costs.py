@@ -21,14 +21,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from nnunet_diffusion.denoiser import build_denoiser
-from nnunet_diffusion.losses import squared_error
-from nnunet_diffusion.network_calls import evaluate_denoiser
+from nnunet_diffusion.model.build import build_denoiser
+from nnunet_diffusion.model.losses import squared_error
+from nnunet_diffusion.model.precision import evaluate_denoiser
+from nnunet_diffusion.model.settings import DiffusionSettings
 from nnunet_diffusion.networks.attention import ParameterSharedAttention, SelfAttention
 from nnunet_diffusion.networks.pgdiffseg import PGDiffSeg
 from nnunet_diffusion.planning.flops import CPU_ATTENTION_FLOPS
 from nnunet_diffusion.planning.steps import build_nnunet, nnunet_step
-from nnunet_diffusion.settings import DiffusionSettings
 
 FLOAT_BYTES = 4
 ALLOCATION_BYTES = 512

@@ -12,7 +12,7 @@ from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
-from nnunet_diffusion.json_files import read_plans
+from nnunet_diffusion.files import read_plans
 
 SAME_DATA = (
     "preprocessor_name",

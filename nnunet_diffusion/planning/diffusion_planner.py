@@ -15,12 +15,12 @@ from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_en
 )
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
+from nnunet_diffusion.model.settings import PLANS_KEY, DiffusionSettings
 from nnunet_diffusion.planning.costs import Cost, denoiser_cost, nnunet_cost
 from nnunet_diffusion.planning.data_reuse import shared_identifier
 from nnunet_diffusion.planning.record import GB, RECORD_KEY, PlanRecord
 from nnunet_diffusion.planning.rules import Sized, narrowest, narrowest_sized, sized
 from nnunet_diffusion.planning.time_budget import StepTimes, TimeBudget
-from nnunet_diffusion.settings import PLANS_KEY, DiffusionSettings
 
 STOCK_FEATURES = 32
 CPU_FEATURES = (32, 16, 8)

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
+from nnunet_diffusion.model.settings import topology_of
 from nnunet_diffusion.planning.costs import Cost, denoiser_cost, nnunet_cost
 from nnunet_diffusion.planning.diffusion_planner import DiffusionPlanning
 from nnunet_diffusion.planning.flops import flops_text
 from nnunet_diffusion.planning.record import GB, PlanRecord
 from nnunet_diffusion.planning.rules import stage_tokens, width_at
 from nnunet_diffusion.planning.time_budget import TimeBudget
-from nnunet_diffusion.settings import topology_of
 
 EPOCHS = 1000
 ALTERNATIVES = (4, 8, 16, 24, 32)

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from nnunet_diffusion.model.settings import DiffusionSettings, default_settings, topology_of
 from nnunet_diffusion.networks.attention import pooled_size
 from nnunet_diffusion.planning.costs import Cost, denoiser_cost
-from nnunet_diffusion.settings import DiffusionSettings, default_settings, topology_of
 
 WIDTHS = range(4, 33)
 """Widths of the denoiser that are tried, in 32nds of nnU-Net's: from an eighth of it to all of it."""

@@ -13,9 +13,9 @@ from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import Tensor, nn
 
-from nnunet_diffusion.network_calls import training_precision
+from nnunet_diffusion.model.precision import training_precision
+from nnunet_diffusion.model.segmenter import DiffusionSegmenter
 from nnunet_diffusion.networks.architectures import refuse_unknown_classes
-from nnunet_diffusion.segmenter import DiffusionSegmenter
 
 Step = Callable[[], None]
 

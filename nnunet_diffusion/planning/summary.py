@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from nnunet_diffusion.evaluation.comparison import markdown_table
-from nnunet_diffusion.nnunet_words import preprocess_command
+from nnunet_diffusion.files import preprocess_command
+from nnunet_diffusion.model.settings import topology_of
 from nnunet_diffusion.planning.costs import nnunet_cost
 from nnunet_diffusion.planning.diffusion_planner import DiffusionPlanning
 from nnunet_diffusion.planning.flops import flops_text
 from nnunet_diffusion.planning.record import PlanRecord
-from nnunet_diffusion.settings import topology_of
 
 FOLDS = 5
 HEAD = (

@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from nnunet_diffusion.denoiser import build_denoiser
+from nnunet_diffusion.model.build import build_denoiser
+from nnunet_diffusion.model.segmenter import DiffusionSegmenter
+from nnunet_diffusion.model.settings import DiffusionSettings, topology_of
 from nnunet_diffusion.planning.costs import denoiser_cost, nnunet_cost
 from nnunet_diffusion.planning.steps import Step, build_nnunet, diffusion_step, nnunet_step
-from nnunet_diffusion.segmenter import DiffusionSegmenter
-from nnunet_diffusion.settings import DiffusionSettings, topology_of
 
 REPEATS = range(3, 11)  # of a timed step, as many of these as `TIMED_SECONDS` takes
 TIMED_SECONDS = 0.5

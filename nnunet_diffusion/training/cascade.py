@@ -8,7 +8,7 @@ from pathlib import Path
 from nnunetv2.paths import nnUNet_results
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_diffusion.settings import DiffusionSettings
+from nnunet_diffusion.model.settings import DiffusionSettings
 
 SHOWN = 5
 

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from nnunet_diffusion.finite import all_finite
+from nnunet_diffusion.model.precision import all_finite
+from nnunet_diffusion.model.settings import PLANS_KEY
 from nnunet_diffusion.networks.architectures import refuse_unknown_classes
-from nnunet_diffusion.settings import PLANS_KEY
 
 ASIDE = ".tmp"
 LEFT_BEHIND_SECONDS = 600.0

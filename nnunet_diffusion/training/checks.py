@@ -12,9 +12,9 @@ from typing import Any
 
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from nnunet_diffusion import labels
-from nnunet_diffusion.finite import all_finite
-from nnunet_diffusion.nnunet_words import preprocess_command
+from nnunet_diffusion.files import preprocess_command
+from nnunet_diffusion.model import labels
+from nnunet_diffusion.model.precision import all_finite
 
 PREPROCESSED, RESULTS = FOLDERS = ("nnUNet_preprocessed", "nnUNet_results")
 PATIENCE_SECONDS = 5.0

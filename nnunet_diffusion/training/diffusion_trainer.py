@@ -21,14 +21,14 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from nnunet_diffusion.environment import PRESEGMENTOR_FOLDER
 from nnunet_diffusion.explain.figures import curves_figure
-from nnunet_diffusion.network_calls import has_bfloat16, training_precision
+from nnunet_diffusion.files import PRESEGMENTOR_FOLDER
+from nnunet_diffusion.model.precision import has_bfloat16, training_precision
+from nnunet_diffusion.model.segmenter import DiffusionSegmenter
+from nnunet_diffusion.model.settings import PLANS_KEY, VERSION, DiffusionSettings
 from nnunet_diffusion.networks.pgdiffseg import PGDiffSeg
-from nnunet_diffusion.planning.excess import memory_warning
+from nnunet_diffusion.planning.memory_warning import memory_warning
 from nnunet_diffusion.planning.record import PlanRecord
-from nnunet_diffusion.segmenter import DiffusionSegmenter
-from nnunet_diffusion.settings import PLANS_KEY, VERSION, DiffusionSettings
 from nnunet_diffusion.training.cascade import (
     previous_stage_folder,
     refuse_impossible_start,
@@ -51,7 +51,6 @@ from nnunet_diffusion.training.checks import (
 )
 from nnunet_diffusion.training.ending import end_loaders, tidy_end, what_goes_on
 from nnunet_diffusion.training.network import build_segmenter
-from nnunet_diffusion.training.other_jobs import only_job_in
 from nnunet_diffusion.training.outlook import announce, two_networks
 from nnunet_diffusion.training.presegmentor import (
     ensure_presegmentor,
@@ -59,6 +58,7 @@ from nnunet_diffusion.training.presegmentor import (
     load_presegmentor_weights,
     presegmentor_state,
 )
+from nnunet_diffusion.training.presegmentor.lock import only_job_in
 from nnunet_diffusion.training.replacing import keep_finished, what_happens_to_finished
 from nnunet_diffusion.training.steps import SkippedSteps, take_step
 from nnunet_diffusion.training.verdict import give_verdict

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.file_path_utilities import get_output_folder
 
-from nnunet_diffusion.locks import release_all
-from nnunet_diffusion.signals import EXIT_INTERRUPTED, EXIT_TERMINATED, Terminated, stopped
+from nnunet_diffusion.jobs.locks import release_all
+from nnunet_diffusion.jobs.signals import EXIT_INTERRUPTED, EXIT_TERMINATED, Terminated, stopped
 
 TIDY_SECONDS = (
     5.0  # for what was begun to unwind; nnU-Net's pool of processes may wait for ever for workers that are dead

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
-from nnunet_diffusion.denoiser import build_denoiser
-from nnunet_diffusion.segmenter import DiffusionSegmenter
-from nnunet_diffusion.settings import DiffusionSettings
+from nnunet_diffusion.model.build import build_denoiser
+from nnunet_diffusion.model.segmenter import DiffusionSegmenter
+from nnunet_diffusion.model.settings import DiffusionSettings
 from nnunet_diffusion.training.presegmentor import build_presegmentor
 
 

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from nnunet_diffusion.environment import PRESEGMENTOR_FOLDER
 from nnunet_diffusion.evaluation.comparison import PairedComparison, compare_paired
-from nnunet_diffusion.json_files import read_dictionary
+from nnunet_diffusion.files import PRESEGMENTOR_FOLDER, read_dictionary
 from nnunet_diffusion.training.checkpoints import read_checkpoint
-from nnunet_diffusion.training.other_jobs import SUMMARY
+from nnunet_diffusion.training.presegmentor.lock import SUMMARY
 
 if TYPE_CHECKING:
     from nnunet_diffusion.training.diffusion_trainer import DiffusionTrainer

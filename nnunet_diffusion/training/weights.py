@@ -12,9 +12,9 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager, conve
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nnunet_diffusion import labels
 from nnunet_diffusion.evaluation.metrics import dice
 from nnunet_diffusion.inference.volume_predictor import VolumePredictor
+from nnunet_diffusion.model import labels
 from nnunet_diffusion.training.verdict import mean_known
 
 if TYPE_CHECKING:

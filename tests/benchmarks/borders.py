@@ -21,7 +21,7 @@ from nnunetv2.paths import nnUNet_preprocessed
 from torch.nn.functional import one_hot
 
 from nnunet_diffusion.evaluation.seams import Jumps, border_jumps
-from nnunet_diffusion.segmenter import DiffusionSegmenter
+from nnunet_diffusion.model.segmenter import DiffusionSegmenter
 
 METHODS = ("nnU-Net", "PD-DDPM")
 

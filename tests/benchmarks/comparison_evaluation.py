@@ -24,10 +24,10 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nnunet_diffusion import labels
 from nnunet_diffusion.evaluation.corruptions import dilate, erase_half, erode
 from nnunet_diffusion.evaluation.metrics import per_class_metrics, voxels_corrected_and_broken
-from nnunet_diffusion.segmenter import DiffusionSegmenter
+from nnunet_diffusion.model import labels
+from nnunet_diffusion.model.segmenter import DiffusionSegmenter
 from nnunet_diffusion.training.checkpoints import read_checkpoint
 from nnunet_diffusion.training.presegmentor import build_presegmentor
 

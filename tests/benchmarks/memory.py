@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 
-from nnunet_diffusion.denoiser import build_denoiser
+from nnunet_diffusion.model.build import build_denoiser
+from nnunet_diffusion.model.segmenter import DiffusionSegmenter
+from nnunet_diffusion.model.settings import DiffusionSettings
 from nnunet_diffusion.planning.costs import Cost, SavedBytes, denoiser_cost, nnunet_cost
 from nnunet_diffusion.planning.record import GB, memory_target_gb
 from nnunet_diffusion.planning.steps import build_nnunet, diffusion_step, nnunet_step
-from nnunet_diffusion.segmenter import DiffusionSegmenter
-from nnunet_diffusion.settings import DiffusionSettings
 
 Built = tuple[torch.nn.Module, Callable[[], None]]
 

@@ -88,10 +88,10 @@ def write_large_ct(work: Path) -> str:
 
 def plan(dataset: str, planner: str, target: float) -> list[list[str]]:
     """Plan a dataset and return the table's cells, one row per configuration."""
+    from nnunet_diffusion.model.settings import topology_of
     from nnunet_diffusion.planning.costs import nnunet_cost
     from nnunet_diffusion.planning.diffusion_planner import TargetTooSmall
     from nnunet_diffusion.planning.record import PlanRecord
-    from nnunet_diffusion.settings import topology_of
 
     made_by = getattr(importlib.import_module(f"nnunet_diffusion.planners.{planner}"), planner)
     with contextlib.redirect_stdout(io.StringIO()):

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nnunet_diffusion.evaluation.comparison import markdown_table
-from nnunet_diffusion.network_calls import training_precision
+from nnunet_diffusion.model.precision import training_precision
 from nnunet_diffusion.networks.attention import ParameterSharedAttention
 from nnunet_diffusion.planning.flops import count_flops
 from nnunet_diffusion.planning.steps import build_nnunet, diffusion_step, nnunet_step

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from nnunet_diffusion.settings import DiffusionSettings
+from nnunet_diffusion.model.settings import DiffusionSettings
 
 pytest.importorskip("nnunetv2")
 

@@ -12,7 +12,7 @@ import pytest
 
 from nnunet_diffusion.cli import plan
 from nnunet_diffusion.cli.main import main
-from nnunet_diffusion.nnunet_words import PLANS_OF
+from nnunet_diffusion.files import PLANS_OF
 
 DATASET = "Dataset007_Toy"
 DESCRIPTION = {"labels": {"background": 0}, "channel_names": {"0": "MRI"}, "numTraining": 1, "file_ending": ".nii.gz"}

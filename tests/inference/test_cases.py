@@ -28,8 +28,8 @@ from nnunet_diffusion.inference.output import PredictedCase
 from nnunet_diffusion.inference.reading import expected_bytes
 from nnunet_diffusion.inference.volume import Evaluations
 from nnunet_diffusion.inference.volume_predictor import VolumePredictor
-from nnunet_diffusion.segmenter import DiffusionSegmenter
-from nnunet_diffusion.settings import DiffusionSettings
+from nnunet_diffusion.model.segmenter import DiffusionSegmenter
+from nnunet_diffusion.model.settings import DiffusionSettings
 
 
 class Deadly(str):

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from nnunet_diffusion import labels
 from nnunet_diffusion.inference import fusion
 from nnunet_diffusion.inference.ensemble import Members
+from nnunet_diffusion.model import labels
 
 
 def vote(*label_maps):

@@ -10,8 +10,8 @@ from torch import nn
 
 from nnunet_diffusion.inference.reproducible import threads_of
 from nnunet_diffusion.inference.volume_predictor import VolumePredictor
-from nnunet_diffusion.segmenter import DiffusionSegmenter
-from nnunet_diffusion.settings import DiffusionSettings
+from nnunet_diffusion.model.segmenter import DiffusionSegmenter
+from nnunet_diffusion.model.settings import DiffusionSettings
 
 CPU = torch.device("cpu")
 VOLUME = (1, 5, 21, 19)

@@ -8,14 +8,14 @@ import torch
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian, compute_steps_for_sliding_window
 from torch import nn
 
-from nnunet_diffusion import labels
 from nnunet_diffusion.diffusion.gaussian import PREDICTION_TYPES, GaussianDiffusion
 from nnunet_diffusion.diffusion.samplers import SAMPLERS, timestep_grid
 from nnunet_diffusion.diffusion.schedules import noise_schedule
-from nnunet_diffusion.inference.giving_way import run_group
+from nnunet_diffusion.inference.out_of_memory import run_group
 from nnunet_diffusion.inference.volume import NOISE_OF_START, NOISE_OF_STEPS, Tiling, VolumeProcess
-from nnunet_diffusion.segmenter import DiffusionSegmenter
-from nnunet_diffusion.settings import DiffusionSettings
+from nnunet_diffusion.model import labels
+from nnunet_diffusion.model.segmenter import DiffusionSegmenter
+from nnunet_diffusion.model.settings import DiffusionSettings
 
 CPU = torch.device("cpu")
 SETTINGS = DiffusionSettings(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from nnunet_diffusion.network_calls import evaluate_denoiser
+from nnunet_diffusion.model.precision import evaluate_denoiser
 from nnunet_diffusion.networks import PGDiffSeg
 from nnunet_diffusion.networks.blocks import GroupNorm, InstanceNorm, group_count
 

@@ -112,8 +112,8 @@ def test_a_plan_edited_by_hand_is_refused(planned):
 
 def test_stock_plans_that_need_more_than_their_target_are_warned_about(planned):
     """With 8 GB the stock plans of small volumes never need it, so the batch is made larger."""
-    from nnunet_diffusion.planning.excess import memory_warning
-    from nnunet_diffusion.settings import default_settings
+    from nnunet_diffusion.model.settings import default_settings
+    from nnunet_diffusion.planning.memory_warning import memory_warning
 
     place, _ = planned
     plans = json.loads((place.preprocessed / "nnUNetPlans.json").read_text())

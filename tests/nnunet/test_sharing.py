@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from nnunet_diffusion.environment import PRESEGMENTOR_FOLDER
+from nnunet_diffusion.files import PRESEGMENTOR_FOLDER
 
 pytestmark = [pytest.mark.nnunet, pytest.mark.slow]
 OURS = "TinyDiffusionTrainer"

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from nnunet_diffusion.denoiser import build_denoiser
-from nnunet_diffusion.network_calls import evaluate_denoiser
+from nnunet_diffusion.model.build import build_denoiser
+from nnunet_diffusion.model.precision import evaluate_denoiser
+from nnunet_diffusion.model.settings import default_settings
 from nnunet_diffusion.planning import costs
 from nnunet_diffusion.planning.costs import SavedBytes, denoiser_cost, nnunet_cost
 from nnunet_diffusion.planning.steps import build_nnunet, nnunet_step
-from nnunet_diffusion.settings import default_settings
 
 CHANNELS, HEADS = 2, 3
 # patch, batch, nnU-Net's width at the first stage, stages

@@ -12,6 +12,7 @@ from nnunet_diffusion.planners.DiffusionPlannerResEncL import DiffusionPlannerRe
 from nnunet_diffusion.planners.DiffusionPlannerResEncM import DiffusionPlannerResEncM
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunet_diffusion.model.settings import DiffusionSettings, topology_of
 from nnunet_diffusion.planning import time_budget
 from nnunet_diffusion.planning.data_reuse import shared_identifier
 from nnunet_diffusion.planning.diffusion_planner import TargetTooSmall
@@ -19,7 +20,6 @@ from nnunet_diffusion.planning.explain import explanation
 from nnunet_diffusion.planning.record import PlanRecord
 from nnunet_diffusion.planning.summary import next_commands, summary
 from nnunet_diffusion.planning.time_budget import StepTimes, TimeBudget, Timing
-from nnunet_diffusion.settings import DiffusionSettings, topology_of
 
 NAME = "Dataset900_Sizes"
 

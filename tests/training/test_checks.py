@@ -49,7 +49,7 @@ def test_read_only_results_folder_is_named(tmp_path, monkeypatch):
 
 def test_only_errors_that_come_from_loading_are_explained(tmp_path):
     gone = explained(OSError("blosc2"), tmp_path / "nnUNetPlans_2d", 3)
-    assert "nnUNetPlans_2d is not there" in str(gone)
+    assert "nnUNetPlans_2d is missing" in str(gone)
     assert "from epoch 3 on" in str(gone)
     dead = RuntimeError("One or more background workers are no longer alive. Exiting.")
     assert "nnUNet_n_proc_DA" in str(explained(dead, tmp_path, 0))

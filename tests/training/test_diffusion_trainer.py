@@ -14,7 +14,7 @@ from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerDA5
 from torch.nn.functional import interpolate
 
 from nnunet_diffusion.training import DiffusionTrainer, diffusion_trainer
-from nnunet_diffusion.training.other_jobs import FOLD_LOCK_NAME
+from nnunet_diffusion.training.presegmentor.lock import FOLD_LOCK_NAME
 from nnunet_diffusion.training.replacing import what_happens_to_finished
 from nnunet_diffusion.training.steps import SKIPPED_IN_A_ROW, take_step
 
@@ -306,7 +306,7 @@ def test_a_second_training_of_a_fold_is_refused(workplace, resume):
     folder = Path(trainer.output_folder)
     folder.mkdir(parents=True, exist_ok=True)
     trainer._resumed = resume
-    held = "import sys, time\nfrom nnunet_diffusion.locks import HeldLock\nlock = HeldLock(sys.argv[1])\n"
+    held = "import sys, time\nfrom nnunet_diffusion.jobs.locks import HeldLock\nlock = HeldLock(sys.argv[1])\n"
     held += "assert lock.acquire()\nprint('held', flush=True)\ntime.sleep(60)"
     job = subprocess.Popen(
         [sys.executable, "-c", held, str(folder / FOLD_LOCK_NAME)], stdout=subprocess.PIPE, text=True

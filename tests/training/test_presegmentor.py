@@ -16,10 +16,16 @@ import pytest
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from nnunet_diffusion.environment import PRESEGMENTOR_FOLDER
-from nnunet_diffusion.locks import HeldLock
-from nnunet_diffusion.training import DiffusionTrainer, other_jobs, presegmentor
-from nnunet_diffusion.training.presegmentor import ensure_presegmentor, load_presegmentor_weights, presegmentor_state
+from nnunet_diffusion.files import PRESEGMENTOR_FOLDER
+from nnunet_diffusion.jobs.locks import HeldLock
+from nnunet_diffusion.training import DiffusionTrainer
+from nnunet_diffusion.training.presegmentor import (
+    ensure_presegmentor,
+    load_presegmentor_weights,
+    lock,
+    presegmentor_state,
+    train,
+)
 
 pytestmark = pytest.mark.nnunet
 CPU = torch.device("cpu")
@@ -149,14 +155,14 @@ def test_intensities_count_where_ct_is_normalised_by_them(stock):
 
 def test_a_summary_that_is_not_whole_counts_as_none(tmp_path):
     path = tmp_path / "summary.json"
-    assert other_jobs.measured_cases(path) is None
+    assert lock.measured_cases(path) is None
     path.write_bytes(b"\xff\x00")
-    assert other_jobs.measured_cases(path) is None
+    assert lock.measured_cases(path) is None
     for text in ("", '{"metric_per_case": 3}', '{"metric_per_case": [', "{}", "[]"):
         path.write_text(text)
-        assert other_jobs.measured_cases(path) is None
+        assert lock.measured_cases(path) is None
     path.write_text('{"metric_per_case": [1]}')
-    assert other_jobs.measured_cases(path) == [1]
+    assert lock.measured_cases(path) == [1]
 
 
 @pytest.mark.parametrize("kind", ["latest", "final"])
@@ -257,7 +263,9 @@ def test_given_network_that_the_patch_does_not_fit_is_refused(workplace, stock, 
     def odd(plans):
         plans["configurations"]["2d"]["patch_size"] = [30, 32]
 
-    with pytest.raises(ValueError, match=r"axis 0 by 4, but the patch size of these plans, \[30, 32\], is not divisible by 4"):
+    with pytest.raises(
+        ValueError, match=r"axis 0 by 4, but the patch size of these plans, \[30, 32\], is not divisible by 4"
+    ):
         workplace.trainer(DiffusionTrainer, change=odd)
 
 
@@ -286,13 +294,13 @@ def ensure(place, lines):
 @pytest.mark.slow
 def test_half_trained_one_is_resumed_then_validated_then_left_alone(workplace, tmp_path, monkeypatch, validations):
     begun, trainers = [], []
-    make = presegmentor._make_trainer
+    make = train._make_trainer
 
     def noted(*arguments):
         trainers.append(weakref.ref(trainer := make(*arguments)))
         return trainer
 
-    monkeypatch.setattr(presegmentor, "_make_trainer", noted)
+    monkeypatch.setattr(train, "_make_trainer", noted)
     start = nnUNetTrainer.on_train_epoch_start
 
     def interrupted(self):
@@ -341,7 +349,7 @@ def test_checkpoint_that_a_killed_job_left_in_pieces_is_named(workplace, tmp_pat
 HOLD = """
 import sys, time
 from pathlib import Path
-from nnunet_diffusion.locks import HeldLock
+from nnunet_diffusion.jobs.locks import HeldLock
 folder = Path(sys.argv[1])
 with HeldLock(folder / sys.argv[2]) as lock:
     assert lock.acquire()
@@ -355,9 +363,9 @@ def test_another_job_that_trains_it_is_waited_for_and_its_result_taken(workplace
     folder = tmp_path / "results" / workplace.dataset / "TinynnUNetTrainer__Tiny__2d" / "fold_0"
     (folder / "validation").mkdir(parents=True)
     (folder / "checkpoint_final.pth").touch()
-    monkeypatch.setattr(presegmentor, "_make_trainer", lambda *_: pytest.fail("it was trained a second time"))
+    monkeypatch.setattr(train, "_make_trainer", lambda *_: pytest.fail("it was trained a second time"))
     with subprocess.Popen(
-        [sys.executable, "-c", HOLD, folder, other_jobs.LOCK_NAME], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", HOLD, folder, lock.LOCK_NAME], stdout=subprocess.PIPE, text=True
     ) as job:
         assert job.stdout.readline() == "locked\n"
         begin, lines = time.monotonic(), []
@@ -365,7 +373,7 @@ def test_another_job_that_trains_it_is_waited_for_and_its_result_taken(workplace
         assert (folder / "validation" / "summary.json").is_file()
         assert 1 < time.monotonic() - begin < 30
     assert "another job trains it now" in lines[0]
-    assert other_jobs.LOCK_NAME in lines[0]
+    assert lock.LOCK_NAME in lines[0]
 
 
 def stock_log(place, root, text, silent_for=0.0):
@@ -394,7 +402,7 @@ while not (folder / "waiting").exists():
 
 def test_an_nnunet_trained_by_itself_meanwhile_is_waited_for(workplace, tmp_path, monkeypatch):
     folder = stock_log(workplace, tmp_path, "Epoch time: 30.0 s").parent
-    monkeypatch.setattr(presegmentor, "_make_trainer", lambda *_: pytest.fail("it was trained a second time"))
+    monkeypatch.setattr(train, "_make_trainer", lambda *_: pytest.fail("it was trained a second time"))
 
     class Lines(list):
         def append(self, line):
@@ -435,7 +443,7 @@ def test_an_nnunet_that_begins_while_ours_trains_is_given_way_to(workplace, tmp_
             (folder / "validation" / "summary.json").write_text('{"metric_per_case": []}')
 
     monkeypatch.setattr(nnUNetTrainer, "on_train_epoch_start", with_another_job)
-    monkeypatch.setattr(presegmentor, "wait_for_stock_training", finished)
+    monkeypatch.setattr(train, "wait_for_stock_training", finished)
     lines = []
     assert ensure(workplace, lines).read_text() == "of nnU-Net's own job"
     assert begun == [0, 1]
@@ -446,17 +454,17 @@ def test_an_nnunet_that_begins_while_ours_trains_is_given_way_to(workplace, tmp_
 
 def test_a_dead_jobs_log_and_our_own_are_not_waited_for(workplace, tmp_path):
     log = stock_log(workplace, tmp_path, "Epoch time: 30.0 s\nEpoch time: 2.0 s", silent_for=91)
-    other_jobs.wait_for_stock_training(log.parent, pytest.fail)
+    lock.wait_for_stock_training(log.parent, pytest.fail)
     stock_log(workplace, tmp_path, "Epoch time: 30.0 s", silent_for=80)
-    assert 5 < other_jobs.seconds_until_silent(log.parent) < 11
-    other_jobs.claim_log(log)
-    other_jobs.wait_for_stock_training(log.parent, pytest.fail)
+    assert 5 < lock.seconds_until_silent(log.parent) < 11
+    lock.claim_log(log)
+    lock.wait_for_stock_training(log.parent, pytest.fail)
 
 
 KILLED_WITH_A_WORKER_LEFT = """
 import os, signal, sys, time
 from pathlib import Path
-from nnunet_diffusion.training.other_jobs import locked
+from nnunet_diffusion.training.presegmentor.lock import locked
 with locked(Path(sys.argv[1]), print):
     if os.fork() == 0:  # a worker, as nnU-Net's loaders are, which does not notice
         time.sleep(30)
@@ -469,7 +477,7 @@ with locked(Path(sys.argv[1]), print):
 def test_the_lock_ends_with_its_job_though_a_worker_lives_on(tmp_path):
     job = subprocess.run([sys.executable, "-c", KILLED_WITH_A_WORKER_LEFT, tmp_path], stdout=subprocess.DEVNULL)
     assert job.returncode == -signal.SIGKILL
-    assert HeldLock(tmp_path / other_jobs.LOCK_NAME).acquire()
+    assert HeldLock(tmp_path / lock.LOCK_NAME).acquire()
 
 
 @pytest.mark.parametrize(
@@ -493,10 +501,10 @@ def test_settings_name_the_presegmentor_for_inference(workplace):
 
 def test_age_of_a_log_is_measured_by_the_clock_of_its_file_server(workplace, tmp_path, monkeypatch):
     folder = stock_log(workplace, tmp_path, "Epoch time: 30.0 s").parent
-    left = other_jobs.seconds_until_silent(folder)
+    left = lock.seconds_until_silent(folder)
     assert 80 < left <= 90
     # this machine's clock is an hour ahead of the file server's
     now = time.time
     monkeypatch.setattr(time, "time", lambda: now() + 3600)
-    assert left - 10 < other_jobs.seconds_until_silent(folder) <= left
+    assert left - 10 < lock.seconds_until_silent(folder) <= left
     assert [path.name for path in folder.iterdir()] == ["training_log_2026_1_1_00_00_00.txt"]

@@ -15,7 +15,7 @@ from typing import Any
 import torch.distributed as dist
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from nnunet_diffusion.locks import STALE_SECONDS, HeldLock
+from nnunet_diffusion.jobs.locks import STALE_SECONDS, HeldLock
 from nnunet_diffusion.training.checkpoints import ASIDE
 
 LOCK_NAME = "presegmentor.lock"

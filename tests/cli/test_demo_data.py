@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.ndimage import label
 
-from nnunet_diffusion.demo_data import (
+from nnunet_diffusion.cli.demo_data import (
     KINDS,
     Tissue,
     generate_image,

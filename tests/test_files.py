@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from nnunet_diffusion.json_files import read_dictionary, read_plans
+from nnunet_diffusion.files import read_dictionary, read_plans
 
 
 def written(folder, content):

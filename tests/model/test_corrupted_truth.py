@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nnunet_diffusion import labels, starts
+from nnunet_diffusion.model import corrupted_truth, labels
 
 
 def disc(count, size=64, radius=14):
@@ -15,7 +15,7 @@ def disc(count, size=64, radius=14):
 @pytest.mark.parametrize("shape", [(3, 1, 17, 33), (2, 1, 6, 16, 9), (1, 1, 1, 4)])
 def test_result_is_probabilities_of_the_same_shape(shape):
     state = labels.labels_to_state(torch.randint(0, 4, shape), 4)
-    wrong = starts.corrupt(state, torch.Generator().manual_seed(0))
+    wrong = corrupted_truth.corrupt(state, torch.Generator().manual_seed(0))
     assert wrong.shape == state.shape
     assert wrong.dtype == torch.float32
     torch.testing.assert_close(wrong.sum(1), torch.ones_like(wrong[:, 0]))
@@ -23,14 +23,14 @@ def test_result_is_probabilities_of_the_same_shape(shape):
 
 
 def test_same_generator_state_gives_the_same_mistakes():
-    first, second = (starts.corrupt(disc(2), torch.Generator().manual_seed(7)) for _ in range(2))
+    first, second = (corrupted_truth.corrupt(disc(2), torch.Generator().manual_seed(7)) for _ in range(2))
     assert torch.equal(first, second)
-    assert not torch.equal(first, starts.corrupt(disc(2), torch.Generator().manual_seed(8)))
+    assert not torch.equal(first, corrupted_truth.corrupt(disc(2), torch.Generator().manual_seed(8)))
 
 
 def test_mistakes_are_common_but_the_segmentation_stays_recognisable():
     truth = disc(200) > 0
-    found = starts.corrupt(disc(200), torch.Generator().manual_seed(1)) > 0.5
+    found = corrupted_truth.corrupt(disc(200), torch.Generator().manual_seed(1)) > 0.5
     overlap = (
         2 * (truth & found)[:, 1].flatten(1).sum(1) / (truth[:, 1].flatten(1).sum(1) + found[:, 1].flatten(1).sum(1))
     )
@@ -42,7 +42,7 @@ def test_mistakes_are_common_but_the_segmentation_stays_recognisable():
 
 def test_regions_are_spoiled_one_by_one_and_stay_recognisable():
     truth = torch.cat((disc(200)[:, 1:], disc(200, radius=8)[:, 1:]), 1)  # one inside the other
-    found = starts.corrupt(truth, torch.Generator().manual_seed(1), regions=True)
+    found = corrupted_truth.corrupt(truth, torch.Generator().manual_seed(1), regions=True)
     assert found.shape == truth.shape and found.min() >= 0 and found.max() <= 1
     wrong, right = (found > 0.5).flatten(2), (truth > 0).flatten(2)
     overlap = 2 * (wrong & right).sum(2) / (wrong.sum(2) + right.sum(2))
@@ -51,5 +51,5 @@ def test_regions_are_spoiled_one_by_one_and_stay_recognisable():
 
 def test_parts_are_invented_where_there_is_no_foreground():
     empty = labels.labels_to_state(torch.zeros(100, 1, 32, 32), 3)
-    found = starts.corrupt(empty, torch.Generator().manual_seed(2))[:, 1:].amax((1, 2, 3)) > 0.9
+    found = corrupted_truth.corrupt(empty, torch.Generator().manual_seed(2))[:, 1:].amax((1, 2, 3)) > 0.9
     assert 0.05 < found.float().mean() < 0.5

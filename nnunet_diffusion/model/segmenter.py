@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from nnunet_diffusion import labels, losses, starts
 from nnunet_diffusion.diffusion.gaussian import GaussianDiffusion
 from nnunet_diffusion.diffusion.samplers import OnStep, sample, start_state
 from nnunet_diffusion.diffusion.schedules import noise_schedule
-from nnunet_diffusion.finite import all_finite
-from nnunet_diffusion.network_calls import (
+from nnunet_diffusion.model import corrupted_truth, labels, losses
+from nnunet_diffusion.model.precision import (
+    all_finite,
     denoise,
     encode,
     evaluate_denoiser,
@@ -25,8 +25,8 @@ from nnunet_diffusion.network_calls import (
     refuse_nan,
     run,
 )
+from nnunet_diffusion.model.settings import DiffusionSettings
 from nnunet_diffusion.networks.pgdiffseg import Condition, PGDiffSeg
-from nnunet_diffusion.settings import DiffusionSettings
 
 SegmentationLoss = Callable[[Tensor, Tensor], Tensor]
 SAMPLES_AT_ONCE = 4
@@ -300,7 +300,7 @@ class DiffusionSegmenter(nn.Module):
         settings, start = self.settings, clean
         draw = torch.rand(len(clean), generator=generator, device=clean.device).view(-1, *[1] * (clean.ndim - 1))
         if settings.corruption_probability > 0:
-            wrong = labels.probabilities_to_state(starts.corrupt(clean, generator, settings.regions))
+            wrong = labels.probabilities_to_state(corrupted_truth.corrupt(clean, generator, settings.regions))
             start = torch.where(draw < settings.corruption_probability, wrong, start)
         if settings.presegmentation_start_probability > 0:
             own = labels.probabilities_to_state(self.own_start(image))

@@ -7,8 +7,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from nnunet_diffusion import labels
-from nnunet_diffusion.labels import Target
+from nnunet_diffusion.model import labels
+from nnunet_diffusion.model.labels import Target
 
 
 def presence_loss(presence_logits: Tensor, target: Target, regions: bool = False) -> Tensor:

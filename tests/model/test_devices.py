@@ -8,9 +8,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nnunet_diffusion.inference.volume import Tiling, VolumeProcess
+from nnunet_diffusion.model.segmenter import DiffusionSegmenter
+from nnunet_diffusion.model.settings import DiffusionSettings
 from nnunet_diffusion.networks.pgdiffseg import PGDiffSeg
-from nnunet_diffusion.segmenter import DiffusionSegmenter
-from nnunet_diffusion.settings import DiffusionSettings
 
 SETTINGS = DiffusionSettings(features_per_stage=(8, 8, 16), start_step=300, steps=3, samples=2, eta=0.5)
 GPU = torch.device("cuda", 0)

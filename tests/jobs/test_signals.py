@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from nnunet_diffusion.signals import Terminated, stopped, terminated
+from nnunet_diffusion.jobs.signals import Terminated, stopped, terminated
 
 
 def send(which):

@@ -1,4 +1,4 @@
-"""nnU-Net's JSON files, which may be edited by hand, half copied or of something else."""
+"""nnU-Net's JSON files and environment variables, and the names and commands that error texts recommend."""
 
 from __future__ import annotations
 
@@ -6,6 +6,17 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+PRESEGMENTOR_FOLDER = "nnUNet_diffusion_presegmentor"
+"""Model folder of a trained network of nnU-Net's, to start from instead of training one."""
+
+DEFAULT_PLANNER = "DiffusionPlanner"
+PLANS_OF = {
+    DEFAULT_PLANNER: "nnUNetDiffusionPlans",
+    "DiffusionPlannerResEncM": "nnUNetDiffusionResEncUNetMPlans",
+    "DiffusionPlannerResEncL": "nnUNetDiffusionResEncUNetLPlans",
+}
+"""Our planners -> the default name of their plans."""
 
 WORDS = {dict: "a dictionary", list: "a list", str: "text", int: "an integer"}
 
@@ -77,3 +88,13 @@ def read_plans(path: Path, cure: str) -> dict[str, Any]:
 
 def _word(value: Any) -> str:
     return next((word for kind, word in WORDS.items() if type(value) is kind), type(value).__name__)
+
+
+def preprocess_command(dataset_name: str, plans_name: str, configuration: str) -> str:
+    """Return the command that preprocesses a configuration anew; `dataset_name` is DatasetXXX_NAME."""
+    return f"nnUNetv2_preprocess -d {int(dataset_name[7:10])} -plans_name {plans_name} -c {configuration}"
+
+
+def says_not_found(error: Exception) -> bool:
+    """Whether nnU-Net's search for a trainer ended without one; else a file on its way failed to import."""
+    return "Could not find requested" in str(error)

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from nnunet_diffusion import labels, losses
-from nnunet_diffusion.labels import Target
+from nnunet_diffusion.model import labels, losses
+from nnunet_diffusion.model.labels import Target
 
 
 def test_presence_loss_at_even_odds_is_log_two():

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from nnunet_diffusion.model.settings import DiffusionSettings, topology_of
 from nnunet_diffusion.networks.pgdiffseg import PGDiffSeg
-from nnunet_diffusion.settings import DiffusionSettings, topology_of
 
 
 def build_denoiser(

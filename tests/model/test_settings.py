@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from nnunet_diffusion.settings import DiffusionSettings, default_settings, settings_table, topology_of
+from nnunet_diffusion.model.settings import DiffusionSettings, default_settings, settings_table, topology_of
 
 
 def configuration(**section):
@@ -114,7 +114,7 @@ def test_table_names_every_setting():
 
 
 def test_norms_are_those_that_the_networks_can_build():
-    from nnunet_diffusion import settings
+    from nnunet_diffusion.model import settings
     from nnunet_diffusion.networks import blocks
 
     assert settings.NORMS == blocks.NORMS

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import nnunet_diffusion.segmenter
-from nnunet_diffusion import labels
+import nnunet_diffusion.model.segmenter
 from nnunet_diffusion.diffusion.samplers import sample, timestep_grid
+from nnunet_diffusion.model import labels
+from nnunet_diffusion.model.segmenter import DiffusionSegmenter
+from nnunet_diffusion.model.settings import DiffusionSettings
 from nnunet_diffusion.networks.pgdiffseg import PGDiffSeg
-from nnunet_diffusion.segmenter import DiffusionSegmenter
-from nnunet_diffusion.settings import DiffusionSettings
 
 SETTINGS = DiffusionSettings(
     features_per_stage=(8, 8, 16), prediction_type="logits", start_step=300, steps=3, presegmentation_weight=0.0
@@ -159,7 +159,7 @@ def test_network_calls_are_counted_and_the_condition_is_shared_by_all_samples():
 def test_samples_that_take_turns_are_those_that_come_at_once(monkeypatch):
     network, image = segmenter(dataclasses.replace(SETTINGS, steps=2, samples=5)), torch.randn(2, 1, 16, 16)
     in_turn = network.sample(image)
-    monkeypatch.setattr(nnunet_diffusion.segmenter, "SAMPLES_AT_ONCE", 5)
+    monkeypatch.setattr(nnunet_diffusion.model.segmenter, "SAMPLES_AT_ONCE", 5)
     torch.testing.assert_close(network.sample(image), in_turn)
 
 

@@ -8,12 +8,12 @@ import time
 
 import pytest
 
-from nnunet_diffusion import locks
-from nnunet_diffusion.locks import HeldLock
+from nnunet_diffusion.jobs import locks
+from nnunet_diffusion.jobs.locks import HeldLock
 
 HOLD = """
 import errno, sys, time
-from nnunet_diffusion import locks
+from nnunet_diffusion.jobs import locks
 if sys.argv[2] != "flock":
     def refused(*_):
         raise OSError(getattr(errno, sys.argv[2]), "no locks here")

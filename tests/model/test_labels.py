@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nnunet_diffusion import labels
+from nnunet_diffusion.model import labels
 
 
 @pytest.mark.parametrize("spatial", [(7, 5), (4, 3, 5)])

@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from nnunet_diffusion.nnunet_words import DEFAULT_PLANNER, PLANS_OF
+from nnunet_diffusion.files import DEFAULT_PLANNER, PLANS_OF
+from nnunet_diffusion.model.settings import DiffusionSettings
 from nnunet_diffusion.planning.costs import denoiser_cost
 from nnunet_diffusion.planning.record import GB, memory_target_gb
-from nnunet_diffusion.settings import DiffusionSettings
 
 BYTES_PER_CHANNEL, BYTES_PER_HEAD, BYTES_OF_WEIGHTS = 400, 60, GB
 """Upper bounds of what a voxel of the widest stage, a voxel of the state and all weights need; below them nothing is traced."""

@@ -1,0 +1,1 @@
+"""What keeps jobs apart and ends them: locks and signals, by the standard library alone (layer 1)."""

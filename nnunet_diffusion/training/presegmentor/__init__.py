@@ -1,0 +1,18 @@
+"""The pre-segmentor: a normal nnU-Net of the same dataset, plans, configuration and fold, found or trained first."""
+
+from nnunet_diffusion.training.presegmentor.fit import (
+    build_presegmentor,
+    given_presegmentor,
+    load_presegmentor_weights,
+    trainer_class,
+)
+from nnunet_diffusion.training.presegmentor.train import ensure_presegmentor, presegmentor_state
+
+__all__ = [
+    "build_presegmentor",
+    "ensure_presegmentor",
+    "given_presegmentor",
+    "load_presegmentor_weights",
+    "presegmentor_state",
+    "trainer_class",
+]
