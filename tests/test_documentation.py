@@ -84,6 +84,12 @@ def test_places_in_the_code_exist(page):
             body = getattr(found[0], "body", [])
 
 
+def test_files_of_the_map_from_papers_exist():
+    table = (ROOT / "README.md").read_text(encoding="utf-8").split("## From the papers to the files")[1].split("##")[0]
+    files = re.findall(r"`(\w+/[\w/]*)(\.py)?`", table)
+    assert len(files) > 10 and not [f"{name}{end}" for name, end in files if not (PACKAGE / f"{name}{end}").exists()]
+
+
 def names_of(node):
     if isinstance(node, ast.AnnAssign):
         return [ast.unparse(node.target)]
