@@ -17,7 +17,7 @@ from nnunet_diffusion.settings import DiffusionSettings
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "nnunet_diffusion"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "documentation").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "documentation").rglob("*.md"))]
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -35,11 +35,28 @@ def anchors(text):
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_settings_reference_is_up_to_date():
-    spec = importlib.util.spec_from_file_location("make_settings", ROOT / "documentation" / "make_settings.py")
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "documentation" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert read("settings.md") == module.text(), "run: python documentation/make_settings.py"
+    return module
+
+
+def test_settings_reference_is_up_to_date():
+    assert read("settings.md") == script("make_settings").text(), "run: python documentation/make_settings.py"
+
+
+EXPERIMENTS = sorted((ROOT / "documentation" / "experiments").glob("*.md"))
+
+
+@pytest.mark.parametrize("page", EXPERIMENTS, ids=name_of)
+def test_csv_of_an_experiment_is_up_to_date(page):
+    made = script("make_csv").text(page.read_text(encoding="utf-8"))
+    assert page.with_suffix(".csv").read_text(encoding="utf-8") == made, "run: python documentation/make_csv.py"
+
+
+def test_results_name_every_experiment():
+    assert EXPERIMENTS and all(f"](experiments/{page.name})" in read("results.md") for page in EXPERIMENTS)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -65,6 +82,12 @@ def test_places_in_the_code_exist(page):
             found = [node for node in body if part in names_of(node)]
             assert found, f"{file} has no {name}"
             body = getattr(found[0], "body", [])
+
+
+def test_files_of_the_map_from_papers_exist():
+    table = (ROOT / "README.md").read_text(encoding="utf-8").split("## From the papers to the files")[1].split("##")[0]
+    files = re.findall(r"`(\w+/[\w/]*)(\.py)?`", table)
+    assert len(files) > 10 and not [f"{name}{end}" for name, end in files if not (PACKAGE / f"{name}{end}").exists()]
 
 
 def names_of(node):

@@ -77,11 +77,20 @@ def test_every_training_and_prediction_of_the_pages_names_the_plans():
 def test_readme_has_the_commands_of_the_quick_start():
     """So they are run by the test below."""
     exports = re.compile("export ")
-    short = [line for line in commands_of(README, "/r", ID="7", CONFIG="2d", FOLD="0") if not exports.match(line)]
+    short = [line for line in typed(blocks(README)[0], "/r") if not exports.match(line)]
     long = iter(commands_of(QUICK_START, "/r"))
     assert len(short) == 4 and all(line in long for line in short), "the same, in the same order"
     variables = [set(re.findall(r"(nnUNet_\w+)=", "\n".join(blocks(page)))) for page in (README, QUICK_START)]
     assert variables[0] == variables[1]
+
+
+def test_readme_has_the_same_commands_without_a_gpu():
+    with_gpu, without = ([line for line in block.splitlines() if line] for block in blocks(README))
+    assert without == [without_gpu(line) for line in with_gpu if line.startswith(TAKES_A_DEVICE)]
+
+
+def test_readme_is_short():
+    assert len(README.splitlines()) <= 80
 
 
 def test_pages_tell_what_to_add_without_a_gpu():
@@ -101,7 +110,7 @@ def copy_middle_slice(source, folder):
 @pytest.mark.slow
 @pytest.mark.nnunet
 def test_quick_start(hippocampus_data, workplace_type, tmp_path):
-    place = workplace_type(tmp_path, "Dataset007_Hippocampus")
+    place = workplace_type(tmp_path, "Dataset004_Hippocampus")
     for name in ("preprocessed", "results"):
         (tmp_path / name).mkdir()
     cases = sorted(path.name.removesuffix(".nii.gz") for path in (hippocampus_data / "labelsTr").iterdir())[:6]
@@ -118,7 +127,7 @@ def test_quick_start(hippocampus_data, workplace_type, tmp_path):
     assert sum(line.startswith(("nnUNetv2_", "nnunet_diffusion")) for line in lines) == 6
     printed = run(lines, tmp_path)
     assert "\nready\n" in printed
-    assert "\n  nnunet_diffusion train 7 2d 0 -p nnUNetDiffusionPlans" in printed
+    assert "\n  nnunet_diffusion train 4 2d 0 -p nnUNetDiffusionPlans" in printed
     assert (tmp_path / "out" / f"{cases[0]}.nii.gz").is_file()
 
 
