@@ -12,7 +12,6 @@ import re
 from pathlib import Path
 
 import pytest
-
 from nnunet_diffusion.settings import DiffusionSettings
 
 ROOT = Path(__file__).parents[1]

@@ -225,7 +225,7 @@ def reverse_process(
     import torch
     from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 
-    from nnunet_diffusion.model.labels import probabilities_to_logits, probabilities_to_state
+    from nnunet_diffusion.model.labels import probabilities_to_logits
 
     network, managers = diffusion.network, (diffusion.plans_manager, diffusion.configuration_manager)
     preprocessor = managers[1].preprocessor_class(verbose=False)
@@ -254,7 +254,7 @@ def reverse_process(
     with network.overridden(steps=steps, samples=1, presegmentation_weight=0.0):
         probabilities = network.sample(padded(data[:, 0]), padded(logits[:, 0].softmax(0)), on_step=keep)
     probabilities = probabilities[:, :, :height, :width].float().cpu()
-    states.append((-1, probabilities_to_state(probabilities)[0, 1].numpy()))
+    states.append((-1, network.process.to_state(probabilities)[0, 1].numpy()))
     return labels(logits), states, labels(probabilities_to_logits(probabilities)[0, :, None])
 
 

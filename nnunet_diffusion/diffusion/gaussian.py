@@ -1,16 +1,14 @@
-"""Gaussian diffusion of a segmentation state (DDPM): noising, posterior, and what a network may predict."""
+"""Gaussian diffusion of a segmentation (DDPM): state, noising, start of PD-DDPM, posterior and the step of DDIM."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from nnunet_diffusion.diffusion.process import Random, check_start_step, normal_like
 from nnunet_diffusion.diffusion.schedules import NoiseSchedule, cast_like
-
-PREDICTION_TYPES = ("epsilon", "x0", "v", "logits")
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
@@ -26,7 +24,7 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Posterior:
+class GaussianPosterior:
     """The normal distribution q(x_previous | x_timestep, x_0).
 
     Attributes:
@@ -37,39 +35,47 @@ class Posterior:
     mean: Tensor
     variance: Tensor
 
+    def draw(self, generator: Random = None) -> Tensor:
+        """Return a state (B, K, *spatial)."""
+        return self.mean + self.variance.sqrt() * normal_like(self.mean, generator)
 
-class GaussianDiffusion:
-    """Noising process of a state in [-1, 1] and the conversions between prediction types; it has no parameters.
 
-    Everywhere: states are (B, K, *spatial); a timestep is an int or a long tensor (B,), 0..T-1; results are float32,
-    or float64 where the input is.
+@dataclass(frozen=True)
+class GaussianProcess:
+    """Normal noise on a state in [-1, 1]; see `Process`.
 
-    Args:
+    Attributes:
         schedule: the noise schedule.
-        prediction_type: what the network predicts: epsilon (the noise), x0 (the clean state), v (Salimans and Ho 2022)
-            or logits (class logits of the clean state).
-        activation: turns logits into probabilities (softmax over K, or sigmoid); used by "logits" only.
-        clamp: whether `to_clean` clamps to [-1, 1] unless told otherwise.
-
-    Raises:
-        ValueError: an unknown prediction type, or "logits" without an activation.
     """
 
-    def __init__(
-        self,
-        schedule: NoiseSchedule,
-        prediction_type: str,
-        activation: Callable[[Tensor], Tensor] | None = None,
-        clamp: bool = False,
-    ) -> None:
-        if prediction_type not in PREDICTION_TYPES:
-            raise ValueError(f"prediction_type is {prediction_type!r}; known types: {', '.join(PREDICTION_TYPES)}")
-        if prediction_type == "logits" and activation is None:
-            raise ValueError("activation is None; prediction_type 'logits' needs softmax or sigmoid")
-        self.schedule = schedule
-        self.prediction_type = prediction_type
-        self.activation = activation
-        self.clamp = clamp
+    schedule: NoiseSchedule
+
+    def to_state(self, masks: Tensor) -> Tensor:
+        """Return 2 p - 1, in [-1, 1], of masks or probabilities; a fresh tensor of the same shape."""
+        # in place on the one copy: a volume fills the memory
+        return (at_least_float32(masks) * 2).sub_(1)
+
+    def to_probabilities(self, state: Tensor, *, in_place: bool = False) -> Tensor:
+        """Return (x + 1) / 2, the inverse of `to_state`, also beyond [0, 1]; `in_place` overwrites the state."""
+        return (state if in_place else state.clone()).add_(1).div_(2)
+
+    def start(self, presegmentation: Tensor, start_step: int, noise: Tensor, *, in_place: bool = False) -> Tensor:
+        """Return the start of PD-DDPM: the pre-segmentation after T' noising steps (Guo et al. 2022).
+
+        Args:
+            presegmentation: probabilities in [0, 1], (B, K, *spatial).
+            start_step: T', 1..T.
+            noise: standard normal, same shape.
+            in_place: overwrite the noise by the result.
+
+        Returns:
+            The noisy state at timestep T' - 1.
+
+        Raises:
+            ValueError: start_step is outside 1..T.
+        """
+        check_start_step(start_step, self)
+        return self.add_noise(self.to_state(presegmentation), noise, start_step - 1, in_place=in_place)
 
     def add_noise(self, clean: Tensor, noise: Tensor, timestep: int | Tensor, *, in_place: bool = False) -> Tensor:
         """Draw of q(x_t | x_0) made with the given standard normal noise (PGDiffSeg Eq. 14).
@@ -84,61 +90,11 @@ class GaussianDiffusion:
             The noisy state.
         """
         clean, noise = at_least_float32(clean), at_least_float32(noise)
-        signal, spread = self._signal_and_spread(timestep, clean)
+        signal, spread = self.signal_and_spread(timestep, clean)
+        # Eq. 14: x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) epsilon
         if in_place:
             return noise.mul_(spread).add_(clean.mul_(signal))
         return signal * clean + spread * noise
-
-    def target(self, clean: Tensor, noise: Tensor, timestep: int | Tensor) -> Tensor:
-        """What a network of this prediction type should return for `add_noise(clean, noise, timestep)`.
-
-        Args:
-            clean: (B, K, *spatial).
-            noise: (B, K, *spatial).
-            timestep: 0..T-1.
-
-        Returns:
-            The regression target.
-
-        Raises:
-            ValueError: the prediction type is "logits", which is trained on labels.
-        """
-        if self.prediction_type == "epsilon":
-            return at_least_float32(noise)
-        if self.prediction_type == "x0":
-            return at_least_float32(clean)
-        if self.prediction_type == "v":
-            # Salimans and Ho 2022, appendix D: v = alpha * epsilon - sigma * x_0.
-            clean, noise = at_least_float32(clean), at_least_float32(noise)
-            signal, spread = self._signal_and_spread(timestep, clean)
-            return signal * noise - spread * clean
-        raise ValueError("prediction_type 'logits' has no regression target; train it on the labels")
-
-    def to_clean(
-        self, prediction: Tensor, noisy: Tensor, timestep: int | Tensor, *, clamp: bool | None = None
-    ) -> Tensor:
-        """Estimate of the clean state that a prediction amounts to.
-
-        Args:
-            prediction: (B, K, *spatial), the network's answer, also in half precision.
-            noisy: (B, K, *spatial), what the network saw.
-            timestep: 0..T-1.
-            clamp: whether to clamp to [-1, 1]; the process's own setting if None.
-
-        Returns:
-            The clean estimate; for logits it is 2 * probabilities - 1 and so always within [-1, 1].
-        """
-        prediction, noisy = at_least_float32(prediction), at_least_float32(noisy)
-        signal, spread = self._signal_and_spread(timestep, noisy)
-        if self.prediction_type == "epsilon":
-            clean = (noisy - spread * prediction) / signal
-        elif self.prediction_type == "v":
-            clean = signal * noisy - spread * prediction
-        elif self.activation is not None and self.prediction_type == "logits":
-            clean = 2 * self.activation(prediction) - 1
-        else:
-            clean = prediction
-        return clean.clamp(-1, 1) if (self.clamp if clamp is None else clamp) else clean
 
     def to_noise(self, clean: Tensor, noisy: Tensor, timestep: int | Tensor) -> Tensor:
         """The noise that lies between a clean and a noisy state: the inverse of `add_noise`.
@@ -152,10 +108,12 @@ class GaussianDiffusion:
             epsilon.
         """
         clean, noisy = at_least_float32(clean), at_least_float32(noisy)
-        signal, spread = self._signal_and_spread(timestep, noisy)
+        signal, spread = self.signal_and_spread(timestep, noisy)
         return (noisy - signal * clean) / spread
 
-    def posterior(self, clean: Tensor, noisy: Tensor, timestep: int | Tensor, previous: int | Tensor) -> Posterior:
+    def posterior(
+        self, clean: Tensor, noisy: Tensor, timestep: int | Tensor, previous: int | Tensor
+    ) -> GaussianPosterior:
         """q(x_previous | x_timestep, x_0) for any earlier timestep (Ho et al. 2020, Eq. 6-7, on a grid with gaps).
 
         Args:
@@ -177,14 +135,40 @@ class GaussianDiffusion:
         before = self.schedule.exact(previous, noisy.ndim)
         # Noising from `previous` to `timestep` keeps this share of the variance; 1 - kept is the paper's beta.
         kept = now / before
+        # Ho et al. 2020, Eq. 7: the mean's weights
         of_clean = before.sqrt() * (1 - kept) / (1 - now)
         of_noisy = kept.sqrt() * (1 - before) / (1 - now)
         # Ho et al. 2020, Eq. 7: beta-tilde, the smaller of the two fixed variances.
         variance = (1 - kept) * (1 - before) / (1 - now)
         mean = cast_like(of_clean, noisy) * clean + cast_like(of_noisy, noisy) * noisy
-        return Posterior(mean, cast_like(variance, noisy))
+        return GaussianPosterior(mean, cast_like(variance, noisy))
 
-    def _signal_and_spread(self, timestep: int | Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    def step(
+        self, clean: Tensor, noisy: Tensor, timestep: int, previous: int, *, eta: float = 0.0, generator: Random = None
+    ) -> Tensor:
+        """Return the next state of DDIM (Song et al. 2021, Eq. 12 and 16).
+
+        Args:
+            clean: estimate of the clean state, (B, K, *spatial).
+            noisy: the state at `timestep`, same shape.
+            timestep: 0..T-1.
+            previous: -1..timestep-1.
+            eta: 0 (deterministic) to 1 (a draw of the posterior).
+            generator: source of the random numbers; unused at eta = 0.
+
+        Returns:
+            The state at `previous`.
+        """
+        now, before = (self.schedule.exact(t, noisy.ndim) for t in (timestep, previous))
+        # Eq. 16, squared; at eta = 1 it is the posterior's variance.
+        variance = eta**2 * (1 - before) / (1 - now) * (1 - now / before)
+        # Eq. 12: predicted clean state, direction pointing to the noisy state, random noise.
+        direction = cast_like((1 - before - variance).clamp(min=0).sqrt(), noisy)
+        state = cast_like(before.sqrt(), noisy) * clean + direction * self.to_noise(clean, noisy, timestep)
+        return state + cast_like(variance.sqrt(), noisy) * normal_like(noisy, generator) if eta > 0 else state
+
+    def signal_and_spread(self, timestep: int | Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return sqrt(alpha_bar) and sqrt(1 - alpha_bar) at a timestep, to be multiplied with `like` (B, ...)."""
         # Both roots are taken in float64: 1 - alpha_bar of timestep 0 has three digits left in float32.
         alpha_bar = self.schedule.exact(timestep, like.ndim)
         return cast_like(alpha_bar.sqrt(), like), cast_like((1 - alpha_bar).sqrt(), like)

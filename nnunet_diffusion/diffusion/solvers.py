@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnunet_diffusion.diffusion.gaussian import GaussianDiffusion
+from nnunet_diffusion.diffusion.gaussian import GaussianProcess
 
 SOLVERS = ("dpm_solver", "dpm_solver++", "unipc")
 
 
-def build_scheduler(name: str, grid: Sequence[int], process: GaussianDiffusion) -> Any:
+def build_scheduler(name: str, grid: Sequence[int], process: GaussianProcess) -> Any:
     """A diffusers scheduler whose steps are exactly those of a grid.
 
     Args:
@@ -59,7 +59,7 @@ def build_scheduler(name: str, grid: Sequence[int], process: GaussianDiffusion) 
     return scheduler
 
 
-def _use_grid(scheduler: Any, grid: Sequence[int], process: GaussianDiffusion) -> None:
+def _use_grid(scheduler: Any, grid: Sequence[int], process: GaussianProcess) -> None:
     # set_timesteps resets the solver and fixes the number of evaluations; with linspace on the prefix it also begins at
     # T' - 1. But near steps = T' it rounds two timesteps to one (then the solver divides by zero), and UniPC takes no
     # list of timesteps. So the two tables that a step reads are then replaced by the grid's own: the timesteps, and
@@ -74,7 +74,7 @@ def _use_grid(scheduler: Any, grid: Sequence[int], process: GaussianDiffusion) -
 
 
 def solver_step(
-    name: str, grid: Sequence[int], process: GaussianDiffusion
+    name: str, grid: Sequence[int], process: GaussianProcess
 ) -> Callable[[Tensor, Tensor, int, int], Tensor]:
     """The solver's step from one timestep of the grid to the next, to be called once for each in the grid's order.
 
@@ -84,7 +84,7 @@ def solver_step(
     Args:
         name: one of SOLVERS.
         grid: timesteps, strictly decreasing, within 0..T-1.
-        process: the diffusion process of the network's predictions.
+        process: the diffusion process.
 
     Returns:
         step(clean, noisy, timestep, previous) -> state at `previous`; it remembers earlier steps (multistep).

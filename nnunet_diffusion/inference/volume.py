@@ -9,11 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nnunet_diffusion.diffusion.gaussian import GaussianDiffusion
-from nnunet_diffusion.diffusion.samplers import Predict, sample
+from nnunet_diffusion.diffusion.samplers import Estimate, sample
 from nnunet_diffusion.model import labels
-from nnunet_diffusion.model.precision import inference_precision
-from nnunet_diffusion.model.segmenter import DiffusionSegmenter
+from nnunet_diffusion.model.segmenter import Conditions, DiffusionSegmenter
 
 Tile = tuple[slice | int, ...]
 """Where a tile lies in (channels, *volume); as nnU-Net's slicers, an integer for the slice of a volume in 2D."""
@@ -115,8 +113,7 @@ class VolumeProcess:
         volume = self.image.shape[1:]
         self._heads = self.segmenter.denoiser.state_channels
         self._total = self.tiling.total_weight(volume, self.state_device)
-        # states only ever see clean estimates, whatever the network predicts
-        self._clean_process = GaussianDiffusion(self.segmenter.process.schedule, "x0")
+        self._conditions: tuple[Sequence[Tile], Conditions] | None = None
 
     def run(self, samples: Sequence[int]) -> Tensor:
         """Return the probabilities (len(samples), K, *volume) of these samples, float32; the same for the same seed.
@@ -140,7 +137,7 @@ class VolumeProcess:
             total[_all_samples(tile)] += (probabilities * self.tiling.weight).to(self.state_device)
         return total / self._total
 
-    def _sample(self, evaluate: Predict, start: Tensor, names: Sequence[tuple[int, ...]]) -> Tensor:
+    def _sample(self, evaluate: Estimate, start: Tensor, names: Sequence[tuple[int, ...]]) -> Tensor:
         """Run reverse processes from `start`; `names` are the numbers that make the noise of each its own."""
         settings = self.segmenter.settings
         with torch.no_grad():
@@ -150,12 +147,13 @@ class VolumeProcess:
                 start,
                 settings.start_step,
                 settings.steps,
-                self._clean_process,
+                self.segmenter.process,
                 generator=[self._generator(number, NOISE_OF_STEPS, *tile) for number, *tile in names],
                 eta=settings.eta,
             )
         # samples of a large volume fill the memory: no further copy of them
-        return labels.state_to_probabilities(clean, settings.regions, in_place=True)
+        found = self.segmenter.process.to_probabilities(clean, in_place=True)
+        return labels.normalised(found, settings.regions)
 
     def _generator(self, *numbers: int) -> torch.Generator:
         """A source of its own for each purpose, on the CPU: neither order nor device changes what it gives."""
@@ -172,8 +170,8 @@ class VolumeProcess:
         if settings.from_noise or self.presegmentation is None:
             return states
         # a large volume fills the memory: one more of it, not four
-        clean = labels.probabilities_to_state(self.presegmentation[None])
-        return self._clean_process.add_noise(clean, states, settings.start_step - 1, in_place=True)
+        start = self.segmenter.process.start
+        return start(self.presegmentation[None], settings.start_step, states, in_place=True)
 
     def _evaluate(self, noisy: Tensor, timestep: int) -> Tensor:
         """Return the blended clean estimate of the whole state, (S, K, *volume)."""
@@ -188,23 +186,29 @@ class VolumeProcess:
 
     def _clean_of_tiles(self, tiles: Sequence[Tile], states: Tensor, timestep: int) -> Tensor:
         """Return the clean estimates of noisy tiles (B, S, K, *patch); the condition flow is evaluated once a tile."""
-        segmenter, device = self.segmenter, self.tiling.device
-        image = torch.stack([self.image[tile] for tile in tiles]).to(device)
-        given = None
-        if self.presegmentation is not None and segmenter.settings.condition_on_presegmentation:
-            given = torch.stack([self.presegmentation[tile] for tile in tiles]).to(device)
-        estimates = []
-        with inference_precision(image.device):
-            condition = segmenter.encode(segmenter.condition_image(image, given), timestep)
-            for part in states.split(self.tiling.samples_per_call, 1):
-                noisy = part.flatten(0, 1)
-                times = torch.full((len(noisy),), timestep, device=device)
-                prediction = segmenter.denoise(noisy, times, condition.repeat_interleave(part.shape[1]))
-                estimates.append(segmenter.process.to_clean(prediction, noisy, timestep).view(part.shape))
-        self.evaluations.condition += len(tiles)
+        conditions = self._conditions_of(tiles)
+        before = conditions.evaluations
+        condition = conditions.at(timestep)
+        self.evaluations.condition += conditions.evaluations - before
+        clean = self.segmenter.clean_estimate(states, timestep, condition, self.tiling.samples_per_call)
         self.evaluations.denoiser += len(tiles) * states.shape[1]
         self.on_tiles(len(tiles))
-        return torch.cat(estimates, 1)
+        return clean
+
+    def _conditions_of(self, tiles: Sequence[Tile]) -> Conditions:
+        """Return the conditions of these tiles: those of the last call if they were the same, as where all fit in one batch.
+
+        More are not kept: the conditions of all tiles of a large volume do not fit into memory.
+        """
+        if self._conditions is None or self._conditions[0] != tiles:
+            self._conditions = None
+            device = self.tiling.device
+            image = torch.stack([self.image[tile] for tile in tiles]).to(device)
+            given = None
+            if self.presegmentation is not None and self.segmenter.settings.condition_on_presegmentation:
+                given = torch.stack([self.presegmentation[tile] for tile in tiles]).to(device)
+            self._conditions = tiles, Conditions(self.segmenter, self.segmenter.condition_image(image, given))
+        return self._conditions[1]
 
 
 def _all_samples(tile: Tile) -> Tile:

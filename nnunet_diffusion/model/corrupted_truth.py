@@ -16,27 +16,26 @@ PART_PROBABILITY = 0.25  # share of samples that lose a part; as many are given 
 CERTAIN = 8.0  # log-odds of a part erased or invented
 
 
-def corrupt(state: Tensor, generator: Generator, regions: bool = False) -> Tensor:
-    """Return probabilities of a plausible wrong segmentation for each clean state.
+def corrupt(masks: Tensor, generator: Generator, regions: bool = False) -> Tensor:
+    """Return probabilities of a plausible wrong segmentation for each true one.
 
     Args:
-        state: (B, K, *spatial) clean state in {-1, +1}, background first unless the heads are regions.
-        generator: source of all randomness, on the state's device.
+        masks: (B, K, *spatial) of 0 and 1, background first unless the heads are regions.
+        generator: source of all randomness, on the masks' device.
         regions: whether the heads are regions; each is then spoiled by itself.
 
     Returns:
         (B, K, *spatial) probabilities, of classes with the sum 1 over K, float32.
     """
     if regions:
-        alone = state.flatten(0, 1).unsqueeze(1)
-        return corrupt(torch.cat((-alone, alone), 1), generator)[:, 1].view(state.shape)
-    share = (state + 1) / 2
-    strength = 1.5 * _uniform((len(state),), state, generator)
-    logits = (_soften(share, generator) + 1e-2).log()
+        alone = masks.flatten(0, 1).unsqueeze(1)
+        return corrupt(torch.cat((1 - alone, alone), 1), generator)[:, 1].view(masks.shape)
+    strength = 1.5 * _uniform((len(masks),), masks, generator)
+    logits = (_soften(masks, generator) + 1e-2).log()
     # a constant moves all borders of a class in or out, a smooth field moves them here and there
-    logits = logits + strength * _normal((len(state), state.shape[1]), state, generator)
-    logits = logits + strength * _smooth_field(share, cells=6, generator=generator)
-    logits = logits + _erased_part(share, generator) + _invented_part(share, generator)
+    logits = logits + strength * _normal((len(masks), masks.shape[1]), masks, generator)
+    logits = logits + strength * _smooth_field(masks, cells=6, generator=generator)
+    logits = logits + _erased_part(masks, generator) + _invented_part(masks, generator)
     return logits.softmax(1)
 
 

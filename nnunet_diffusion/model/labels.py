@@ -1,4 +1,4 @@
-"""Label maps, regions, diffusion states, probabilities and logits: one function for each way between them (layer 2).
+"""Label maps, regions, masks, probabilities and logits: one function for each way between them (layer 2).
 
 Two kinds of heads: K classes with background at index 0 (softmax), or K overlapping regions (sigmoid, no background).
 """
@@ -19,11 +19,11 @@ class Target:
     """The truth of a batch.
 
     Attributes:
-        state: (B, K, *spatial) in {-1, +1}; where nothing is known, all -1.
+        masks: (B, K, *spatial) of 0 and 1, float32; where nothing is known, all 0.
         known: (B, 1, *spatial) bool, False at voxels of the ignore label; None: all are known.
     """
 
-    state: Tensor
+    masks: Tensor
     known: Tensor | None = None
 
 
@@ -41,17 +41,17 @@ def read_target(target: Tensor, heads: int, regions: bool = False, ignore_label:
     if regions:
         if ignore_label is not None:
             known = target[:, heads:] < 0.5 if target.dtype != torch.bool else ~target[:, heads:]
-        state = target[:, :heads].float() * 2 - 1
+        masks = target[:, :heads].float()
     else:
         if ignore_label is not None:
             known = target != ignore_label
             target = torch.where(known, target, 0)
-        state = labels_to_state(target, heads)
-    return Target(state, known) if known is None else Target(torch.where(known, state, -1.0), known)
+        masks = labels_to_masks(target, heads)
+    return Target(masks, known) if known is None else Target(torch.where(known, masks, 0.0), known)
 
 
-def labels_to_state(labels: Tensor, num_classes: int) -> Tensor:
-    """Return the clean state in {-1, +1}, float32.
+def labels_to_masks(labels: Tensor, num_classes: int) -> Tensor:
+    """Return the mask of each class, 0 and 1 in float32.
 
     Args:
         labels: (B, 1, *spatial) class indices 0..num_classes-1, integer or integral float.
@@ -60,8 +60,7 @@ def labels_to_state(labels: Tensor, num_classes: int) -> Tensor:
     Returns:
         (B, K, *spatial).
     """
-    hot = one_hot(labels[:, 0].long(), num_classes).movedim(-1, 1)
-    return hot.float() * 2 - 1
+    return one_hot(labels[:, 0].long(), num_classes).movedim(-1, 1).float()
 
 
 def foreground_to_probabilities(masks: Tensor) -> Tensor:
@@ -93,22 +92,15 @@ def activate(logits: Tensor, regions: bool = False) -> Tensor:
     return logits.float().sigmoid() if regions else logits.float().softmax(1)
 
 
-def probabilities_to_state(probabilities: Tensor) -> Tensor:
-    """Return 2 p - 1, the diffusion state of probabilities; same shape. Takes no second copy: a volume fills the memory."""
-    return (probabilities * 2).sub_(1)
+def normalised(shares: Tensor, regions: bool = False) -> Tensor:
+    """Return probabilities (B, K, *spatial) of what a state says of each channel: bounded, of classes with the sum 1 over K.
 
-
-def state_to_probabilities(state: Tensor, regions: bool = False, *, in_place: bool = False) -> Tensor:
-    """Return probabilities of a clean state (B, K, *spatial): clamp((x + 1) / 2), of classes normalised over K.
-
-    A voxel where every class is at -1 gets equal probabilities; regions need not sum to anything. Float32 or better.
-    `in_place` overwrites the state.
+    A voxel where no class has a share gets equal probabilities; regions need not sum to anything. Works in place.
     """
-    positive = (state if in_place else state.clone()).add_(1).div_(2)
     if regions:
-        return positive.clamp_(0, 1)
-    positive.clamp_(LOWEST_PROBABILITY, 1)
-    return positive.div_(positive.sum(1, keepdim=True))
+        return shares.clamp_(0, 1)
+    shares.clamp_(LOWEST_PROBABILITY, 1)
+    return shares.div_(shares.sum(1, keepdim=True))
 
 
 def probabilities_to_logits(probabilities: Tensor, regions: bool = False) -> Tensor:
@@ -132,7 +124,7 @@ def presence(target: Target, regions: bool = False) -> tuple[Tensor, Tensor]:
     Returns:
         Two tensors (B, K - 1 or K) of 0 and 1. What is not seen in a patch with ignored voxels may be there: unknown.
     """
-    found = (foreground(target.state, regions).flatten(2).amax(2) > 0).float()
+    found = foreground(target.masks, regions).flatten(2).amax(2)
     if target.known is None:
         return found, torch.ones_like(found)
     complete = target.known.flatten(1).all(1, keepdim=True)
@@ -145,8 +137,7 @@ def location(target: Target, size: torch.Size | tuple[int, ...], regions: bool =
     Returns:
         Shares of the known voxels, (B, K - 1 or K, *size), and the share of voxels known, (B, 1, *size).
     """
-    share = (foreground(target.state, regions) + 1) / 2
-    coarse = interpolate(share, size=list(size), mode="area")
+    coarse = interpolate(foreground(target.masks, regions), size=list(size), mode="area")
     if target.known is None:
         return coarse, torch.ones_like(coarse[:, :1])
     known = interpolate(target.known.float(), size=list(size), mode="area")

@@ -1,4 +1,4 @@
-"""How the networks are called: as functions that torch.compile takes, in which precision, outside inference mode (layer 2)."""
+"""In which precision networks are evaluated, and what is refused when a value is not finite (layer 2)."""
 
 from __future__ import annotations
 
@@ -7,32 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-from nnunet_diffusion.networks.pgdiffseg import Condition, PGDiffSeg
-
-
-def evaluate_denoiser(
-    denoiser: PGDiffSeg, noisy: Tensor, image: Tensor, timestep: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One evaluation that touches every parameter: prediction, presence logits, location logits."""
-    condition = denoiser.encode(image, timestep)
-    return denoiser(noisy, timestep, condition), condition.presence_logits, condition.location_logits
-
-
-def encode(denoiser: PGDiffSeg, image: Tensor, timestep: Tensor) -> Condition:
-    """`PGDiffSeg.encode` as a function, for torch.compile: the trainer exchanges the denoiser for its average."""
-    return denoiser.encode(image, timestep)
-
-
-def denoise(denoiser: PGDiffSeg, noisy: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
-    """`PGDiffSeg.forward` as a function."""
-    return denoiser(noisy, timestep, condition)
-
-
-def run(network: nn.Module, image: Tensor) -> Any:
-    """Call a network."""
-    return network(image)
+from torch import Tensor
 
 
 def outside_inference_mode(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -70,12 +45,13 @@ def refuse_nan(probabilities: Tensor) -> None:
     """Raise ValueError if what the networks made of a finite image is not finite: every voxel would be background."""
     if not all_finite(probabilities):
         raise ValueError(
-            "A network gave NaN for an image without: its weights are damaged (take another checkpoint, or train again), or "
-            "half precision overflowed (predict on the CPU: -device cpu)."
+            "The network returned NaN for a finite image. Its weights may be damaged (use another checkpoint), or "
+            "half precision overflowed (predict with -device cpu)."
         )
 
 
 def all_finite(values: Tensor) -> bool:
-    """Whether no value is NaN or infinite; by the extremes, which takes a CPU a sixth of the time of looking at each."""
-    low, high = torch.aminmax(values)  # NaN wins
+    """Return True if every value is finite."""
+    # min and max propagate NaN; one pass takes a sixth of the time of isfinite on a CPU
+    low, high = torch.aminmax(values)
     return bool(torch.isfinite(low) & torch.isfinite(high))

@@ -4,33 +4,36 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
-from nnunet_diffusion.diffusion.gaussian import GaussianDiffusion
-from nnunet_diffusion.diffusion.samplers import OnStep, sample, start_state
+from nnunet_diffusion.diffusion.gaussian import GaussianProcess
+from nnunet_diffusion.diffusion.predictions import prediction_of
+from nnunet_diffusion.diffusion.samplers import OnStep, sample
 from nnunet_diffusion.diffusion.schedules import noise_schedule
-from nnunet_diffusion.model import corrupted_truth, labels, losses
-from nnunet_diffusion.model.precision import (
-    all_finite,
-    denoise,
-    encode,
-    evaluate_denoiser,
-    inference_precision,
-    outside_inference_mode,
-    refuse_nan,
-    run,
-)
+from nnunet_diffusion.model import labels
+from nnunet_diffusion.model.precision import all_finite, inference_precision, outside_inference_mode, refuse_nan
 from nnunet_diffusion.model.settings import DiffusionSettings
-from nnunet_diffusion.networks.pgdiffseg import Condition, PGDiffSeg
+from nnunet_diffusion.networks.denoiser import Condition, Denoiser
 
-SegmentationLoss = Callable[[Tensor, Tensor], Tensor]
-SAMPLES_AT_ONCE = 4
-"""Of one patch, in the denoiser at inference; their number is the user's, and all at once may not fit where training does."""
+SAMPLES_PER_CALL = 4  # samples of one patch denoised together; more may exceed the memory that training needs
+
+
+@dataclass(frozen=True)
+class Presegmentation:
+    """What the pre-segmentor makes of images.
+
+    Attributes:
+        probabilities: of each class or region, (B, K, *spatial), float32.
+        features: of its encoder, for methods that use them.
+    """
+
+    probabilities: Tensor
+    features: tuple[Tensor, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,8 @@ class _StartNoise:
 class DiffusionSegmenter(nn.Module):
     """PD-DDPM around two networks: a frozen pre-segmentor and a denoiser.
 
-    In evaluation `segmenter(image)` gives logits, as any network of nnU-Net's does; with a target it gives the terms of
-    the training loss. `settings` may be replaced at any time by one that differs in inference settings.
+    `segmenter(image)` gives logits, as any network of nnU-Net's does; what training minimises is an objective's
+    (`model/objective.py`). `settings` may be replaced at any time by one that differs in inference settings.
 
     Args:
         presegmentor: image (B, C, *spatial) -> logits (B, K, *spatial), or a list of such (deep supervision), the
@@ -53,22 +56,19 @@ class DiffusionSegmenter(nn.Module):
         settings: validated settings; `prediction_type`, `schedule` and `timesteps` are fixed by the denoiser's training.
     """
 
-    def __init__(self, presegmentor: nn.Module, denoiser: PGDiffSeg, settings: DiffusionSettings) -> None:
+    def __init__(self, presegmentor: nn.Module, denoiser: Any, settings: DiffusionSettings) -> None:
         """Freeze the pre-segmentor and build the diffusion process."""
         super().__init__()
         self.presegmentor = presegmentor.requires_grad_(False).eval()
         self.denoiser = denoiser
         self.settings = settings
-        self.process = GaussianDiffusion(
-            noise_schedule(settings.schedule, settings.timesteps),
-            settings.prediction_type,
-            activation=lambda logits: labels.activate(logits, settings.regions),
-            # near T its error is divided by sqrt(alpha_bar), with the cosine schedule up to 2e4 times (Ho et al. clip too)
-            clamp=settings.prediction_type == "epsilon",
+        self.process = GaussianProcess(noise_schedule(settings.schedule, settings.timesteps))
+        self.prediction = prediction_of(
+            settings.prediction_type, lambda logits: labels.activate(logits, settings.regions)
         )
         self.ignore_label: int | None = None
         self.evaluations = 0
-        self._evaluate, self._encode, self._denoise, self._run = evaluate_denoiser, encode, denoise, run
+        self._encode, self._denoise, self._run = _encode, _denoise, _run
         self._noise: _StartNoise | None = None
 
     def train(self, mode: bool = True) -> DiffusionSegmenter:
@@ -97,28 +97,10 @@ class DiffusionSegmenter(nn.Module):
             )
         return super().load_state_dict(state_dict, strict, assign)
 
-    def forward(
-        self,
-        image: Tensor,
-        target: Tensor | None = None,
-        segmentation_loss: SegmentationLoss | None = None,
-        generator: Generator | None = None,
-    ) -> Any:
-        """Segment `image`, or, with a target, return the terms of the training loss.
-
-        Args:
-            image: (B, C, *spatial) preprocessed patch.
-            target: as nnU-Net's loader gives it, for training: (B, 1, *spatial) label map, or masks of regions.
-            segmentation_loss: (logits, target) -> scalar, needed for `prediction_type` "logits".
-            generator: randomness of training, on the image's device; by default one seeded by torch's own.
-
-        Returns:
-            (B, K, *spatial) bounded logits, or a dictionary of scalars whose sum is the loss.
-        """
-        if target is None:
-            # traced only where a caller compiles this module whole, as nnU-Net's predictor does with nnUNet_compile=t
-            return self.segment(image, compiled=torch.compiler.is_compiling())
-        return self.training_losses(image, target, segmentation_loss, generator)
+    def forward(self, image: Tensor) -> Tensor:
+        """Return bounded logits (B, K, *spatial) of preprocessed patches (B, C, *spatial); see `segment`."""
+        # traced only where a caller compiles this module whole, as nnU-Net's predictor does with nnUNet_compile=t
+        return self.segment(image, compiled=torch.compiler.is_compiling())
 
     @torch.compiler.disable
     def segment(self, image: Tensor, compiled: bool = False) -> Tensor:
@@ -144,11 +126,12 @@ class DiffusionSegmenter(nn.Module):
             refuse_nan(probabilities)
         return labels.probabilities_to_logits(probabilities, self.settings.regions)
 
-    def presegment(self, image: Tensor) -> Tensor:
-        """Return the pre-segmentor's class probabilities (B, K, *spatial), float32."""
+    def presegment(self, image: Tensor) -> Presegmentation:
+        """Return what the pre-segmentor makes of images (B, C, *spatial)."""
         with torch.no_grad():
             output = self.run_presegmentor(image)
-            return labels.activate(output[0] if isinstance(output, (list, tuple)) else output, self.settings.regions)
+            logits = output[0] if isinstance(output, (list, tuple)) else output
+            return Presegmentation(labels.activate(logits, self.settings.regions))
 
     def run_presegmentor(self, image: Tensor) -> Any:
         """Return what the pre-segmentor makes of (B, C, *spatial): logits, or a list of such, the finest first."""
@@ -159,11 +142,11 @@ class DiffusionSegmenter(nn.Module):
 
         Args:
             image: (B, C, *spatial) preprocessed patch.
-            presegmented: `presegment(image)` where it is at hand already.
+            presegmented: the pre-segmentor's probabilities where they are at hand already.
         """
         if self.settings.start_from == "previous_stage":
             return labels.foreground_to_probabilities(image[:, 1 - self.denoiser.state_channels :])
-        return self.presegment(image) if presegmented is None else presegmented
+        return self.presegment(image).probabilities if presegmented is None else presegmented
 
     def sample(self, image: Tensor, presegmentation: Tensor | None = None, on_step: OnStep | None = None) -> Tensor:
         """Run `settings.samples` reverse processes and return their mean probabilities.
@@ -183,17 +166,24 @@ class DiffusionSegmenter(nn.Module):
         needed = not settings.from_noise or settings.condition_on_presegmentation
         member = None
         if presegmentation is None:
-            member = self.presegment(image) if settings.presegmentation_weight > 0 else None
+            member = self.presegment(image).probabilities if settings.presegmentation_weight > 0 else None
             presegmentation = self.own_start(image, member) if needed else None
         shape = (len(image) * settings.samples, self.denoiser.state_channels, *image.shape[2:])
         start, generator = self._start_noise(shape, image.device)
         if not settings.from_noise and presegmentation is not None:
             repeated = presegmentation.float().repeat_interleave(settings.samples, 0)
-            start = start_state(repeated, start, settings.start_step, self.process)
-        with torch.no_grad(), inference_precision(image.device):
+            start = self.process.start(repeated, settings.start_step, start)
+        conditions = Conditions(self, self.condition_image(image, presegmentation))
+
+        def estimate(noisy: Tensor, timestep: int) -> Tensor:
+            self.evaluations += settings.samples
+            states = noisy.view(len(image), settings.samples, *noisy.shape[1:])
+            return self.clean_estimate(states, timestep, conditions.at(timestep), SAMPLES_PER_CALL).view(noisy.shape)
+
+        with torch.no_grad():
             clean = sample(
                 settings.sampler,
-                self._predictor(self.condition_image(image, presegmentation)),
+                estimate,
                 start,
                 settings.start_step,
                 settings.steps,
@@ -202,35 +192,37 @@ class DiffusionSegmenter(nn.Module):
                 eta=settings.eta,
                 on_step=on_step,
             )
-        members = labels.state_to_probabilities(clean, settings.regions).view(len(image), settings.samples, *shape[1:])
-        mean = members.mean(1)
+        found = labels.normalised(self.process.to_probabilities(clean), settings.regions)
+        mean = found.view(len(image), settings.samples, *shape[1:]).mean(1)
         return mean if member is None else torch.lerp(mean, member.to(mean), settings.presegmentation_weight)
 
-    def _predictor(self, image: Tensor) -> Callable[[Tensor, int], Tensor]:
-        """Return the samplers' view of the denoiser: the condition flow is evaluated once a timestep, for all samples."""
-        settings = self.settings
-        known: dict[int, Condition] = {}
+    def clean_estimate(self, states: Tensor, timestep: int, condition: Condition, samples_per_call: int) -> Tensor:
+        """Return the denoiser's estimate of the clean states: one reverse evaluation, of patches and of volumes' tiles.
 
-        def predict(noisy: Tensor, timestep: int) -> Tensor:
-            key = timestep if settings.time_in_condition_flow else 0
-            if key not in known:
-                known.clear()
-                known[key] = self.encode(image, timestep)
-            self.evaluations += settings.samples
-            states = noisy.view(len(image), settings.samples, *noisy.shape[1:])
-            predictions = []
-            for part in states.split(SAMPLES_AT_ONCE, 1):
-                times = torch.full((part.shape[0] * part.shape[1],), timestep, device=noisy.device)
-                condition = known[key].repeat_interleave(part.shape[1])
-                predictions.append(self.denoise(part.flatten(0, 1), times, condition).view(part.shape))
-            return torch.cat(predictions, 1).view(noisy.shape)
+        Args:
+            states: noisy states (B, S, K, *spatial), S samples of each of B images.
+            timestep: of all states.
+            condition: of the images at that timestep; see `Conditions`.
+            samples_per_call: samples of each image that the denoiser sees together.
 
-        return predict
+        Returns:
+            The estimates, of the states' shape, float32.
+        """
+        estimates = []
+        with inference_precision(states.device):
+            for part in states.split(samples_per_call, 1):
+                noisy = part.flatten(0, 1)
+                times = torch.full((len(noisy),), timestep, device=noisy.device)
+                prediction = self.denoise(noisy, times, condition.repeat_interleave(part.shape[1]))
+                clean = self.prediction.to_clean(prediction, noisy, timestep, self.process)
+                estimates.append(clean.view(part.shape))
+        return torch.cat(estimates, 1)
 
     def encode(self, image: Tensor, timestep: int) -> Condition:
         """Evaluate the condition flow and the prior branch at one timestep; `image` (B, C, *spatial)."""
         times = torch.full((len(image),), timestep, device=image.device)
-        return outside_inference_mode(self._encode, self.denoiser, image, times)
+        with inference_precision(image.device):
+            return outside_inference_mode(self._encode, self.denoiser, image, times)
 
     def denoise(self, noisy: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         """Evaluate the denoising side; shapes as `PGDiffSeg.forward`'s."""
@@ -240,7 +232,7 @@ class DiffusionSegmenter(nn.Module):
         """Return what the condition flow sees: the image, with the start's state below it where the settings say so."""
         if not self.settings.condition_on_presegmentation or presegmentation is None:
             return image
-        return torch.cat((image, labels.probabilities_to_state(presegmentation).to(image)), 1)
+        return torch.cat((image, self.process.to_state(presegmentation).to(image)), 1)
 
     def _start_noise(self, shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Generator]:
         """Return the start's noise and the generator that continues after it, both from the settings' seed.
@@ -257,78 +249,17 @@ class DiffusionSegmenter(nn.Module):
         generator.set_state(self._noise.generator_state)
         return self._noise.field, generator
 
-    def training_losses(
-        self, image: Tensor, target: Tensor, segmentation_loss: SegmentationLoss | None, generator: Generator | None
-    ) -> dict[str, Tensor]:
-        """Return the weighted terms of the training loss: `denoising`, `presence`, `location`."""
-        settings = self.settings
-        if generator is None:
-            # a fresh one always begins alike
-            seed = int(torch.randint(2**62, ()))
-            generator = torch.Generator(image.device).manual_seed(seed)
-        truth = labels.read_target(target, self.denoiser.state_channels, settings.regions, self.ignore_label)
-        clean = truth.state
-        if truth.known is not None:
-            # METHODS 1: where nothing is known the state is the pre-segmentation; the losses leave these voxels out
-            clean = torch.where(truth.known, clean, labels.probabilities_to_state(self.own_start(image)))
-        start = self._training_start(clean, image, generator)
-        timestep, noise = self._training_noise(clean, generator)
-        noisy = self.process.add_noise(start, noise, timestep)
-        condition_image = self.condition_image(image, (start + 1) / 2)
-        prediction, presence, location = self._evaluate(self.denoiser, noisy, condition_image, timestep)
-        with torch.autocast(image.device.type, enabled=False):
-            if settings.prediction_type != "logits":
-                denoising = self._squared_error(prediction, clean, noisy, timestep, truth.known)
-            elif segmentation_loss is not None:
-                denoising = segmentation_loss(prediction.float(), target)
-            else:
-                raise ValueError("prediction_type 'logits' needs a segmentation_loss (logits, target) -> scalar.")
-            return {
-                "denoising": denoising,
-                "presence": settings.presence_weight * losses.presence_loss(presence, truth, settings.regions),
-                "location": settings.location_weight * losses.location_loss(location, truth, settings.regions),
-            }
-
-    def _training_noise(self, clean: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
-        """Return timesteps (B,) and noise of the state's shape."""
-        limit, device = self.settings.max_train_step, clean.device
-        timestep = torch.randint(0, limit, (len(clean),), generator=generator, device=device)
-        return timestep, torch.randn(clean.shape, generator=generator, device=device)
-
-    def _training_start(self, clean: Tensor, image: Tensor, generator: Generator) -> Tensor:
-        """Return the state each sample's noise is added to: the truth, a corrupted truth, or the pre-segmentation."""
-        settings, start = self.settings, clean
-        draw = torch.rand(len(clean), generator=generator, device=clean.device).view(-1, *[1] * (clean.ndim - 1))
-        if settings.corruption_probability > 0:
-            wrong = labels.probabilities_to_state(corrupted_truth.corrupt(clean, generator, settings.regions))
-            start = torch.where(draw < settings.corruption_probability, wrong, start)
-        if settings.presegmentation_start_probability > 0:
-            own = labels.probabilities_to_state(self.own_start(image))
-            start = torch.where(draw > 1 - settings.presegmentation_start_probability, own, start)
-        return start
-
-    def _squared_error(
-        self, prediction: Tensor, clean: Tensor, noisy: Tensor, timestep: Tensor, known: Tensor | None
-    ) -> Tensor:
-        settings = self.settings
-        wanted = self.process.target(clean, self.process.to_noise(clean, noisy, timestep), timestep)
-        weight = None
-        if settings.min_snr_gamma > 0:
-            alpha_bar = self.process.schedule.at(timestep, clean)
-            weight = losses.min_snr_weight(alpha_bar, settings.prediction_type, settings.min_snr_gamma)
-        return losses.squared_error(prediction, wanted, weight, known)
-
-    def compile_training(self) -> None:
-        """Compile the denoiser's training evaluation (`torch.compile`); weights and their names are untouched."""
-        self._evaluate = torch.compile(evaluate_denoiser)
-
     def compile_inference(self) -> None:
         """Compile what inference evaluates: pre-segmentor, condition flow and denoising side, each for itself.
 
         The reverse process around them stays as it is, so any sampler works, and its randomness is the same.
         """
-        if self._denoise is denoise:
-            self._encode, self._denoise, self._run = torch.compile(encode), torch.compile(denoise), torch.compile(run)
+        if self._denoise is _denoise:
+            self._encode, self._denoise, self._run = (
+                torch.compile(_encode),
+                torch.compile(_denoise),
+                torch.compile(_run),
+            )
 
     @contextlib.contextmanager
     def overridden(self, **changes: Any) -> Iterator[DiffusionSegmenter]:
@@ -339,3 +270,47 @@ class DiffusionSegmenter(nn.Module):
             yield self
         finally:
             self.settings = before
+
+
+class Conditions:
+    """The condition of one batch of images at the timestep asked for last: it serves all states of that timestep.
+
+    Without time in the condition flow it is the same at every timestep, and is computed once.
+
+    Args:
+        segmenter: whose denoiser encodes.
+        image: what the condition flow sees, (B, C, *spatial); see `condition_image`.
+
+    Attributes:
+        evaluations: images encoded so far.
+    """
+
+    def __init__(self, segmenter: DiffusionSegmenter, image: Tensor) -> None:
+        self._segmenter, self._image = segmenter, image
+        self.evaluations = 0
+        self._timestep: int | None = None
+        self._condition: Condition | None = None
+
+    def at(self, timestep: int) -> Condition:
+        """Return the condition at a timestep."""
+        if self._condition is None or (self._segmenter.settings.time_in_condition_flow and timestep != self._timestep):
+            self._condition = None  # not both in memory at once
+            self._condition = self._segmenter.encode(self._image, timestep)
+            self._timestep = timestep
+            self.evaluations += len(self._image)
+        return self._condition
+
+
+# as functions, for torch.compile: the trainer exchanges the denoiser for its average
+
+
+def _encode(denoiser: Denoiser, image: Tensor, timestep: Tensor) -> Condition:
+    return denoiser.encode(image, timestep)
+
+
+def _denoise(denoiser: Denoiser, noisy: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+    return denoiser(noisy, timestep, condition)
+
+
+def _run(network: nn.Module, image: Tensor) -> Any:
+    return network(image)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from nnunet_diffusion.diffusion.gaussian import PREDICTION_TYPES
+from nnunet_diffusion.diffusion.predictions import PREDICTION_TYPES
 from nnunet_diffusion.diffusion.samplers import SAMPLERS
 from nnunet_diffusion.diffusion.schedules import SCHEDULES
 

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import flop_registry
 
 from nnunet_diffusion.model.build import build_denoiser
 from nnunet_diffusion.model.losses import squared_error
-from nnunet_diffusion.model.precision import evaluate_denoiser
+from nnunet_diffusion.model.objective import evaluate_pgdiffseg
 from nnunet_diffusion.model.settings import DiffusionSettings
 from nnunet_diffusion.networks.attention import ParameterSharedAttention, SelfAttention
 from nnunet_diffusion.networks.pgdiffseg import PGDiffSeg
@@ -158,7 +158,7 @@ def _denoiser_step(
     patch: tuple[int, ...],
     amp: bool,
 ) -> Callable[[], None]:
-    """The step of `DiffusionSegmenter.training_losses` without what looks at values, which these tensors have none of."""
+    """The step of `PGDiffSegObjective` without what looks at values, which these tensors have none of."""
     image = torch.zeros(batch, channels, *patch)
     target = torch.zeros(batch, 1, *patch, dtype=torch.int16)
     clean, start, noise = (torch.zeros(batch, heads, *patch) for _ in range(3))
@@ -168,7 +168,7 @@ def _denoiser_step(
         noisy = start + noise
         seen = torch.cat((image, start), 1) if settings.condition_on_presegmentation else image
         with _autocast(amp):
-            prediction, presence, location = evaluate_denoiser(denoiser, noisy, seen, timestep)
+            prediction, presence, location = evaluate_pgdiffseg(denoiser, noisy, seen, timestep)
         if settings.prediction_type == "logits":
             denoising = nn.functional.cross_entropy(prediction.float(), target[:, 0].long())
             denoising = denoising + prediction.float().softmax(1).square().mean()

@@ -13,6 +13,7 @@ from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import Tensor, nn
 
+from nnunet_diffusion.model.objective import PGDiffSegObjective
 from nnunet_diffusion.model.precision import training_precision
 from nnunet_diffusion.model.segmenter import DiffusionSegmenter
 from nnunet_diffusion.networks.architectures import refuse_unknown_classes
@@ -84,27 +85,34 @@ def diffusion_step(
     image: Tensor,
     target: Tensor,
     precision: contextlib.AbstractContextManager | None = None,
+    compiled: bool = False,
 ) -> Step:
-    """Return DiffusionTrainer's training step without the moving average's update (no FLOPs).
+    """Return DiffusionTrainer's training step.
 
     Args:
         network: of any mode, it is set to training.
         image: (B, C, *spatial).
         target: (B, 1, *spatial) label map.
         precision: as `nnunet_step`'s.
+        compiled: the denoiser by torch.compile.
     """
-    parameters = list(network.denoiser.parameters())
-    optimizer = torch.optim.AdamW(parameters, network.settings.learning_rate, fused=image.device.type != "mps")
+    from nnunet_diffusion.training.learner import Learner, train_step  # the trainer imports planning
+
+    objective, fused = PGDiffSegObjective(network), image.device.type != "mps"
+    learners = {}
+    for name, evaluate in objective.evaluations.items():
+        module = getattr(network, name)
+        optimizer = torch.optim.AdamW(module.parameters(), network.settings.learning_rate, fused=fused)
+        learners[name] = Learner(module, evaluate, optimizer, network.settings.ema_decay)
+        if compiled:
+            learners[name].compile()
     loss, generator = nnunet_loss(), torch.Generator(image.device)
 
     def step() -> None:
         network.train()
-        optimizer.zero_grad(set_to_none=True)
-        with precision or training_precision(image.device):
-            terms = network(image, target, loss, generator)
-        sum(terms.values()).backward()
-        nn.utils.clip_grad_norm_(parameters, 12)
-        optimizer.step()
+        train_step(
+            objective, learners, image, target, loss, generator, lambda: precision or training_precision(image.device)
+        )
 
     return step
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
+from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as nnunet_trainer
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.collate_outputs import collate_outputs
 from nnunetv2.utilities.file_path_utilities import get_output_folder
@@ -23,10 +24,10 @@ from torch.optim.swa_utils import AveragedModel
 
 from nnunet_diffusion.explain.figures import curves_figure
 from nnunet_diffusion.files import PRESEGMENTOR_FOLDER
+from nnunet_diffusion.model.objective import PGDiffSegObjective
 from nnunet_diffusion.model.precision import has_bfloat16, training_precision
 from nnunet_diffusion.model.segmenter import DiffusionSegmenter
 from nnunet_diffusion.model.settings import PLANS_KEY, VERSION, DiffusionSettings
-from nnunet_diffusion.networks.pgdiffseg import PGDiffSeg
 from nnunet_diffusion.planning.memory_warning import memory_warning
 from nnunet_diffusion.planning.record import PlanRecord
 from nnunet_diffusion.training.cascade import (
@@ -50,6 +51,7 @@ from nnunet_diffusion.training.checks import (
     refuse_unusable_folders,
 )
 from nnunet_diffusion.training.ending import end_loaders, tidy_end, what_goes_on
+from nnunet_diffusion.training.learner import Learner, train_step
 from nnunet_diffusion.training.network import build_segmenter
 from nnunet_diffusion.training.outlook import announce, two_networks
 from nnunet_diffusion.training.presegmentor import (
@@ -60,10 +62,9 @@ from nnunet_diffusion.training.presegmentor import (
 )
 from nnunet_diffusion.training.presegmentor.lock import only_job_in
 from nnunet_diffusion.training.replacing import keep_finished, what_happens_to_finished
-from nnunet_diffusion.training.steps import SkippedSteps, take_step
+from nnunet_diffusion.training.steps import SkippedSteps
 from nnunet_diffusion.training.verdict import give_verdict
 
-LOSS_TERMS = ("denoising", "presence", "location")
 RANK_SEEDS = 1_000_003  # far beyond the epochs of a training, so that no rank repeats another's noise
 
 
@@ -128,7 +129,7 @@ class DiffusionTrainer(nnUNetTrainer):
             self.num_epochs = self.epochs
         self.enable_deep_supervision = False
         self.save_every = 1
-        self.ema: AveragedModel | None = None
+        self.learners: dict[str, Learner] = {}
         self._resumed = False
         self._saved = False
         self._skipped = SkippedSteps()
@@ -173,8 +174,18 @@ class DiffusionTrainer(nnUNetTrainer):
         """Build network, optimizer and loss as nnU-Net does; then the moving average, compilation and precision."""
         super().initialize()
         self.segmenter.ignore_label = self.label_manager.ignore_label
-        self.ema = AveragedModel(self.segmenter.denoiser, multi_avg_fn=self._average, use_buffers=True)
-        self.ema.eval()
+        # distributed training wraps the learners, whose evaluations have gradients; nnU-Net wraps the network
+        self.network = self.segmenter
+        self.objective = PGDiffSegObjective(self.segmenter)
+        (name,) = self.objective.evaluations
+        self.learners = {
+            name: Learner(
+                self.segmenter.denoiser, self.objective.evaluations[name], self.optimizer, self.settings.ema_decay
+            )
+        }
+        self._compile_and_distribute()
+
+    def _compile_and_distribute(self) -> None:
         split = any(isinstance(module, nn.SyncBatchNorm) for module in self.segmenter.denoiser.modules())
         wanted = super()._do_i_compile()
         if wanted and split:
@@ -183,7 +194,11 @@ class DiffusionTrainer(nnUNetTrainer):
             )
         elif wanted:
             self.print_to_log_file("Using torch.compile for the denoiser's training step...")
-            self.segmenter.compile_training()
+            for learner in self.learners.values():
+                learner.compile()
+        if self.is_ddp:
+            for learner in self.learners.values():
+                learner.distribute(lambda module: nnunet_trainer.DDP(module, device_ids=[self.local_rank]))
         if has_bfloat16(self.device):
             self.grad_scaler = None  # bfloat16 has float32's range
 
@@ -209,29 +224,21 @@ class DiffusionTrainer(nnUNetTrainer):
 
     # the moving average ----------------------------------------------------------------------------------------------
 
-    def _average(self, averaged: Any, current: Any, count: Any) -> None:
-        """Move the average: decay = min(d, (1 + n) / (10 + n)), so that the first weights are soon forgotten."""
-        assert self.ema is not None
-        steps = int(self.ema.n_averaged)  # `count` is its copy on the GPU, this one is on the CPU
-        decay = min(self.settings.ema_decay, (1 + steps) / (10 + steps))
-        if torch.is_floating_point(averaged[0]):
-            torch._foreach_lerp_(averaged, current, 1 - decay)
-        else:
-            torch._foreach_copy_(averaged, current)
+    @property
+    def ema(self) -> AveragedModel:
+        """The moving average of the denoiser's weights."""
+        return self.learners["denoiser"].average
 
     @contextlib.contextmanager
     def _averaged_weights(self) -> Iterator[None]:
-        """Put the averaged denoiser into the network for a `with` block.
-
-        A distributed network is unwrapped meanwhile: its forward pass would wait for ranks that have fewer cases.
-        """
-        assert self.ema is not None
-        network, segmenter, raw = self.network, self.segmenter, self.segmenter.denoiser
-        self.network, segmenter.denoiser = segmenter, cast(PGDiffSeg, self.ema.module)
+        """Put the averaged weights into the network for a `with` block."""
+        for name, learner in self.learners.items():
+            setattr(self.segmenter, name, learner.average.module)
         try:
             yield
         finally:
-            self.network, segmenter.denoiser = network, raw
+            for name, learner in self.learners.items():
+                setattr(self.segmenter, name, learner.module)
 
     # training --------------------------------------------------------------------------------------------------------
 
@@ -383,18 +390,12 @@ class DiffusionTrainer(nnUNetTrainer):
         check_batch(batch, self)
         image = batch["data"].to(self.device, non_blocking=True)
         target = batch["target"].to(self.device, non_blocking=True)
-        self.optimizer.zero_grad(set_to_none=True)
-        with self._autocast():
-            terms = self.network(image, target, self.loss, self._generator)
-        loss = sum(terms.values())
-        taken = take_step(loss, self.segmenter.denoiser.parameters(), self.optimizer, self.grad_scaler)
+        found, taken = train_step(
+            self.objective, self.learners, image, target, self.loss, self._generator, self._autocast, self.grad_scaler
+        )
         self._skipped.note(taken, self.current_epoch, batch.get("keys"))
-        if taken:
-            assert self.ema is not None
-            self.ema.update_parameters(self.segmenter.denoiser)
-        terms = {"loss": loss, **terms}
         # all at once, and last: each look at a value waits for the GPU
-        values = dict(zip(terms, torch.stack(list(terms.values())).detach().tolist(), strict=True))
+        values = dict(zip(found, torch.stack(list(found.values())).detach().tolist(), strict=True))
         return {**values, "taken": taken}
 
     def _autocast(self) -> contextlib.AbstractContextManager:
@@ -410,12 +411,12 @@ class DiffusionTrainer(nnUNetTrainer):
         super().on_train_epoch_end(train_outputs)
         means = {key: self._mean_of_ranks(values) for key, values in collate_outputs(train_outputs).items()}
         curves = self._curves()
-        for term in LOSS_TERMS:
+        for term in self.objective.terms:
             curves.setdefault(f"{term}_loss", []).extend(
                 [float("nan")] * (self.current_epoch - len(curves.get(f"{term}_loss", [])))
             )
             self.logger.log(f"{term}_loss", means[term], self.current_epoch)
-        self.print_to_log_file(", ".join(f"{term} {means[term]:.4f}" for term in LOSS_TERMS))
+        self.print_to_log_file(", ".join(f"{term} {means[term]:.4f}" for term in self.objective.terms))
 
     def _mean_of_ranks(self, values: Any) -> float:
         everywhere = [values]
@@ -437,7 +438,9 @@ class DiffusionTrainer(nnUNetTrainer):
         """End the epoch as nnU-Net does and draw the curves of the loss terms."""
         self.print_to_log_file("Pseudo dice below: proxy, one step from the pre-segmentation with the averaged weights")
         super().on_epoch_end()
-        curves = {key: self._curves()[key] for key in ("train_losses", *(f"{term}_loss" for term in LOSS_TERMS))}
+        curves = {
+            key: self._curves()[key] for key in ("train_losses", *(f"{term}_loss" for term in self.objective.terms))
+        }
         curves["proxy_dice"] = self._curves()["mean_fg_dice"]
         if self.local_rank == 0:
             curves_figure(curves, Path(self.output_folder) / "progress_diffusion.png")
@@ -458,9 +461,9 @@ class DiffusionTrainer(nnUNetTrainer):
         if self.disable_checkpointing:
             self.print_to_log_file("No checkpoint written, checkpointing is disabled")
             return
-        assert self.ema is not None
         with self._averaged_weights():
             weights = self.segmenter.state_dict()
+        learner = self.learners["denoiser"].state_dict()
         checkpoint = {
             "network_weights": weights,
             "optimizer_state": self.optimizer.state_dict(),
@@ -472,8 +475,8 @@ class DiffusionTrainer(nnUNetTrainer):
             "trainer_name": self.__class__.__name__,
             "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
             DIFFUSION_KEY: {
-                "denoiser_weights": self.segmenter.denoiser.state_dict(),
-                "averaged_steps": self.ema.n_averaged,
+                "denoiser_weights": learner["weights"],
+                "averaged_steps": learner["averaged_steps"],
             },
         }
         if not (self._saved or self._resumed):
@@ -506,7 +509,6 @@ class DiffusionTrainer(nnUNetTrainer):
         if not self.was_initialized:
             self._adopt(DiffusionSettings.from_plans(saved.configuration))
             self.initialize()
-        assert self.ema is not None
         self.my_init_kwargs = checkpoint["init_args"]
         self.current_epoch = checkpoint["current_epoch"]
         self.logger.load_checkpoint(checkpoint["logging"])
@@ -515,11 +517,10 @@ class DiffusionTrainer(nnUNetTrainer):
         self.inference_allowed_mirroring_axes = checkpoint["inference_allowed_mirroring_axes"]
         with self._averaged_weights():
             self.segmenter.load_state_dict(checkpoint["network_weights"])
-        self.segmenter.denoiser.load_state_dict(checkpoint[DIFFUSION_KEY]["denoiser_weights"])
-        self.ema.n_averaged.copy_(checkpoint[DIFFUSION_KEY]["averaged_steps"])
-        for group in checkpoint["optimizer_state"]["param_groups"]:
-            group["fused"] = self.optimizer.defaults["fused"]  # of this device, not of the one it was saved on
-        self.optimizer.load_state_dict(checkpoint["optimizer_state"])
+        own = checkpoint[DIFFUSION_KEY]
+        self.learners["denoiser"].load_state_dict(
+            {"weights": own["denoiser_weights"], "averaged_steps": own["averaged_steps"]}, checkpoint["optimizer_state"]
+        )
         if self.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
             self.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])
         self._resumed = True

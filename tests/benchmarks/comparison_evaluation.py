@@ -230,7 +230,7 @@ class Model:
         _, moved, _ = self._preprocess(case.image, start[None], case.properties)
         label_map = torch.from_numpy(np.maximum(moved, 0)).long()
         heads = self.predictor.label_manager.num_segmentation_heads
-        return (labels.labels_to_state(label_map[None], heads)[0] + 1) / 2
+        return labels.labels_to_masks(label_map[None], heads)[0]
 
     def predict(self, case: Case, start: NDArray | None = None) -> tuple[NDArray, float]:
         """Return the label map on the image's grid and the seconds it took (prediction and resampling, no reading)."""

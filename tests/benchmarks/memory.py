@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import gc
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -95,10 +94,7 @@ def cases(
                 build_denoiser(settings, configuration, channels, heads),
             )
             segmenter = DiffusionSegmenter(frozen, trained, settings).to(device)
-            segmenter.average_of_weights = copy.deepcopy(segmenter.denoiser)  # as large as the trainer's
-            if options.compile:
-                segmenter.compile_training()
-            return segmenter.denoiser, diffusion_step(segmenter, *data(), autocast())
+            return segmenter.denoiser, diffusion_step(segmenter, *data(), autocast(), options.compile)
 
         size = (channels, heads, batch)
         yield "nnU-Net", precision, nnunet_cost(configuration, *size, amp=amp, gpu=gpu), nnunet

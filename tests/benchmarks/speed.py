@@ -96,9 +96,10 @@ def main() -> None:
         nnunet_step(nnunet, image, target, compiled=options.compile), options, device
     )
     if options.compile:
-        network.compile_training()
         network.compile_inference()
-    rows["DiffusionTrainer training step"] = measure(diffusion_step(network, image, target), options, device)
+    rows["DiffusionTrainer training step"] = measure(
+        diffusion_step(network, image, target, compiled=options.compile), options, device
+    )
     nnunet.decoder.deep_supervision = False
     nnunet.eval()
     network.eval()

@@ -4,17 +4,12 @@ import math
 
 import pytest
 import torch
+from paired_process import SCHEDULE, make_process
 
-from nnunet_diffusion.diffusion.gaussian import PREDICTION_TYPES, GaussianDiffusion
-from nnunet_diffusion.diffusion.schedules import noise_schedule
+from nnunet_diffusion.diffusion.predictions import PREDICTION_TYPES, prediction_of
 
-SCHEDULE = noise_schedule("linear", 1000)
 ONE = torch.ones(1, 1, 1, dtype=torch.float64)
 ZERO = torch.zeros_like(ONE)
-
-
-def make_process(prediction_type: str = "x0", **options) -> GaussianDiffusion:
-    return GaussianDiffusion(SCHEDULE, prediction_type, torch.sigmoid, **options)
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -64,7 +59,7 @@ def test_v_is_the_derivative_along_the_circle():
 
 @pytest.mark.parametrize("activation", [torch.sigmoid, lambda logits: logits.softmax(1)])
 def test_logits_become_a_state_between_minus_one_and_one(activation):
-    process = GaussianDiffusion(SCHEDULE, "logits", activation)
+    process = make_process("logits", activation=activation)
     logits = draw(2, 3, 4)
     clean = process.to_clean(logits, draw(2, 3, 4, seed=1), 5)
     assert_close((clean + 1) / 2, activation(logits))
@@ -72,13 +67,13 @@ def test_logits_become_a_state_between_minus_one_and_one(activation):
         process.target(logits, logits, 5)
 
 
-def test_clamping_is_an_option():
-    prediction = torch.tensor([[[-3.0, 0.5, 2.0]]])
-    assert_close(make_process().to_clean(prediction, prediction, 0), prediction)
-    clamped = torch.tensor([[[-1.0, 0.5, 1.0]]])
-    assert_close(make_process().to_clean(prediction, prediction, 0, clamp=True), clamped)
-    assert_close(make_process(clamp=True).to_clean(prediction, prediction, 0), clamped)
-    assert_close(make_process(clamp=True).to_clean(prediction, prediction, 0, clamp=False), prediction)
+def test_clamping_is_an_option_of_epsilon():
+    noise, noisy = torch.tensor([[[-3.0, 0.5, 2.0]]]), torch.zeros(1, 1, 3)
+    free = make_process("epsilon").to_clean(noise, noisy, 999)
+    assert free.abs().max() > 100
+    assert_close(make_process("epsilon", clamp=True).to_clean(noise, noisy, 999), free.clamp(-1, 1))
+    far = torch.tensor([[[-3.0, 0.5, 2.0]]])
+    assert_close(make_process(clamp=True).to_clean(far, far, 0), far)
 
 
 @pytest.mark.parametrize(("timestep", "previous"), [(0, -1), (1, 0), (999, 998), (299, 149), (999, 0), (999, -1)])
@@ -184,8 +179,6 @@ def test_float32_keeps_its_digits_at_timestep_zero():
 
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="'noise'.*epsilon, x0, v, logits"):
-        GaussianDiffusion(SCHEDULE, "noise")
-    with pytest.raises(ValueError, match="activation"):
-        GaussianDiffusion(SCHEDULE, "logits")
+        prediction_of("noise", torch.sigmoid)
     with pytest.raises(ValueError, match="previous is 5"):
         make_process().posterior(ONE, ONE, 5, 5)

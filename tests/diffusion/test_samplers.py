@@ -4,17 +4,13 @@ import math
 
 import pytest
 import torch
+from paired_process import SCHEDULE, make_process, run, sample
 
-from nnunet_diffusion.diffusion.gaussian import PREDICTION_TYPES, GaussianDiffusion
-from nnunet_diffusion.diffusion.samplers import SAMPLERS, ancestral, ddim, sample, start_state, timestep_grid
+from nnunet_diffusion.diffusion.predictions import PREDICTION_TYPES
+from nnunet_diffusion.diffusion.samplers import timestep_grid
 from nnunet_diffusion.diffusion.schedules import noise_schedule
 
-SCHEDULE = noise_schedule("linear", 1000)
 OWN = [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 0.5), ("ddim", 1.0)]
-
-
-def make_process(prediction_type: str = "x0", schedule=SCHEDULE) -> GaussianDiffusion:
-    return GaussianDiffusion(schedule, prediction_type, torch.sigmoid)
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -101,7 +97,7 @@ def test_ddim_with_full_eta_is_the_ddpm_posterior():
     clean = draw(1, 2, 50)
     for timestep in (1, 2, 10, 20, 50, 500, 999):
         noisy, states = process.add_noise(clean, draw(1, 2, 50, seed=1), timestep), []
-        ddim(lambda state, t: clean, noisy, [timestep, timestep - 1], process, generator=seeded(2), eta=1.0,
+        run("ddim", lambda state, t: clean, noisy, [timestep, timestep - 1], process, generator=seeded(2), eta=1.0,
              on_step=lambda t, state, estimate, states=states: states.append(state))  # fmt: skip
         posterior = process.posterior(clean, noisy, timestep, timestep - 1)
         noise = torch.randn(noisy.shape, generator=seeded(2)).double()
@@ -113,8 +109,8 @@ def test_ddim_with_full_eta_is_ancestral_on_a_grid_with_gaps():
     process = make_process("epsilon")
     start, grid = draw(1, 2, 50), timestep_grid(700, 9)
     results = [
-        sampler(lambda state, t: torch.tanh(state), start, grid, process, generator=seeded(2), eta=1.0)
-        for sampler in (ddim, ancestral)
+        run(name, lambda state, t: torch.tanh(state), start, grid, process, generator=seeded(2), eta=1.0)
+        for name in ("ddim", "ddpm")
     ]
     assert_close(*results)
 
@@ -133,12 +129,12 @@ def test_ddim_without_eta_is_deterministic():
 def test_the_generator_decides(name, eta):
     process, start = make_process("v"), draw(1, 2, 5)
 
-    def run(seed: int) -> torch.Tensor:
+    def with_seed(seed: int) -> torch.Tensor:
         torch.randn(1)  # the global random state must not matter
         return sample(name, lambda x, t: x.sin(), start, 300, 8, process, generator=seeded(seed), eta=eta)
 
-    assert torch.equal(run(1), run(1))
-    assert not torch.equal(run(1), run(2))
+    assert torch.equal(with_seed(1), with_seed(1))
+    assert not torch.equal(with_seed(1), with_seed(2))
 
 
 def std_of_gaussian_data(grid: list[int], eta: float, data_variance: float) -> float:
@@ -226,13 +222,13 @@ def test_bad_arguments_are_named():
         with pytest.raises(ValueError, match=f"start_step is {start_step}.*timesteps = 1000"):
             sample("ddim", predict, start, start_step, 1, process)
         with pytest.raises(ValueError, match=f"start_step is {start_step}"):
-            start_state(start, start, start_step, process)
+            process.start(start, start_step, start)
     with pytest.raises(ValueError, match="eta is 1.5"):
         sample("ddim", predict, start, 10, 2, process, eta=1.5)
     for name in ("ddpm", "ddim"):
         for grid in ([], [3, 3], [1, 2], [2, -1], [1000]):
             with pytest.raises(ValueError, match="strictly decreasing timesteps within 0..999"):
-                SAMPLERS[name](predict, start, grid, process)
+                run(name, predict, start, grid, process)
 
 
 # PD-DDPM
@@ -243,7 +239,7 @@ def test_bad_arguments_are_named():
 def test_one_step_from_start_step_one_is_the_networks_estimate_at_timestep_zero(name, prediction_type):
     process = make_process(prediction_type)
     presegmentation, noise = torch.rand(1, 2, 4, 4, dtype=torch.float64), draw(1, 2, 4, 4)
-    start = start_state(presegmentation, noise, 1, process)
+    start = process.start(presegmentation, 1, noise)
     # Timestep 0 has one noising step behind it, of variance 1e-4.
     assert_close(start, math.sqrt(1 - 1e-4) * (2 * presegmentation - 1) + 1e-2 * noise)
     result = sample(name, lambda noisy, t: torch.cos(noisy) + t, start, 1, 1, process)
@@ -253,10 +249,10 @@ def test_one_step_from_start_step_one_is_the_networks_estimate_at_timestep_zero(
 def test_near_total_noise_forgets_the_presegmentation():
     process, noise = make_process(), draw(1, 2, 4, 4)
     presegmentation = torch.rand(1, 2, 4, 4, dtype=torch.float64)
-    start = start_state(presegmentation, noise, 1000, process)
+    start = process.start(presegmentation, 1000, noise)
     # sqrt(4.0358e-5) = 0.00635 of the pre-segmentation is left.
     assert_close(start, noise, 0.0065)
-    other = start_state(1 - presegmentation, noise, 1000, process)
+    other = process.start(1 - presegmentation, 1000, noise)
     assert (start - other).abs().max().item() <= 2 * 0.00636
 
 
@@ -265,7 +261,7 @@ def test_near_total_noise_forgets_the_presegmentation():
 def test_identity_denoiser_returns_the_presegmentation(name, eta, prediction_type, knows):
     process = make_process(prediction_type)
     presegmentation = torch.rand(2, 3, 4, 4, dtype=torch.float64)
-    start = start_state(presegmentation, draw(2, 3, 4, 4), 300, process)
+    start = process.start(presegmentation, 300, draw(2, 3, 4, 4))
     denoiser = knows(process, 2 * presegmentation - 1)
     result = sample(name, denoiser, start, 300, 5, process, generator=seeded(0), eta=eta)
     assert_close((result + 1) / 2, presegmentation, 1e-12)
@@ -275,11 +271,11 @@ def test_a_denoiser_that_sees_no_noise_keeps_the_presegmentation_without_noise()
     # epsilon = 0 scales the state back along the ray on which it was made.
     presegmentation = torch.rand(1, 2, 4, 4, dtype=torch.float64)
     process = make_process("epsilon")
-    start = start_state(presegmentation, torch.zeros_like(presegmentation), 300, process)
+    start = process.start(presegmentation, 300, torch.zeros_like(presegmentation))
     result = sample("ddim", lambda noisy, t: torch.zeros_like(noisy), start, 300, 7, process)
     assert_close((result + 1) / 2, presegmentation, 1e-12)
 
 
 def test_start_state_of_half_precision_probabilities_is_float32():
     half = torch.rand(1, 2, 4).half()
-    assert start_state(half, torch.randn(1, 2, 4), 300, make_process()).dtype == torch.float32
+    assert make_process().start(half, 300, torch.randn(1, 2, 4)).dtype == torch.float32

@@ -6,17 +6,12 @@ import warnings
 
 import pytest
 import torch
+from paired_process import SCHEDULE, make_process, run, sample
 
-from nnunet_diffusion.diffusion.gaussian import PREDICTION_TYPES, GaussianDiffusion
-from nnunet_diffusion.diffusion.samplers import SAMPLERS, ancestral, ddim, sample, start_state, timestep_grid
+from nnunet_diffusion.diffusion.predictions import PREDICTION_TYPES
+from nnunet_diffusion.diffusion.samplers import timestep_grid
 from nnunet_diffusion.diffusion.schedules import noise_schedule
 from nnunet_diffusion.diffusion.solvers import SOLVERS, build_scheduler
-
-SCHEDULE = noise_schedule("linear", 1000)
-
-
-def make_process(prediction_type: str = "x0", schedule=SCHEDULE) -> GaussianDiffusion:
-    return GaussianDiffusion(schedule, prediction_type, torch.sigmoid)
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -48,7 +43,7 @@ def test_perfect_denoiser_gives_the_clean_state(name, prediction_type, schedule,
     process = make_process(prediction_type, schedule)
     clean = draw(2, 3, 4, 4).sign()
     for seed, (start_step, steps) in enumerate([(1, 1), (2, 1), (2, 2), (7, 7), (300, 1), (300, 5), (990, 20)]):
-        start = start_state((clean + 1) / 2, draw(2, 3, 4, 4, seed=seed), start_step, process)
+        start = process.start((clean + 1) / 2, start_step, draw(2, 3, 4, 4, seed=seed))
         result = sample(name, knows(process, clean), start, start_step, steps, process)
         assert result.dtype == torch.float32
         assert_close(result, clean, 1e-4)
@@ -107,7 +102,7 @@ def test_on_diffusers_own_grid_the_states_are_diffusers_own(name, start_step, st
     grid = scheduler.timesteps.tolist()
     assert grid[0] == start_step - 1
     states, expected = [], start
-    SAMPLERS[name](network, start, grid, process, on_step=lambda t, noisy, clean: states.append(noisy))
+    run(name, network, start, grid, process, on_step=lambda t, noisy, clean: states.append(noisy))
     for timestep, state in zip(grid, states, strict=True):
         assert_close(state, expected, 2e-4)
         expected = scheduler.step(network(expected, timestep), timestep, expected).prev_sample
@@ -146,7 +141,7 @@ def test_own_ddim_agrees_with_diffusers(eta, steps, diffusers):
     )
     scheduler.set_timesteps(steps)
     grid = scheduler.timesteps.tolist()
-    result = ddim(network, start, grid, process, generator=seeded(5), eta=eta)
+    result = run("ddim", network, start, grid, process, generator=seeded(5), eta=eta)
     expected, generator = start, seeded(5)
     for timestep in grid:
         output = network(expected, timestep)
@@ -166,7 +161,7 @@ def test_own_ancestral_sampler_agrees_with_diffusers(steps, diffusers):
     )
     scheduler.set_timesteps(steps)
     grid = scheduler.timesteps.tolist()
-    result = ancestral(network, start, grid, process, generator=seeded(5))
+    result = run("ddpm", network, start, grid, process, generator=seeded(5))
     expected, generator = start, seeded(5)
     for timestep in grid:
         output = network(expected, timestep)
@@ -207,7 +202,7 @@ def test_missing_diffusers_names_the_cure(name, monkeypatch):
 def test_bad_grids_are_named(name):
     for grid in ([], [3, 3], [1, 2], [2, -1], [1000]):
         with pytest.raises(ValueError, match="strictly decreasing timesteps within 0..999"):
-            SAMPLERS[name](network, draw(1, 1, 1), grid, make_process("epsilon"))
+            run(name, network, draw(1, 1, 1), grid, make_process("epsilon"))
 
 
 def test_unknown_solver_is_named():

@@ -8,7 +8,8 @@ import torch
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian, compute_steps_for_sliding_window
 from torch import nn
 
-from nnunet_diffusion.diffusion.gaussian import PREDICTION_TYPES, GaussianDiffusion
+from nnunet_diffusion.diffusion.gaussian import GaussianProcess
+from nnunet_diffusion.diffusion.predictions import PREDICTION_TYPES
 from nnunet_diffusion.diffusion.samplers import SAMPLERS, timestep_grid
 from nnunet_diffusion.diffusion.schedules import noise_schedule
 from nnunet_diffusion.inference.out_of_memory import run_group
@@ -21,6 +22,15 @@ CPU = torch.device("cpu")
 SETTINGS = DiffusionSettings(
     features_per_stage=(8,), start_step=300, steps=4, samples=3, presegmentation_weight=0.0, corruption_probability=0.0
 )
+
+
+def clean_state(label_map, classes):
+    """The state in -1 and 1 of a label map (B, 1, *spatial)."""
+    return 2 * labels.labels_to_masks(label_map, classes) - 1
+
+
+def probabilities_of(state):
+    return labels.normalised((state + 1) / 2)
 
 
 class ImageCondition(nn.Module):
@@ -103,11 +113,11 @@ def test_groups_of_tiles_have_few_sizes(tiles, batch, sizes, samples):
 )
 def test_perfect_denoiser_leaves_no_seams(sampler, volume, patch, step):
     truth = torch.randint(0, 3, (1, *volume))
-    state = labels.labels_to_state(truth[None], 3)[0]
-    perfect = Denoiser(3, lambda noisy, image: labels.labels_to_state(image[:, :1], 3))
+    state = clean_state(truth[None], 3)[0]
+    perfect = Denoiser(3, lambda noisy, image: clean_state(image[:, :1], 3))
     settings = dataclasses.replace(SETTINGS, sampler=sampler)
     found = process(perfect, truth.float(), tiling(volume, patch, step), settings).run([0, 1])
-    wanted = labels.state_to_probabilities(state[None])
+    wanted = probabilities_of(state[None])
     assert found.shape == (2, 3, *volume)
     assert (found - wanted).abs().max() < 1e-5
 
@@ -117,10 +127,10 @@ class KnowsTheTruth(Denoiser):
 
     def __init__(self, kind):
         super().__init__(3, None)
-        self.kind, self.process = kind, GaussianDiffusion(noise_schedule("linear", 1000), "x0")
+        self.kind, self.process = kind, GaussianProcess(noise_schedule("linear", 1000))
 
     def forward(self, noisy, timestep, condition):
-        clean = labels.labels_to_state(condition.image[:, :1], 3)
+        clean = clean_state(condition.image[:, :1], 3)
         noise = self.process.to_noise(clean, noisy, timestep)
         alpha_bar = self.process.schedule.at(timestep, noisy)
         return {
@@ -139,7 +149,7 @@ def test_every_prediction_type_gives_the_truth(kind, from_noise):
         SETTINGS, prediction_type=kind, from_noise=from_noise, start_step=1000 if from_noise else 300
     )
     joint = process(KnowsTheTruth(kind), truth.float(), tiling((12, 10), (8, 8), 0.5), settings)
-    wanted = labels.state_to_probabilities(labels.labels_to_state(truth[None], 3))
+    wanted = probabilities_of(clean_state(truth[None], 3))
     for found in (joint.run([0]), joint.run_tile_wise([0])):
         assert (found - wanted).abs().max() < 1e-3
 
@@ -169,7 +179,7 @@ def test_joint_process_is_what_a_loop_over_steps_and_tiles_gives():
         epsilon = (state - alpha_bar[now].sqrt() * clean) / (1 - alpha_bar[now]).sqrt()
         after = torch.ones(()) if following is None else alpha_bar[following]
         state = after.sqrt() * clean + (1 - after).sqrt() * epsilon
-    wanted = labels.state_to_probabilities(state[None])[0].float()
+    wanted = probabilities_of(state[None])[0].float()
     assert torch.allclose(joint.run([0])[0], wanted, atol=1e-5)
 
 

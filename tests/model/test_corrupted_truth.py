@@ -9,14 +9,14 @@ from nnunet_diffusion.model import corrupted_truth, labels
 def disc(count, size=64, radius=14):
     grid = torch.stack(torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")).float()
     inside = ((grid - size / 2) ** 2).sum(0) < radius**2
-    return labels.labels_to_state(inside.long().expand(count, 1, size, size), 2)
+    return labels.labels_to_masks(inside.long().expand(count, 1, size, size), 2)
 
 
 @pytest.mark.parametrize("shape", [(3, 1, 17, 33), (2, 1, 6, 16, 9), (1, 1, 1, 4)])
 def test_result_is_probabilities_of_the_same_shape(shape):
-    state = labels.labels_to_state(torch.randint(0, 4, shape), 4)
-    wrong = corrupted_truth.corrupt(state, torch.Generator().manual_seed(0))
-    assert wrong.shape == state.shape
+    masks = labels.labels_to_masks(torch.randint(0, 4, shape), 4)
+    wrong = corrupted_truth.corrupt(masks, torch.Generator().manual_seed(0))
+    assert wrong.shape == masks.shape
     assert wrong.dtype == torch.float32
     torch.testing.assert_close(wrong.sum(1), torch.ones_like(wrong[:, 0]))
     assert wrong.min() >= 0
@@ -50,6 +50,6 @@ def test_regions_are_spoiled_one_by_one_and_stay_recognisable():
 
 
 def test_parts_are_invented_where_there_is_no_foreground():
-    empty = labels.labels_to_state(torch.zeros(100, 1, 32, 32), 3)
+    empty = labels.labels_to_masks(torch.zeros(100, 1, 32, 32), 3)
     found = corrupted_truth.corrupt(empty, torch.Generator().manual_seed(2))[:, 1:].amax((1, 2, 3)) > 0.9
     assert 0.05 < found.float().mean() < 0.5

@@ -8,6 +8,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nnunet_diffusion.inference.volume import Tiling, VolumeProcess
+from nnunet_diffusion.model.objective import PGDiffSegObjective
 from nnunet_diffusion.model.segmenter import DiffusionSegmenter
 from nnunet_diffusion.model.settings import DiffusionSettings
 from nnunet_diffusion.networks.pgdiffseg import PGDiffSeg
@@ -63,7 +64,8 @@ def test_training_losses(gpu, settings):
     heads = 4 if network.settings.regions else 1
     with gpu:
         image, target = (torch.zeros(2, channels, 16, 16, device=GPU) for channels in (1, heads))
-        terms = network.training_losses(image, target, lambda logits, _: logits.mean(), torch.Generator())
+        turns = PGDiffSegObjective(network).turns(image, target, lambda logits, _: logits.mean(), torch.Generator())
+        ((_, terms),) = turns
     assert {term.device for term in terms.values()} == {GPU}
 
 

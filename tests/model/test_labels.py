@@ -1,4 +1,4 @@
-"""Label maps, states, probabilities, logits."""
+"""Label maps, masks, probabilities, logits."""
 
 import pytest
 import torch
@@ -7,26 +7,29 @@ from nnunet_diffusion.model import labels
 
 
 @pytest.mark.parametrize("spatial", [(7, 5), (4, 3, 5)])
-def test_label_map_to_state_and_back_is_the_identity(spatial):
+def test_label_map_to_masks_and_back_is_the_identity(spatial):
     target = torch.randint(0, 4, (2, 1, *spatial))
-    state = labels.labels_to_state(target, 4)
-    assert state.shape == (2, 4, *spatial)
-    assert set(state.unique().tolist()) == {-1.0, 1.0}
-    probabilities = labels.state_to_probabilities(state)
+    masks = labels.labels_to_masks(target, 4)
+    assert masks.shape == (2, 4, *spatial)
+    assert set(masks.unique().tolist()) == {0.0, 1.0}
+    assert torch.equal(masks.argmax(1), target[:, 0])
+    probabilities = labels.normalised(masks.clone())
     torch.testing.assert_close(probabilities.sum(1), torch.ones(2, *spatial))
-    assert torch.equal(probabilities.argmax(1), target[:, 0])
+    torch.testing.assert_close(probabilities, masks, atol=5e-6, rtol=0)
 
 
-def test_probabilities_to_state_and_back():
+def test_probabilities_stay_as_they_are():
     probabilities = torch.rand(2, 3, 5, 5).softmax(1)
-    back = labels.state_to_probabilities(labels.probabilities_to_state(probabilities))
-    torch.testing.assert_close(back, probabilities, atol=1e-6, rtol=0)
+    torch.testing.assert_close(labels.normalised(probabilities.clone()), probabilities, atol=1e-6, rtol=0)
+    regions = torch.rand(2, 3, 5, 5)
+    assert torch.equal(labels.normalised(regions.clone(), regions=True), regions)
 
 
-def test_state_outside_the_range_still_gives_probabilities():
-    probabilities = labels.state_to_probabilities(torch.tensor([[[3.0]], [[-7.0]]]).view(1, 2, 1, 1))
+def test_estimates_outside_the_range_still_give_probabilities():
+    probabilities = labels.normalised(torch.tensor([2.0, -3.0]).view(1, 2, 1, 1))
     assert probabilities.flatten().tolist() == pytest.approx([1.0, 0.0], abs=2e-6)
-    nowhere = labels.state_to_probabilities(torch.full((1, 4, 1, 1), -1.0))
+    assert labels.normalised(torch.tensor([2.0, -3.0]).view(1, 2, 1, 1), regions=True).flatten().tolist() == [1, 0]
+    nowhere = labels.normalised(torch.zeros(1, 4, 1, 1))
     assert nowhere.flatten().tolist() == pytest.approx([0.25] * 4)
 
 
@@ -68,7 +71,7 @@ def test_regions_overlap_and_all_of_them_are_foreground():
     masks = torch.zeros(1, 2, 4, 4)
     masks[0, 0], masks[0, 1, :2] = 1, 1
     truth = labels.read_target(masks, 2, regions=True)
-    assert truth.known is None and truth.state.tolist() == (masks * 2 - 1).tolist()
+    assert truth.known is None and torch.equal(truth.masks, masks)
     assert labels.presence(truth, regions=True)[0].tolist() == [[1, 1]]
     assert labels.location(truth, (1, 1), regions=True)[0].flatten().tolist() == [1, 0.5]
 
@@ -78,11 +81,11 @@ def test_ignore_label_of_classes_and_of_regions(kind):
     label_map = torch.tensor([0, 1, 2, 3]).view(1, 1, 4, 1)
     truth = labels.read_target(label_map, 3, ignore_label=3)
     assert truth.known.flatten().tolist() == [True, True, True, False]
-    assert truth.state[0, :, 3, 0].tolist() == [-1, -1, -1]
+    assert truth.masks[0, :, 3, 0].tolist() == [0, 0, 0]
     masks = torch.stack([label_map[:, 0] > 0, label_map[:, 0] == 2, label_map[:, 0] == 3], 1).to(kind)
     truth = labels.read_target(masks, 2, regions=True, ignore_label=3)
     assert truth.known.flatten().tolist() == [True, True, True, False]
-    assert truth.state[0, :, :, 0].tolist() == [[-1, 1, 1, -1], [-1, -1, 1, -1]]
+    assert truth.masks[0, :, :, 0].tolist() == [[0, 1, 1, 0], [0, 0, 1, 0]]
 
 
 def test_location_is_the_share_of_known_voxels():
@@ -95,7 +98,5 @@ def test_probabilities_of_regions_and_back():
     logits = (torch.randn(2, 3, 4, 4) * 3).clamp(-6, 6)  # float32 near 1 resolves no larger ones
     probabilities = labels.activate(logits, regions=True)
     assert torch.allclose(labels.probabilities_to_logits(probabilities, regions=True), logits, atol=1e-4)
-    state = labels.probabilities_to_state(probabilities)
-    assert torch.allclose(labels.state_to_probabilities(state, regions=True), probabilities, atol=1e-6)
     extreme = labels.probabilities_to_logits(torch.tensor([[0.0], [1.0]]), regions=True)
     assert 13 < extreme.abs().min() <= extreme.abs().max() < 14

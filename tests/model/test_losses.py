@@ -23,7 +23,7 @@ def test_perfect_location_has_no_loss_and_empty_foreground_is_finite():
     wrong = losses.location_loss(-perfect, target)
     assert wrong > 10
     logits = torch.zeros(1, 1, 4, 4, requires_grad=True)
-    losses.location_loss(logits, Target(-torch.ones(1, 2, 8, 8))).backward()
+    losses.location_loss(logits, Target(torch.zeros(1, 2, 8, 8))).backward()
     assert torch.isfinite(logits.grad).all()
 
 
@@ -38,21 +38,21 @@ def test_ignored_voxels_change_no_loss(regions):
     torch.manual_seed(0)
     known = torch.ones(2, 1, 8, 8, dtype=torch.bool)
     known[..., 3:] = False
-    state = torch.where(torch.rand(2, 3, 8, 8) < 0.5, 1.0, -1.0)
-    other = torch.where(known, state, -state)
+    masks = (torch.rand(2, 3, 8, 8) < 0.5).float()
+    other = torch.where(known, masks, 1 - masks)
     heads = 3 if regions else 2
     location = torch.randn(2, heads, 4, 4)
     location_other = torch.where(torch.arange(4) < 2, location, torch.randn(2, heads, 4, 4))
     prediction = torch.randn(2, 3, 8, 8)
-    hidden = [Target(torch.where(known, each, -1.0), known) for each in (state, other)]
+    hidden = [Target(torch.where(known, each, 0.0), known) for each in (masks, other)]
     first, second = (
         losses.location_loss(logits, target, regions)
         for logits, target in zip((location, location_other), hidden, strict=True)
     )
     assert first.item() == pytest.approx(second.item())
-    errors = [losses.squared_error(prediction, each, None, known).item() for each in (state, other)]
+    errors = [losses.squared_error(prediction, each, None, known).item() for each in (masks, other)]
     assert errors[0] == pytest.approx(errors[1])
-    assert errors[0] == pytest.approx(((prediction - state) ** 2)[..., :3].mean().item())
+    assert errors[0] == pytest.approx(((prediction - masks) ** 2)[..., :3].mean().item())
 
 
 def test_what_may_hide_behind_ignored_voxels_is_no_absence():

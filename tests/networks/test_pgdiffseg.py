@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from nnunet_diffusion.model.precision import evaluate_denoiser
+from nnunet_diffusion.model.objective import evaluate_pgdiffseg
 from nnunet_diffusion.networks import PGDiffSeg
 from nnunet_diffusion.networks.blocks import GroupNorm, InstanceNorm, group_count
 
@@ -273,7 +273,7 @@ def test_compiled_training_step_has_the_same_gradients(dimension):
     )
     image, noisy = torch.randn(2, 1, *[8] * dimension), torch.randn(2, 2, *[8] * dimension)
     timestep, gradients = torch.tensor([3, 700]), {}
-    for name, evaluate in (("eager", evaluate_denoiser), ("compiled", torch.compile(evaluate_denoiser))):
+    for name, evaluate in (("eager", evaluate_pgdiffseg), ("compiled", torch.compile(evaluate_pgdiffseg))):
         net.zero_grad()
         sum(output.square().mean() for output in evaluate(net, noisy, image, timestep)).backward()
         gradients[name] = {key: parameter.grad.clone() for key, parameter in net.named_parameters()}

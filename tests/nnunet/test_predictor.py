@@ -435,10 +435,10 @@ def test_nan_of_a_network_is_no_segmentation(place, part):
     for weights in predictor.list_of_parameters:
         name = [key for key in weights if key.startswith(part) and weights[key].is_floating_point()][-1]
         weights[name] = torch.full_like(weights[name], torch.nan)
-    with pytest.raises(ValueError, match="A network gave NaN for an image without"):
+    with pytest.raises(ValueError, match="The network returned NaN for a finite image"):
         predictor.predict_volume(torch.randn(1, 1, 32, 32))
     network = predictor.network.eval()
-    with torch.inference_mode(), pytest.raises(ValueError, match="A network gave NaN for an image without"):
+    with torch.inference_mode(), pytest.raises(ValueError, match="The network returned NaN for a finite image"):
         network(torch.randn(1, 1, 32, 32))
     with torch.no_grad():  # as in the epochs of a training: one overflow must not end it
         assert network(torch.randn(1, 1, 32, 32)).isnan().any()

@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from nnunet_diffusion.model.build import build_denoiser
-from nnunet_diffusion.model.precision import evaluate_denoiser
+from nnunet_diffusion.model.objective import evaluate_pgdiffseg
 from nnunet_diffusion.model.settings import default_settings
 from nnunet_diffusion.planning import costs
 from nnunet_diffusion.planning.costs import SavedBytes, denoiser_cost, nnunet_cost
@@ -52,7 +52,7 @@ def test_saved_bytes_are_those_of_a_real_forward_pass(configuration, patch, batc
     noisy, clean = torch.randn(batch, HEADS, *patch), torch.randn(batch, HEADS, *patch)
     with SavedBytes(denoiser) as saved:
         with precision(amp):
-            outputs = evaluate_denoiser(denoiser, noisy, image, torch.zeros(batch, dtype=torch.long))
+            outputs = evaluate_pgdiffseg(denoiser, noisy, image, torch.zeros(batch, dtype=torch.long))
         loss = (outputs[0].float() - clean).square().mean() + sum(part.float().square().mean() for part in outputs[1:])
     assert loss.requires_grad
     cost = denoiser_cost(plan, settings, CHANNELS, HEADS, batch, amp=amp)

@@ -28,7 +28,7 @@ def take_step(folder: Path, rows: slice) -> dict:
     trainer.initialize()
     trainer.on_train_epoch_start()
     drawn = trainer._generator.initial_seed()
-    trainer.segmenter._training_noise = lambda clean, generator: (given["timestep"][rows], given["noise"][rows])
+    trainer.objective.draw_noise = lambda clean, generator: (given["timestep"][rows], given["noise"][rows])
     losses = trainer.train_step({key: given[key][rows] for key in ("data", "target")})
     denoiser, presegmentor = trainer.segmenter.denoiser, trainer.segmenter.presegmentor
     return {
@@ -37,7 +37,7 @@ def take_step(folder: Path, rows: slice) -> dict:
         "presegmentor": presegmentor.state_dict(),
         "losses": {key: float(value) for key, value in losses.items()},
         "seed": drawn,
-        "wrapped": type(trainer.network).__name__,
+        "wrapped": type(trainer.learners["denoiser"]._wrapped).__name__,
     }
 
 

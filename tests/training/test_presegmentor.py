@@ -58,7 +58,7 @@ def test_fitting_weights_are_returned_and_load_into_the_segmenter(workplace, sto
     image = torch.randn(1, 1, 32, 32)
     with torch.no_grad():
         stock[0].network.eval()
-        assert torch.equal(ours.segmenter.presegment(image), stock[0].network(image)[0].softmax(1))
+        assert torch.equal(ours.segmenter.presegment(image).probabilities, stock[0].network(image)[0].softmax(1))
 
 
 def test_state_is_what_is_left_to_do(stock):
@@ -210,14 +210,14 @@ def test_given_one_of_another_architecture_is_built_into_the_checkpoint(workplac
     image = torch.randn(1, 1, 32, 32)
     with torch.no_grad():
         expected = stock[0].network(image)[0].softmax(1)
-        assert torch.equal(trainer.segmenter.presegment(image), expected)
+        assert torch.equal(trainer.segmenter.presegment(image).probabilities, expected)
         trainer.save_checkpoint(str(tmp_path / "checkpoint_final.pth"))
         # a machine that has the checkpoint alone
         monkeypatch.delenv(PRESEGMENTOR_FOLDER)
         (tmp_path / "model").rename(tmp_path / "elsewhere")
         resumed = workplace.trainer(DiffusionTrainer, change=wider)
         resumed.load_checkpoint(str(tmp_path / "checkpoint_final.pth"))
-        assert torch.equal(resumed.segmenter.presegment(image), expected)
+        assert torch.equal(resumed.segmenter.presegment(image).probabilities, expected)
 
 
 def test_given_folder_without_the_fold_is_refused(workplace, stock, tmp_path, monkeypatch):
