@@ -85,7 +85,9 @@ def test_places_in_the_code_exist(page):
 
 
 def test_files_of_the_map_from_papers_exist():
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## From the papers to the files")[1].split("##")[0]
+    section = (
+        (ROOT / "README.md").read_text(encoding="utf-8").split("## From the papers to the files")[1].split("##")[0]
+    )
     table = "\n".join(line for line in section.splitlines() if line.startswith("|"))
     files = re.findall(r"`(\w+/[\w/]*)(\.py)?`", table)
     assert len(files) > 10 and not [f"{name}{end}" for name, end in files if not (PACKAGE / f"{name}{end}").exists()]
