@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nnunet_diffusion.settings import settings_table
+from nnunet_diffusion.model.settings import settings_table
 
 TARGET = Path(__file__).with_name("settings.md")
 TEMPLATE = """# Settings

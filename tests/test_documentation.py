@@ -12,7 +12,8 @@ import re
 from pathlib import Path
 
 import pytest
-from nnunet_diffusion.settings import DiffusionSettings
+
+from nnunet_diffusion.model.settings import DiffusionSettings
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "nnunet_diffusion"
@@ -84,7 +85,10 @@ def test_places_in_the_code_exist(page):
 
 
 def test_files_of_the_map_from_papers_exist():
-    table = (ROOT / "README.md").read_text(encoding="utf-8").split("## From the papers to the files")[1].split("##")[0]
+    section = (
+        (ROOT / "README.md").read_text(encoding="utf-8").split("## From the papers to the files")[1].split("##")[0]
+    )
+    table = "\n".join(line for line in section.splitlines() if line.startswith("|"))
     files = re.findall(r"`(\w+/[\w/]*)(\.py)?`", table)
     assert len(files) > 10 and not [f"{name}{end}" for name, end in files if not (PACKAGE / f"{name}{end}").exists()]
 

@@ -37,7 +37,7 @@ FOREIGN = {
 }
 FOREIGN_INSIDE_FUNCTIONS = {"diffusion": {"diffusers"}}
 SOURCES = sorted(path for part in (PACKAGE, "trainers", "planners") for path in (ROOT / part).rglob("*.py"))
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "documentation").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "documentation").rglob("*.md"))]
 
 
 def name_of(path: Path) -> str:
