@@ -12,22 +12,24 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "nnunet_diffusion"
-# Layer of each module or subpackage of the package; a new one has to be given its layer here.
-LAYERS = {
-    "diffusion": 1,
-    "networks": 1,
-    "files": 1,
-    "jobs": 1,
-    "model": 2,
-    "training": 3,
-    "planning": 3,
-    "inference": 3,
-    "evaluation": 3,
-    "explain": 3,
-    "cli": 4,
-    "trainers": 4,
-    "planners": 4,
-}
+PAGE = ROOT / "documentation" / "architecture.md"
+
+
+def rooms() -> dict[str, tuple[int, set[str]]]:
+    """Rooms of the page: name -> layer, and the files and folders that it lists (none: all that are there)."""
+    found: dict[str, tuple[int, set[str]]] = {}
+    tree = re.search(r"```\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[1]
+    for line in tree.splitlines()[1:] if tree.startswith(PACKAGE) else []:
+        if room := re.match(r" *([\w.]+)/? +LAYER (\d)", line):
+            name = room[1].removesuffix(".py")
+            found[name] = int(room[2]), set()
+        else:
+            found[name][1].update(line.split())
+    return found
+
+
+ROOMS = rooms()
+LAYERS = {name: layer for name, (layer, _) in ROOMS.items()}
 # Beside the standard library and its own subpackage, each part of layer 1 imports only these.
 FOREIGN = {
     "diffusion": {"torch"},
@@ -73,6 +75,15 @@ def foreign(names: set[str]) -> set[str]:
 
 def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def test_the_page_and_the_tree_agree():
+    there = {path.stem for path in (ROOT / PACKAGE).iterdir() if path.name not in ("__init__.py", "__pycache__")}
+    assert there | {"trainers", "planners"} == set(ROOMS)
+    for name, (_, listed) in ROOMS.items():
+        if listed:
+            inside = {path for path in (ROOT / PACKAGE / name).iterdir() if not path.name.startswith("__")}
+            assert {path.name + "/" * path.is_dir() for path in inside} == listed, name
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)

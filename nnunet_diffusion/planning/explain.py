@@ -53,7 +53,7 @@ def _choices(planner: DiffusionPlanning, configuration: dict[str, Any], name: st
         [round(float(edge)) for edge in configuration["median_image_size_in_voxels"]],
     )
     share, count, width = found.reasons["attention_tokens"][1], planner.dataset_json["numTraining"], _numbers
-    best = "best measured, documentation/results.md"
+    best = "best measured, documentation/experiments/defaults.md"
     rows = [
         ("what", "chosen", "from", "rule"),
         ("spacing", width(configuration["spacing"]), "spacings of all cases", "nnU-Net's"),

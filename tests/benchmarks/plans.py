@@ -1,4 +1,4 @@
-r"""What the planners choose at several memory targets: the tables of plans in documentation/results.md.
+r"""What the planners choose at several memory targets: the tables of plans in documentation/experiments/plans.md.
 
     python tests/benchmarks/plans.py --workdir W --targets 1 4 8 24 \
         --datasets DATA/Dataset004_Hippocampus DATA/Dataset105_BUSI

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The comparison of documentation/results.md at nnU-Net's own widths on one GPU, resumable.
+# The comparison of documentation/experiments/stock_widths.md at nnU-Net's own widths on one GPU, resumable.
 #   WORK=folder DATA=folder-of-raw-datasets bash tests/benchmarks/real_sizes.sh hippocampus_2d|hippocampus_3d|busi SECONDS
 # Stops cleanly after SECONDS; the same command goes on from there.
 set -euo pipefail
