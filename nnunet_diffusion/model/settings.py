@@ -35,7 +35,7 @@ class DiffusionSettings:
     """Every choice a user may make without writing code.
 
     Sources: PGDiffSeg (Feng et al. 2024, arXiv:2410.17812) for the denoiser and its losses; PD-DDPM (Guo et al. 2022)
-    for `start_step`; the defaults are those of `default_settings`, chosen by the figures in documentation/experiments/defaults.md.
+    for `start_step`; the defaults are those of `default_settings`, chosen by documentation/experiments/defaults.md.
 
     Raises:
         ValueError: naming the key, its value and the legal choices or range, if a value is out of range, of the wrong

@@ -31,7 +31,8 @@ CPU_PATCH_VOXELS = {2: 64**2, 3: 32**3}
 """By dimension, the smallest patch in voxels that planning for a time budget chooses; if a step of it still takes longer, the
 plan is kept and a note is printed."""
 NNUNET_SHARE = 0.5
-"""Share of the time budget for nnU-Net's step; a smaller nnU-Net costs more accuracy than a narrower denoiser (documentation/experiments/cpu_plans.md)."""
+"""Share of the time budget for nnU-Net's step; a smaller nnU-Net costs more accuracy than a narrower denoiser
+(documentation/experiments/cpu_plans.md)."""
 CORRECTIONS = 3
 TOLERANCE = 1.25
 """A measured step may take this many times the time budget."""
