@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from nnunetv2.paths import nnUNet_results
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -26,41 +28,33 @@ def previous_stage_folder(plans_manager: PlansManager, configuration: str, train
     return Path(nnUNet_results or "") / plans_manager.dataset_name / model / "predicted_next_stage" / configuration
 
 
-def refuse_incomplete_previous_stage(
-    folder: Path,
-    cases: Sequence[str],
-    plans_manager: PlansManager,
-    configuration: str,
-    trainer_name: str,
-    folds: int,
-    device: str,
-) -> None:
+def refuse_incomplete_previous_stage(trainer: Any, cases: Sequence[str]) -> None:
     """Raise FileNotFoundError, with the commands that are missing, unless every case has a segmentation.
 
     Args:
-        folder: of the previous stage's segmentations.
+        trainer: diffusion trainer of a configuration with a previous stage.
         cases: that training and validation need.
-        plans_manager: of the plans.
-        configuration: with a previous stage.
-        trainer_name: of the previous stage's networks.
-        folds: of the split; each validates its own cases.
-        device: its type, for the commands.
     """
+    folder, manager = Path(trainer.folder_with_segs_from_previous_stage), trainer.plans_manager
     found = {path.stem for path in folder.glob("*")} if folder.is_dir() else set()
     missing = [case for case in cases if case not in found]
     if not missing:
         return
-    previous = plans_manager.get_configuration(configuration).previous_stage_name
-    command = (
-        f"nnUNetv2_train {plans_manager.dataset_name} {previous} $fold -tr {trainer_name} -p {plans_manager.plans_name}"
-    )
+    previous = manager.get_configuration(trainer.configuration_name).previous_stage_name
+    first, device = trainer.settings.presegmentor_trainer, trainer.device.type
+    command = f"nnUNetv2_train {manager.dataset_name} {previous} $fold -tr {first} -p {manager.plans_name}"
     command += f" -device {device}" if device != "cuda" else ""
+    folds = " ".join(map(str, range(_number_of_folds(trainer))))
     raise FileNotFoundError(
-        f"{configuration} needs the segmentations that {previous} makes in its validation, and {len(missing)} of "
+        f"{trainer.configuration_name} needs the segmentations that {previous} makes in its validation, and {len(missing)} of "
         f"{len(cases)} cases have none in {folder} ({', '.join(missing[:SHOWN])}{', ...' if len(missing) > SHOWN else ''}). "
-        f"Run (with --val if these folds are trained already): for fold in {' '.join(map(str, range(folds)))}; do {command}; "
-        "done"
+        f"Run (with --val if these folds are trained already): for fold in {folds}; do {command}; done"
     )
+
+
+def _number_of_folds(trainer: Any) -> int:
+    splits = Path(trainer.preprocessed_dataset_folder_base) / "splits_final.json"
+    return len(json.loads(splits.read_text())) if splits.is_file() else 5
 
 
 def refuse_impossible_start(settings: DiffusionSettings, previous_stage: str | None, configuration: str) -> None:

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_diffusion.files import preprocess_command
 from nnunet_diffusion.model import labels
 from nnunet_diffusion.model.precision import all_finite
+from nnunet_diffusion.model.settings import PLANS_KEY, DiffusionSettings
 
 PREPROCESSED, RESULTS = FOLDERS = ("nnUNet_preprocessed", "nnUNet_results")
 PATIENCE_SECONDS = 5.0
@@ -85,6 +87,30 @@ def refuse_foreign_plans(dataset_name: str, dataset_json: Mapping[str, Any]) -> 
                 "dataset with 'nnunet_diffusion plan -d ID --preprocess -c CONFIG', or bring plans over with "
                 "nnUNetv2_move_plans_between_datasets and run nnUNetv2_preprocess."
             )
+
+
+def refuse_other_folds_settings(path: Path, configuration_name: str, settings: DiffusionSettings) -> None:
+    """Raise ValueError if the folds trained already, which share a model's plans.json, have other settings.
+
+    Args:
+        path: of that file, which may not exist yet.
+        configuration_name: of the training.
+        settings: of this fold.
+    """
+    if not path.is_file():
+        return
+    plans = read_shared_json(path)
+    if plans["configurations"].get(configuration_name, {}).get(PLANS_KEY) is None:
+        return
+    configuration = PlansManager(plans).get_configuration(configuration_name).configuration
+    existing, ours = DiffusionSettings.from_plans(configuration).to_plans(), settings.to_plans()
+    if existing != ours:
+        differing = [key for key in ours if existing.get(key) != ours[key]]
+        raise ValueError(
+            f"{path} belongs to a training with other settings ({', '.join(differing)}: "
+            f"{[existing.get(key) for key in differing]} there, {[ours[key] for key in differing]} here), and all folds of "
+            "a model share it. Give the plans another plans_name, or remove that folder."
+        )
 
 
 def read_shared_json(path: Path) -> Any:

@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
-import torch.distributed as dist
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as nnunet_trainer
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from nnunetv2.utilities.collate_outputs import collate_outputs
 from nnunetv2.utilities.file_path_utilities import get_output_folder
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from nnunet_diffusion.explain.figures import curves_figure
-from nnunet_diffusion.files import PRESEGMENTOR_FOLDER
 from nnunet_diffusion.model.objective import PGDiffSegObjective
 from nnunet_diffusion.model.precision import has_bfloat16, training_precision
 from nnunet_diffusion.model.segmenter import DiffusionSegmenter
@@ -36,9 +30,6 @@ from nnunet_diffusion.training.cascade import (
     refuse_incomplete_previous_stage,
 )
 from nnunet_diffusion.training.checkpoints import (
-    DIFFUSION_KEY,
-    read_checkpoint,
-    refuse_foreign_checkpoint,
     refuse_unknown_networks,
     remove_what_killed_jobs_left,
     write_checkpoint,
@@ -46,22 +37,23 @@ from nnunet_diffusion.training.checkpoints import (
 from nnunet_diffusion.training.checks import (
     check_batch,
     explained,
-    read_shared_json,
     refuse_foreign_plans,
+    refuse_other_folds_settings,
     refuse_unusable_folders,
 )
+from nnunet_diffusion.training.curves import draw_curves, log_terms
 from nnunet_diffusion.training.ending import end_loaders, tidy_end, what_goes_on
 from nnunet_diffusion.training.learner import Learner, train_step
 from nnunet_diffusion.training.network import build_segmenter
 from nnunet_diffusion.training.outlook import announce, two_networks
 from nnunet_diffusion.training.presegmentor import (
-    ensure_presegmentor,
     given_presegmentor,
-    load_presegmentor_weights,
     presegmentor_state,
+    presegmentor_weights,
 )
 from nnunet_diffusion.training.presegmentor.lock import only_job_in
 from nnunet_diffusion.training.replacing import keep_finished, what_happens_to_finished
+from nnunet_diffusion.training.state import checkpoint_of, own_checkpoint, restore
 from nnunet_diffusion.training.steps import SkippedSteps
 from nnunet_diffusion.training.verdict import give_verdict
 
@@ -279,22 +271,14 @@ class DiffusionTrainer(nnUNetTrainer):
         """Have the pre-segmentor trained, embed it, then start as nnU-Net does."""
         if not self.was_initialized:
             self.initialize()
-        self._refuse_other_folds_settings()
+        shared = Path(self.output_folder_base) / "plans.json"
+        refuse_other_folds_settings(shared, self.configuration_name, self.settings)
         if self.is_cascaded:
-            refuse_incomplete_previous_stage(
-                Path(self.folder_with_segs_from_previous_stage),
-                [case for part in self.do_split() for case in part],
-                self.plans_manager,
-                self.configuration_name,
-                self.settings.presegmentor_trainer,
-                self._number_of_folds(),
-                self.device.type,
-            )
+            refuse_incomplete_previous_stage(self, [case for part in self.do_split() for case in part])
         self._say_what_will_happen()
         if not self._resumed:
             self._embed_presegmentor()
-        self._warn_about_presegmentation_starts()
-        self._warn_about_memory()
+        self._warn()
         remove_what_killed_jobs_left(Path(self.output_folder))
         super().on_train_start()
         announce(self, "denoiser", self.print_to_log_file)
@@ -317,66 +301,20 @@ class DiffusionTrainer(nnUNetTrainer):
         self.print_to_log_file(two_networks(*names, self.num_epochs, self.current_epoch))
 
     def _embed_presegmentor(self) -> None:
-        if self._given is not None:
-            checkpoint = self._given.checkpoint
-            self.print_to_log_file(f"Pre-segmentor: {checkpoint}, as {PRESEGMENTOR_FOLDER} wants it.")
-        else:
-            checkpoint = ensure_presegmentor(
-                self.settings.presegmentor_trainer,
-                self.plans_manager.dataset_name,
-                self.configuration_name,
-                self.fold,
-                self.plans_manager.plans_name,
-                self.device,
-                self.print_to_log_file,
-            )
-        weights = load_presegmentor_weights(
-            checkpoint,
-            self.plans_manager.plans,
-            self.configuration_name,
-            self.fold,
-            self.dataset_json,
-            self.do_split()[1],
-            given=self._given is not None,
-            mirrored=self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()[3],
-        )
-        self.segmenter.presegmentor.load_state_dict(weights)
+        self.segmenter.presegmentor.load_state_dict(presegmentor_weights(self, self._given))
 
-    def _number_of_folds(self) -> int:
-        splits = Path(self.preprocessed_dataset_folder_base) / "splits_final.json"
-        return len(json.loads(splits.read_text())) if splits.is_file() else 5
-
-    def _refuse_other_folds_settings(self) -> None:
-        path = Path(self.output_folder_base) / "plans.json"
-        if not path.is_file():
-            return
-        plans = read_shared_json(path)
-        if plans["configurations"].get(self.configuration_name, {}).get(PLANS_KEY) is None:
-            return
-        configuration = PlansManager(plans).get_configuration(self.configuration_name).configuration
-        existing, ours = DiffusionSettings.from_plans(configuration).to_plans(), self.settings.to_plans()
-        if existing != ours:
-            differing = [key for key in ours if existing.get(key) != ours[key]]
-            raise ValueError(
-                f"{path} belongs to a training with other settings ({', '.join(differing)}: "
-                f"{[existing.get(key) for key in differing]} there, {[ours[key] for key in differing]} here), and all folds of "
-                "a model share it. Give the plans another plans_name, or remove that folder."
-            )
-
-    def _warn_about_presegmentation_starts(self) -> None:
-        if self.settings.presegmentation_start_probability > 0:
+    def _warn(self) -> None:
+        settings, heads = self.settings, self.segmenter.denoiser.state_channels
+        if settings.presegmentation_start_probability > 0:
             self.print_to_log_file(
                 "WARNING: diffusion.presegmentation_start_probability shows the denoiser the pre-segmentor's output on cases "
                 "that network was trained on. It makes fewer mistakes there than on new cases."
             )
-
-    def _warn_about_memory(self) -> None:
-        resolved, segmenter = self.configuration_manager.configuration, self.segmenter
-        heads, plans = segmenter.denoiser.state_channels, self.plans_manager.plans
-        own = {**resolved, "batch_size": self.batch_size}  # in distributed training each GPU has a part of it
-        warning = memory_warning(plans, own, self.settings, self.num_input_channels, heads)
-        if warning is not None:
-            self.print_to_log_file(warning)
+        # in distributed training each GPU has a part of the batch
+        own = {**self.configuration_manager.configuration, "batch_size": self.batch_size}
+        told = memory_warning(self.plans_manager.plans, own, settings, self.num_input_channels, heads)
+        if told is not None:
+            self.print_to_log_file(told)
 
     def on_train_epoch_start(self) -> None:
         """Seed the epoch's noise, so that a resumed training draws what an uninterrupted one does."""
@@ -409,24 +347,7 @@ class DiffusionTrainer(nnUNetTrainer):
         # the same ones on all ranks, whose losses nnU-Net puts into one array
         train_outputs = [output for output in train_outputs if output["taken"]] or train_outputs
         super().on_train_epoch_end(train_outputs)
-        means = {key: self._mean_of_ranks(values) for key, values in collate_outputs(train_outputs).items()}
-        curves = self._curves()
-        for term in self.objective.terms:
-            curves.setdefault(f"{term}_loss", []).extend(
-                [float("nan")] * (self.current_epoch - len(curves.get(f"{term}_loss", [])))
-            )
-            self.logger.log(f"{term}_loss", means[term], self.current_epoch)
-        self.print_to_log_file(", ".join(f"{term} {means[term]:.4f}" for term in self.objective.terms))
-
-    def _mean_of_ranks(self, values: Any) -> float:
-        everywhere = [values]
-        if self.is_ddp:
-            everywhere = [None] * dist.get_world_size()
-            dist.all_gather_object(everywhere, values)
-        return float(np.mean([np.mean(each) for each in everywhere]))
-
-    def _curves(self) -> dict[str, list]:
-        return self.logger.local_logger.my_fantastic_logging
+        log_terms(self, train_outputs)
 
     def validation_step(self, batch: dict) -> dict:
         """nnU-Net's own step on the proxy: averaged weights, one sample, one step, no pre-segmentation mixed in."""
@@ -438,12 +359,8 @@ class DiffusionTrainer(nnUNetTrainer):
         """End the epoch as nnU-Net does and draw the curves of the loss terms."""
         self.print_to_log_file("Pseudo dice below: proxy, one step from the pre-segmentation with the averaged weights")
         super().on_epoch_end()
-        curves = {
-            key: self._curves()[key] for key in ("train_losses", *(f"{term}_loss" for term in self.objective.terms))
-        }
-        curves["proxy_dice"] = self._curves()["mean_fg_dice"]
         if self.local_rank == 0:
-            curves_figure(curves, Path(self.output_folder) / "progress_diffusion.png")
+            draw_curves(self)
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """nnU-Net's own validation, by the averaged weights at the settings of inference; then compared with nnU-Net's."""
@@ -463,25 +380,9 @@ class DiffusionTrainer(nnUNetTrainer):
             return
         with self._averaged_weights():
             weights = self.segmenter.state_dict()
-        learner = self.learners["denoiser"].state_dict()
-        checkpoint = {
-            "network_weights": weights,
-            "optimizer_state": self.optimizer.state_dict(),
-            "grad_scaler_state": self.grad_scaler.state_dict() if self.grad_scaler is not None else None,
-            "logging": self.logger.get_checkpoint(),
-            "_best_ema": self._best_ema,
-            "current_epoch": self.current_epoch + 1,
-            "init_args": self.my_init_kwargs,
-            "trainer_name": self.__class__.__name__,
-            "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
-            DIFFUSION_KEY: {
-                "denoiser_weights": learner["weights"],
-                "averaged_steps": learner["averaged_steps"],
-            },
-        }
         if not (self._saved or self._resumed):
             keep_finished(Path(self.output_folder))
-        write_checkpoint(checkpoint, filename)
+        write_checkpoint(checkpoint_of(self, weights), filename)
         self._saved = True
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str | Path) -> None:
@@ -491,36 +392,12 @@ class DiffusionTrainer(nnUNetTrainer):
             ValueError: if it is not a checkpoint of a diffusion trainer of this dataset and configuration, or its network
                 differs.
         """
-        checkpoint = filename_or_checkpoint
-        if isinstance(checkpoint, dict):
-            refuse_unknown_networks(checkpoint.get("init_args", {}).get("plans"), "The given dictionary")
-        else:
-            checkpoint = read_checkpoint(checkpoint, self.device)
-        refuse_foreign_checkpoint(
-            checkpoint,
-            "The given dictionary" if isinstance(filename_or_checkpoint, dict) else str(filename_or_checkpoint),
-            {
-                "dataset": self.plans_manager.dataset_name,
-                "configuration": self.configuration_name,
-                "fold": str(self.fold),
-            },
-        )
-        saved = PlansManager(checkpoint["init_args"]["plans"]).get_configuration(self.configuration_name)
+        checkpoint = own_checkpoint(self, filename_or_checkpoint)
         if not self.was_initialized:
+            saved = PlansManager(checkpoint["init_args"]["plans"]).get_configuration(self.configuration_name)
             self._adopt(DiffusionSettings.from_plans(saved.configuration))
             self.initialize()
-        self.my_init_kwargs = checkpoint["init_args"]
-        self.current_epoch = checkpoint["current_epoch"]
-        self.logger.load_checkpoint(checkpoint["logging"])
-        # nnU-Net saves before it notes the epoch's own value: a worse epoch would then overwrite checkpoint_best
-        self._best_ema = max(self._curves()["ema_fg_dice"], default=checkpoint["_best_ema"])
-        self.inference_allowed_mirroring_axes = checkpoint["inference_allowed_mirroring_axes"]
         with self._averaged_weights():
             self.segmenter.load_state_dict(checkpoint["network_weights"])
-        own = checkpoint[DIFFUSION_KEY]
-        self.learners["denoiser"].load_state_dict(
-            {"weights": own["denoiser_weights"], "averaged_steps": own["averaged_steps"]}, checkpoint["optimizer_state"]
-        )
-        if self.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
-            self.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])
+        restore(self, checkpoint)
         self._resumed = True

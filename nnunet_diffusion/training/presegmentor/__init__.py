@@ -1,5 +1,6 @@
 """The pre-segmentor: a normal nnU-Net of the same dataset, plans, configuration and fold, found or trained first."""
 
+from nnunet_diffusion.training.presegmentor.embed import presegmentor_weights
 from nnunet_diffusion.training.presegmentor.fit import (
     build_presegmentor,
     given_presegmentor,
@@ -14,5 +15,6 @@ __all__ = [
     "given_presegmentor",
     "load_presegmentor_weights",
     "presegmentor_state",
+    "presegmentor_weights",
     "trainer_class",
 ]

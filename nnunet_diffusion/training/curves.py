@@ -1,0 +1,50 @@
+"""The terms of the loss in nnU-Net's logs, and their picture (layer 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch.distributed as dist
+from nnunetv2.utilities.collate_outputs import collate_outputs
+
+from nnunet_diffusion.explain.figures import curves_figure
+
+if TYPE_CHECKING:
+    from nnunet_diffusion.training.diffusion_trainer import DiffusionTrainer
+
+
+def log_terms(trainer: DiffusionTrainer, outputs: Sequence[dict]) -> None:
+    """Log the mean of each term over an epoch's steps, and over all ranks of a distributed training.
+
+    Args:
+        trainer: whose objective names the terms.
+        outputs: of its training steps.
+    """
+    means = {key: _mean_of_ranks(values, trainer.is_ddp) for key, values in collate_outputs(list(outputs)).items()}
+    terms = trainer.objective.terms
+    curves = trainer.logger.local_logger.my_fantastic_logging
+    for term in terms:
+        curve = curves.setdefault(f"{term}_loss", [])
+        curve.extend([float("nan")] * (trainer.current_epoch - len(curve)))
+        trainer.logger.log(f"{term}_loss", means[term], trainer.current_epoch)
+    trainer.print_to_log_file(", ".join(f"{term} {means[term]:.4f}" for term in terms))
+
+
+def draw_curves(trainer: DiffusionTrainer) -> None:
+    """Draw loss, terms and proxy Dice into `progress_diffusion.png` of the output folder."""
+    curves = trainer.logger.local_logger.my_fantastic_logging
+    shown = {key: curves[key] for key in ("train_losses", *(f"{term}_loss" for term in trainer.objective.terms))}
+    curves_figure(
+        {**shown, "proxy_dice": curves["mean_fg_dice"]}, Path(trainer.output_folder) / "progress_diffusion.png"
+    )
+
+
+def _mean_of_ranks(values: Any, distributed: bool) -> float:
+    everywhere = [values]
+    if distributed:
+        everywhere = [None] * dist.get_world_size()
+        dist.all_gather_object(everywhere, values)
+    return float(np.mean([np.mean(each) for each in everywhere]))

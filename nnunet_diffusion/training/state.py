@@ -1,0 +1,84 @@
+"""What a diffusion training keeps in a checkpoint, and goes on from (layer 3)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nnunet_diffusion.training.checkpoints import (
+    DIFFUSION_KEY,
+    read_checkpoint,
+    refuse_foreign_checkpoint,
+    refuse_unknown_networks,
+)
+
+if TYPE_CHECKING:
+    from nnunet_diffusion.training.diffusion_trainer import DiffusionTrainer
+
+
+def checkpoint_of(trainer: DiffusionTrainer, averaged: dict[str, Any]) -> dict[str, Any]:
+    """Return the checkpoint of a trainer, in nnU-Net's layout with a section of ours.
+
+    Args:
+        trainer: of any epoch.
+        averaged: the network's state with the averaged weights, which inference uses.
+    """
+    learner = trainer.learners["denoiser"].state_dict()
+    return {
+        "network_weights": averaged,
+        "optimizer_state": trainer.optimizer.state_dict(),
+        "grad_scaler_state": trainer.grad_scaler.state_dict() if trainer.grad_scaler is not None else None,
+        "logging": trainer.logger.get_checkpoint(),
+        "_best_ema": trainer._best_ema,
+        "current_epoch": trainer.current_epoch + 1,
+        "init_args": trainer.my_init_kwargs,
+        "trainer_name": type(trainer).__name__,
+        "inference_allowed_mirroring_axes": trainer.inference_allowed_mirroring_axes,
+        DIFFUSION_KEY: {"denoiser_weights": learner["weights"], "averaged_steps": learner["averaged_steps"]},
+    }
+
+
+def own_checkpoint(trainer: DiffusionTrainer, given: dict | str | Path) -> dict[str, Any]:
+    """Return the checkpoint that a trainer is to go on from, read without running code from it.
+
+    Args:
+        trainer: of the same dataset, configuration and fold.
+        given: the checkpoint, or its file.
+
+    Raises:
+        ValueError: it is not a checkpoint of a diffusion trainer, or of another dataset, configuration or fold.
+    """
+    if isinstance(given, dict):
+        name, checkpoint = "The given dictionary", given
+        refuse_unknown_networks(checkpoint.get("init_args", {}).get("plans"), name)
+    else:
+        name, checkpoint = str(given), read_checkpoint(given, trainer.device)
+    own = {
+        "dataset": trainer.plans_manager.dataset_name,
+        "configuration": trainer.configuration_name,
+        "fold": str(trainer.fold),
+    }
+    refuse_foreign_checkpoint(checkpoint, name, own)
+    return checkpoint
+
+
+def restore(trainer: DiffusionTrainer, checkpoint: dict[str, Any]) -> None:
+    """Put everything but the averaged weights back into an initialised trainer.
+
+    Args:
+        trainer: whose network holds the averaged weights already.
+        checkpoint: of `own_checkpoint`.
+    """
+    trainer.my_init_kwargs = checkpoint["init_args"]
+    trainer.current_epoch = checkpoint["current_epoch"]
+    trainer.logger.load_checkpoint(checkpoint["logging"])
+    # nnU-Net saves before it notes the epoch's own value: a worse epoch would then overwrite checkpoint_best
+    values = trainer.logger.local_logger.my_fantastic_logging["ema_fg_dice"]
+    trainer._best_ema = max(values, default=checkpoint["_best_ema"])
+    trainer.inference_allowed_mirroring_axes = checkpoint["inference_allowed_mirroring_axes"]
+    own = checkpoint[DIFFUSION_KEY]
+    trainer.learners["denoiser"].load_state_dict(
+        {"weights": own["denoiser_weights"], "averaged_steps": own["averaged_steps"]}, checkpoint["optimizer_state"]
+    )
+    if trainer.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
+        trainer.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])
