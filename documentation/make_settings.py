@@ -11,9 +11,9 @@ TEMPLATE = """# Settings
 
 Made by `python documentation/make_settings.py`; do not edit.
 
-All settings live in the plans, under `configurations.<name>.diffusion`. Plans without that section, or with a part of
-it, get the defaults below. An unknown key, a wrong type or an illegal value is refused with the key, the value and what
-is legal. How to set them, with an example: [quick start](quick_start.md#settings).
+All settings live in the plans, under `configurations.<name>.diffusion`, in sections by what they belong to, such as
+`{{"inference": {{"start_step": 300, "steps": 5}}}}`. Plans without settings, or with a part of them, get the defaults
+below. An unknown key, a wrong type or an illegal value is refused with the key, the value and what is legal. How to set them, with an example: [quick start](quick_start.md#settings).
 
 {table}
 Three defaults follow the plans: `features_per_stage` is half of nnU-Net's width at each stage, at least 8; `norm` is
@@ -25,8 +25,9 @@ What must fit together: `start_step` is at most `max_train_step`, and that at mo
 add up to at most 1, to 0 with `epsilon` or `v`, and to 1 with `condition_on_presegmentation`. `linear` needs at least
 21 `timesteps`. `dpm_solver`, `dpm_solver++` and `unipc` need the extra `solvers`. `eta` matters to `ddim` only.
 
-`sampler`, `start_step`, `steps`, `eta`, `samples`, `presegmentation_weight`, `from_noise` and `seed` may be changed
-[after training](quick_start.md#changing-inference-after-training); all others are fixed by it.
+The section `inference` may be changed
+[after training](quick_start.md#changing-inference-after-training); all others are fixed by it. Plans of earlier versions,
+which had all keys side by side without sections, are read as what they meant.
 """
 
 

@@ -85,7 +85,13 @@ def _is_of_diffusion_trainer(model: Path) -> bool:
     except (OSError, ValueError):
         return True  # what is wrong with them is said when the model is loaded
     section = plans["configurations"].get(configuration, {}).get("diffusion")
-    return section is not None and section.get("presegmentor_trainer") != trainer
+    if section is None:
+        return False
+    inner = section.get("presegmentor")
+    return trainer not in (
+        section.get("presegmentor_trainer"),
+        inner.get("trainer") if isinstance(inner, dict) else None,
+    )
 
 
 def finished_folds(model: Path, checkpoint: str) -> list[str]:

@@ -29,7 +29,7 @@ def build_denoiser(
     topology = topology_of(configuration)
     if len(settings.features_per_stage) != len(topology["strides"]):
         raise ValueError(
-            f"diffusion.features_per_stage has {len(settings.features_per_stage)} entries, the plans' network has "
+            f"diffusion.network.features_per_stage has {len(settings.features_per_stage)} entries, the plans' network has "
             f"{len(topology['strides'])} stages: give one width per stage."
         )
     return PGDiffSeg(

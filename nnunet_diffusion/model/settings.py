@@ -1,4 +1,4 @@
-"""Settings of a diffusion segmentation, kept in the plans under `configurations.<name>.diffusion` (layer 2)."""
+"""Settings of a diffusion segmentation, in the plans under `configurations.<name>.diffusion`, by owner (layer 2)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from nnunet_diffusion.diffusion.schedules import SCHEDULES
 
 PLANS_KEY = "diffusion"
 NORMS = ("batch", "instance", "group")  # those of networks/blocks.py, which settings know nothing else of
-VERSION = 2
+VERSION = 3
+SECTIONS = ("process", "network", "training", "inference", "presegmentor")
+"""Owners of settings; exactly those of `inference` may change after training."""
 SPECIAL = {
     "features_per_stage": ("half of nnU-Net's", "positive integers, one per stage"),
     "attention_stages": ("all: `[]`", "ascending integers, 1 to the number of stages - 1"),
@@ -25,9 +27,17 @@ SPECIAL = {
 
 
 def _setting(
-    default: Any, doc: str, *, choices: Sequence[str] = (), low: float | None = None, high: float | None = None
+    section: str,
+    default: Any,
+    doc: str,
+    *,
+    choices: Sequence[str] = (),
+    low: float | None = None,
+    high: float | None = None,
 ) -> Any:
-    return field(default=default, metadata={"doc": doc, "choices": tuple(choices), "low": low, "high": high})
+    return field(
+        default=default, metadata={"section": section, "doc": doc, "choices": tuple(choices), "low": low, "high": high}
+    )
 
 
 @dataclass(frozen=True)
@@ -44,72 +54,88 @@ class DiffusionSettings:
 
     features_per_stage: tuple[int, ...] = field(
         metadata={
-            "doc": "Denoiser width at each stage of nnU-Net's topology; the first is that of the slim dense blocks."
+            "section": "network",
+            "doc": "Denoiser width at each stage of nnU-Net's topology; the first is that of the slim dense blocks.",
         }
     )
-    version: int = _setting(
-        VERSION,
-        "Version of this section's layout; version 1 is read as what it means today.",
-        low=VERSION,
-        high=VERSION,
-    )
     # the diffusion process
-    prediction_type: str = _setting("x0", "What the denoiser predicts.", choices=PREDICTION_TYPES)
-    schedule: str = _setting("linear", "Noise schedule; `linear` is the paper's.", choices=tuple(SCHEDULES))
-    timesteps: int = _setting(1000, "Length T of the forward process, in steps.", low=2)
+    prediction_type: str = _setting("process", "x0", "What the denoiser predicts.", choices=PREDICTION_TYPES)
+    schedule: str = _setting("process", "linear", "Noise schedule; `linear` is the paper's.", choices=tuple(SCHEDULES))
+    timesteps: int = _setting("process", 1000, "Length T of the forward process, in steps.", low=2)
     # the denoiser
-    sdb_depth: int = _setting(4, "Layers of each slim dense block (PGDiffSeg Fig. 3).", low=1, high=16)
+    sdb_depth: int = _setting("network", 4, "Layers of each slim dense block (PGDiffSeg Fig. 3).", low=1, high=16)
     attention_tokens: int = _setting(
-        1024, "Attention is exact up to this many tokens; above, keys and values are pooled to at most as many.", low=16
+        "network",
+        1024,
+        "Attention is exact up to this many tokens; above, keys and values are pooled to at most as many.",
+        low=16,
     )
     attention_stages: tuple[int, ...] = field(
         default=(),
         metadata={
-            "doc": "Stages after whose downsampling parameter-shared attention stands; none named: all (the paper)."
+            "section": "network",
+            "doc": "Stages after whose downsampling parameter-shared attention stands; none named: all (the paper).",
         },
     )
     norm: str = _setting(
-        "batch", "Normalisation in the slim dense blocks and the prior branch; `batch` is the paper's.", choices=NORMS
+        "network",
+        "batch",
+        "Normalisation in the slim dense blocks and the prior branch; `batch` is the paper's.",
+        choices=NORMS,
     )
     time_in_condition_flow: bool = _setting(
-        True, "Embed the timestep in the condition flow too (the paper); false makes that flow a constant of the image."
+        "network",
+        True,
+        "Embed the timestep in the condition flow too (the paper); false makes that flow a constant of the image.",
     )
     condition_on_presegmentation: bool = _setting(
-        False, "Give the start's probabilities to the condition flow as further image channels."
+        "network", False, "Give the start's probabilities to the condition flow as further image channels."
     )
     regions: bool = _setting(
-        False, "The heads are overlapping regions, not classes; written by the trainer, as dataset.json has it."
+        "network",
+        False,
+        "The heads are overlapping regions, not classes; written by the trainer, as dataset.json has it.",
     )
     # training
-    max_train_step: int = _setting(1000, "Training draws timesteps below this one; `start_step` to `timesteps`.", low=1)
+    max_train_step: int = _setting(
+        "training", 1000, "Training draws timesteps below this one; `start_step` to `timesteps`.", low=1
+    )
     corruption_probability: float = _setting(
+        "training",
         0.5,
         "Share of training samples whose noisy state is made from a corrupted truth (the target stays the truth).",
         low=0,
         high=1,
     )
     presegmentation_start_probability: float = _setting(
-        0.0, "Share of training samples whose noisy state is made from the pre-segmentation.", low=0, high=1
+        "training", 0.0, "Share of training samples whose noisy state is made from the pre-segmentation.", low=0, high=1
     )
     min_snr_gamma: float = _setting(
-        0.0, "Min-SNR weight of the squared error (Hang et al. 2023); 0 switches it off.", low=0
+        "training", 0.0, "Min-SNR weight of the squared error (Hang et al. 2023); 0 switches it off.", low=0
     )
-    presence_weight: float = _setting(1.0, "lambda 1 of Eq. 10: weight of the presence loss.", low=0)
-    location_weight: float = _setting(1.0, "lambda 2 of Eq. 10: weight of the location loss.", low=0)
-    learning_rate: float = _setting(1e-3, "Initial learning rate of AdamW; decays as nnU-Net's (poly 0.9).", low=0)
-    weight_decay: float = _setting(1e-2, "Weight decay of AdamW.", low=0)
+    presence_weight: float = _setting("training", 1.0, "lambda 1 of Eq. 10: weight of the presence loss.", low=0)
+    location_weight: float = _setting("training", 1.0, "lambda 2 of Eq. 10: weight of the location loss.", low=0)
+    learning_rate: float = _setting(
+        "training", 1e-3, "Initial learning rate of AdamW; decays as nnU-Net's (poly 0.9).", low=0
+    )
+    weight_decay: float = _setting("training", 1e-2, "Weight decay of AdamW.", low=0)
     ema_decay: float = _setting(
-        0.999, "Decay of the weights' moving average, reached by the warm-up (1 + n) / (10 + n).", low=0, high=0.999999
+        "training",
+        0.999,
+        "Decay of the weights' moving average, reached by the warm-up (1 + n) / (10 + n).",
+        low=0,
+        high=0.999999,
     )
     # inference
-    sampler: str = _setting("ddim", "Sampler of the reverse process.", choices=tuple(SAMPLERS))
+    sampler: str = _setting("inference", "ddim", "Sampler of the reverse process.", choices=tuple(SAMPLERS))
     start_step: int = _setting(
-        100, "T' of PD-DDPM: noising steps at the start of the reverse process, 1..max_train_step.", low=1
+        "inference", 100, "T' of PD-DDPM: noising steps at the start of the reverse process, 1..max_train_step.", low=1
     )
-    steps: int = _setting(1, "Network evaluations of one reverse process, 1..start_step.", low=1)
-    eta: float = _setting(0.0, "Randomness of DDIM: 0 deterministic, 1 as DDPM.", low=0, high=1)
-    samples: int = _setting(1, "Reverse processes whose probabilities are averaged.", low=1, high=1000)
+    steps: int = _setting("inference", 1, "Network evaluations of one reverse process, 1..start_step.", low=1)
+    eta: float = _setting("inference", 0.0, "Randomness of DDIM: 0 deterministic, 1 as DDPM.", low=0, high=1)
+    samples: int = _setting("inference", 1, "Reverse processes whose probabilities are averaged.", low=1, high=1000)
     presegmentation_weight: float = _setting(
+        "inference",
         0.5,
         "Weight of the pre-segmentor's own probabilities in that average, 0..1; not of a label map given as start.",
         low=0,
@@ -117,20 +143,26 @@ class DiffusionSettings:
     )
     start_from: str = _setting(
         "presegmentor",
+        "presegmentor",
         "Segmentation the reverse process starts from: the embedded nnU-Net's, or in the cascade the previous stage's.",
         choices=("presegmentor", "previous_stage"),
     )
-    from_noise: bool = _setting(False, "Start from pure noise at `timesteps` (DDPM) instead of the pre-segmentation.")
-    seed: int = _setting(1234, "Seed of training noise and of the reverse processes.", low=0, high=2**31 - 1)
+    from_noise: bool = _setting(
+        "inference", False, "Start from pure noise at `timesteps` (DDPM) instead of the pre-segmentation."
+    )
+    seed: int = _setting(
+        "inference", 1234, "Seed of training noise and of the reverse processes.", low=0, high=2**31 - 1
+    )
     presegmentor_trainer: str = _setting(
-        "", "Trainer whose network is the pre-segmentor; empty: the nnU-Net trainer of the same length."
+        "presegmentor", "", "Trainer whose network is the pre-segmentor; empty: the nnU-Net trainer of the same length."
     )
 
     presegmentor_architecture: Mapping[str, Any] = field(
         default_factory=dict,
         metadata={
+            "section": "presegmentor",
             "doc": "`architecture` of the pre-segmentor's plans where it is another than that of these; written by the "
-            "trainer for `nnUNet_diffusion_presegmentor`."
+            "trainer for `nnUNet_diffusion_presegmentor`.",
         },
     )
 
@@ -148,7 +180,7 @@ class DiffusionSettings:
         _at_most(self, "steps", "start_step")
         if self.from_noise and self.start_step != self.timesteps:
             raise ValueError(
-                f"diffusion.from_noise is true, so diffusion.start_step must be timesteps ({self.timesteps}), got "
+                f"diffusion.inference.from_noise is true, so start_step must be timesteps ({self.timesteps}), got "
                 f"{self.start_step}."
             )
         self._check_training_starts()
@@ -157,28 +189,29 @@ class DiffusionSettings:
         altered = self.corruption_probability + self.presegmentation_start_probability
         if altered > 1 + 1e-9:
             raise ValueError(
-                "diffusion.corruption_probability + diffusion.presegmentation_start_probability must be at most 1, got "
+                "corruption_probability + presegmentation_start_probability of diffusion.training must be at most 1, got "
                 f"{self.corruption_probability} + {self.presegmentation_start_probability}."
             )
         # with a start other than the truth, the targets of epsilon and v grow as 1 / sqrt(1 - alpha_bar)
         if altered > 0 and self.prediction_type in ("epsilon", "v"):
             raise ValueError(
-                f"diffusion.prediction_type {self.prediction_type!r} has no bounded target for noisy states that are not made "
-                "from the truth: set corruption_probability and presegmentation_start_probability to 0, or take "
+                f"diffusion.process.prediction_type {self.prediction_type!r} has no bounded target for noisy states that "
+                "are not made from the truth: set corruption_probability and presegmentation_start_probability to 0, or take "
                 "'x0' or 'logits'."
             )
         if self.condition_on_presegmentation and altered < 1 - 1e-9:
             raise ValueError(
-                "diffusion.condition_on_presegmentation would show the denoiser the truth: corruption_probability + "
+                "diffusion.network.condition_on_presegmentation would show the denoiser the truth: corruption_probability + "
                 f"presegmentation_start_probability must be 1, got {altered}."
             )
 
     def to_plans(self) -> dict[str, Any]:
         """Return the JSON-ready section of the plans; `from_plans` reads it back unchanged."""
-        section = dataclasses.asdict(self)
-        for key in ("features_per_stage", "attention_stages"):
-            section[key] = list(section[key])
-        return section
+        content: dict[str, Any] = {"version": VERSION, **{section: {} for section in SECTIONS}}
+        for entry in dataclasses.fields(self):
+            value = getattr(self, entry.name)
+            content[entry.metadata["section"]][_key(entry)] = list(value) if isinstance(value, tuple) else value
+        return content
 
     @classmethod
     def from_plans(cls, configuration: Mapping[str, Any]) -> DiffusionSettings:
@@ -196,35 +229,75 @@ class DiffusionSettings:
             raise ValueError(
                 f"The plans' {PLANS_KEY!r} section must be a dictionary, got {type(section).__name__}: {section!r}."
             )
-        section = upgraded(section)
-        known = [entry.name for entry in dataclasses.fields(cls)]
-        for key in section:
-            if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=3) or known
-                raise ValueError(
-                    f"Unknown key diffusion.{key} (value {section[key]!r}) in the plans. Known: {', '.join(near)}."
-                )
-        settings = default_settings(configuration, prediction_type=section.get("prediction_type", "x0"))
-        return dataclasses.replace(settings, **section)
+        given = values_of(section)
+        settings = default_settings(configuration, prediction_type=given.get("prediction_type", "x0"))
+        return dataclasses.replace(settings, **given)
 
 
-def upgraded(section: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a `diffusion` section of any earlier version in today's layout; what it meant does not change.
+def values_of(section: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that a `diffusion` section of the plans names, by field of `DiffusionSettings`.
 
-    Version 1 (0.1 before planning) had no `attention_stages`: attention stood at all stages, as it does without that key.
+    Versions 1 and 2 had all keys side by side, without sections; they are read as what they meant. Version 1 (0.1 before
+    planning) had no `attention_stages`: attention stood at all stages, as it does without that key.
 
     Raises:
-        ValueError: the version is unknown, such as that of a later nnunet-diffusion.
+        ValueError: an unknown key (naming the nearest known ones), a key in another section than its own, or a version that
+            is unknown, such as that of a later nnunet-diffusion.
     """
-    version = section.get("version", VERSION)
-    if version not in (1, VERSION):
+    version = section.get("version", VERSION if set(section) & set(SECTIONS) else VERSION - 1)
+    if version not in range(1, VERSION + 1):
         raise ValueError(
             f"diffusion.version is {version!r}, this nnunet-diffusion reads 1 to {VERSION}: install a newer one, in its "
             "clone by git pull and pip install ."
         )
-    if version == 1 and "attention_stages" in section:
-        raise ValueError("diffusion.attention_stages contradicts diffusion.version 1: such plans have version 2.")
-    return {**section, "version": VERSION}
+    entries = {key: value for key, value in section.items() if key != "version"}
+    if version < VERSION:
+        if version == 1 and "attention_stages" in entries:
+            raise ValueError("diffusion.attention_stages contradicts diffusion.version 1: such plans have version 2.")
+        places = {entry.name: entry.name for entry in dataclasses.fields(DiffusionSettings)}
+    else:
+        places = {path_of(entry.name): entry.name for entry in dataclasses.fields(DiffusionSettings)}
+        for key in SECTIONS:
+            if not isinstance(entries.get(key, {}), Mapping):
+                raise ValueError(f"diffusion.{key} must be a dictionary, got {entries[key]!r}.")
+        entries = {
+            inner: value
+            for key, part in entries.items()
+            for inner, value in (
+                {f"{key}.{name}": value for name, value in part.items()} if key in SECTIONS else {key: part}
+            ).items()
+        }
+    found = {}
+    for key, value in entries.items():
+        if key not in places:
+            meant = [place for place in places if place.split(".")[-1] == key.split(".")[-1]]
+            near = meant or difflib.get_close_matches(str(key), places, n=3) or places
+            raise ValueError(f"Unknown key diffusion.{key} (value {value!r}) in the plans. Known: {', '.join(near)}.")
+        found[places[key]] = value
+    return found
+
+
+def path_of(name: str) -> str:
+    """Return the place of a field in the plans' `diffusion` section: `section.key`."""
+    entry = next(entry for entry in dataclasses.fields(DiffusionSettings) if entry.name == name)
+    return f"{entry.metadata['section']}.{_key(entry)}"
+
+
+def presegmentor_architectures(section: Any) -> list[Any]:
+    """Return what a `diffusion` section of any version, not checked in any way, names as the pre-segmentor's architecture."""
+    if not isinstance(section, Mapping):
+        return []
+    inner = section.get("presegmentor")
+    return [section.get("presegmentor_architecture"), inner.get("architecture") if isinstance(inner, Mapping) else None]
+
+
+def inference_settings() -> tuple[str, ...]:
+    """Names of the settings that may change after training."""
+    return tuple(e.name for e in dataclasses.fields(DiffusionSettings) if e.metadata["section"] == "inference")
+
+
+def _key(entry: dataclasses.Field) -> str:
+    return entry.name.removeprefix("presegmentor_") if entry.metadata["section"] == "presegmentor" else entry.name
 
 
 def default_settings(configuration: Mapping[str, Any], prediction_type: str = "x0") -> DiffusionSettings:
@@ -269,10 +342,13 @@ def topology_of(configuration: Mapping[str, Any]) -> dict[str, Any]:
 
 def settings_table() -> str:
     """Return the reference of all settings as a markdown table (documentation/settings.md is made by it)."""
-    rows = ["| key | default | legal values | meaning |", "|---|---|---|---|"]
-    for entry in dataclasses.fields(DiffusionSettings):
+    rows = ["| section | key | default | legal values | meaning |", "|---|---|---|---|---|"]
+    for entry in sorted(dataclasses.fields(DiffusionSettings), key=lambda e: SECTIONS.index(e.metadata["section"])):
         default = SPECIAL.get(entry.name, ("",))[0] or f"`{entry.default!r}`"
-        rows.append(f"| `{entry.name}` | {default} | {_legal(entry) or 'text'} | {entry.metadata['doc']} |")
+        rows.append(
+            f"| `{entry.metadata['section']}` | `{_key(entry)}` | {default} | {_legal(entry) or 'text'} | "
+            f"{entry.metadata['doc']} |"
+        )
     return "\n".join(rows) + "\n"
 
 
@@ -292,7 +368,7 @@ def _legal(entry: dataclasses.Field) -> str:
 def _positive_integers(value: Any) -> tuple[int, ...]:
     if not isinstance(value, (list, tuple)) or not value or any(type(width) is not int or width < 1 for width in value):
         raise ValueError(
-            f"diffusion.features_per_stage must be a list of positive integers, one per stage, got {value!r}."
+            f"diffusion.network.features_per_stage must be a list of positive integers, one per stage, got {value!r}."
         )
     return tuple(value)
 
@@ -301,8 +377,8 @@ def _stages(value: Any, count: int) -> tuple[int, ...]:
     legal = isinstance(value, (list, tuple)) and all(type(stage) is int and 1 <= stage < count for stage in value)
     if not legal or list(value) != sorted(set(value)):
         raise ValueError(
-            f"diffusion.attention_stages must be ascending integers from 1 to {count - 1} (features_per_stage has {count} "
-            f"stages), or empty for all, got {value!r}."
+            f"diffusion.network.attention_stages must be ascending integers from 1 to {count - 1} (features_per_stage has "
+            f"{count} stages), or empty for all, got {value!r}."
         )
     return tuple(value)
 
@@ -311,7 +387,7 @@ def _check_architecture(value: Any) -> None:
     needed = {"network_class_name", "arch_kwargs", "_kw_requires_import"}
     if not isinstance(value, Mapping) or (value and not needed <= set(value)):
         raise ValueError(
-            f"diffusion.presegmentor_architecture must be empty or have {', '.join(sorted(needed))}, got {value!r}."
+            f"diffusion.presegmentor.architecture must be empty or have {', '.join(sorted(needed))}, got {value!r}."
         )
 
 
@@ -321,19 +397,20 @@ def _checked(entry: dataclasses.Field, value: Any) -> Any:
         value = float(value)
     if type(value) is not kind:
         raise ValueError(
-            f"diffusion.{entry.name} must be of type {kind.__name__}, got {value!r} ({type(value).__name__})."
+            f"diffusion.{path_of(entry.name)} must be of type {kind.__name__}, got {value!r} ({type(value).__name__})."
         )
     low, high, choices = entry.metadata["low"], entry.metadata["high"], entry.metadata["choices"]
     outside = kind in (int, float) and not (
         (low is None or value >= low) and (high is None or value <= high) and math.isfinite(value)
     )
     if outside or (choices and value not in choices):
-        raise ValueError(f"diffusion.{entry.name} is {value!r}; legal: {_legal(entry)}.")
+        raise ValueError(f"diffusion.{path_of(entry.name)} is {value!r}; legal: {_legal(entry)}.")
     return value
 
 
 def _at_most(settings: DiffusionSettings, key: str, limit: str) -> None:
     if getattr(settings, key) > getattr(settings, limit):
         raise ValueError(
-            f"diffusion.{key} is {getattr(settings, key)}, more than diffusion.{limit} ({getattr(settings, limit)})."
+            f"diffusion.{path_of(key)} is {getattr(settings, key)}, more than diffusion.{path_of(limit)} "
+            f"({getattr(settings, limit)})."
         )

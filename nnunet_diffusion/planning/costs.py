@@ -7,6 +7,7 @@ the networks as they are, whatever changes in them, and a plan for 80 GB can be 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -126,7 +127,9 @@ def denoiser_cost(
         amp: autocast in half precision, as nnU-Net does on a GPU; else float32.
         gpu: with the allowance for a GPU's workspace.
     """
-    return _denoiser_cost(_frozen(configuration), json.dumps(settings.to_plans()), channels, heads, batch, amp, gpu)
+    return _denoiser_cost(
+        _frozen(configuration), json.dumps(dataclasses.asdict(settings)), channels, heads, batch, amp, gpu
+    )
 
 
 @lru_cache(maxsize=512)

@@ -68,10 +68,11 @@ def refuse_impossible_start(settings: DiffusionSettings, previous_stage: str | N
         return
     if previous_stage is None:
         raise ValueError(
-            f"diffusion.start_from is 'previous_stage', but {configuration} has none: only the cascade's second "
+            f"diffusion.presegmentor.start_from is 'previous_stage', but {configuration} has none: only the cascade's second "
             "configuration does. Take 'presegmentor'."
         )
     if settings.regions:
         raise NotImplementedError(
-            "DiffusionTrainer does not support diffusion.start_from 'previous_stage' with regions; 'presegmentor' works."
+            "DiffusionTrainer does not support diffusion.presegmentor.start_from 'previous_stage' with regions; "
+            "'presegmentor' works."
         )

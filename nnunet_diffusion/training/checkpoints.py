@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from nnunet_diffusion.model.precision import all_finite
-from nnunet_diffusion.model.settings import PLANS_KEY
+from nnunet_diffusion.model.settings import PLANS_KEY, presegmentor_architectures
 from nnunet_diffusion.networks.architectures import refuse_unknown_classes
 
 ASIDE = ".tmp"
@@ -92,11 +92,8 @@ def refuse_unknown_networks(plans: Any, source: str) -> None:
     for configuration in configurations.values() if isinstance(configurations, dict) else ():
         if not isinstance(configuration, dict):
             raise ValueError(f"{source}: a configuration of the plans is {configuration!r}, but must be a dictionary.")
-        section = configuration.get(PLANS_KEY)
-        for architecture in (
-            configuration.get("architecture"),
-            section.get("presegmentor_architecture") if isinstance(section, dict) else None,
-        ):
+        inside = presegmentor_architectures(configuration.get(PLANS_KEY))
+        for architecture in (configuration.get("architecture"), *inside):
             refuse_unknown_classes(architecture or {}, source)
 
 

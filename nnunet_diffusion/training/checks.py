@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import tempfile
@@ -103,7 +104,7 @@ def refuse_other_folds_settings(path: Path, configuration_name: str, settings: D
     if plans["configurations"].get(configuration_name, {}).get(PLANS_KEY) is None:
         return
     configuration = PlansManager(plans).get_configuration(configuration_name).configuration
-    existing, ours = DiffusionSettings.from_plans(configuration).to_plans(), settings.to_plans()
+    existing, ours = (dataclasses.asdict(each) for each in (DiffusionSettings.from_plans(configuration), settings))
     if existing != ours:
         differing = [key for key in ours if existing.get(key) != ours[key]]
         raise ValueError(

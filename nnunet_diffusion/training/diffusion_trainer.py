@@ -307,8 +307,8 @@ class DiffusionTrainer(nnUNetTrainer):
         settings, heads = self.settings, self.segmenter.denoiser.state_channels
         if settings.presegmentation_start_probability > 0:
             self.print_to_log_file(
-                "WARNING: diffusion.presegmentation_start_probability shows the denoiser the pre-segmentor's output on cases "
-                "that network was trained on. It makes fewer mistakes there than on new cases."
+                "WARNING: diffusion.training.presegmentation_start_probability shows the denoiser the pre-segmentor's output "
+                "on cases that network was trained on. It makes fewer mistakes there than on new cases."
             )
         # in distributed training each GPU has a part of the batch
         own = {**self.configuration_manager.configuration, "batch_size": self.batch_size}

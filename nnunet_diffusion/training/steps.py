@@ -67,8 +67,8 @@ class SkippedSteps:
             raise FloatingPointError(
                 f"The gradients of {self._in_a_row} training steps in a row were NaN or infinite (epoch {epoch}, last on cases "
                 f"{cases}). These steps were skipped, and the finished epochs are saved: continue with --c. If it happens "
-                "again, look for extreme intensities in these cases, or lower diffusion.learning_rate under another plans_name "
-                "and train anew."
+                "again, look for extreme intensities in these cases, or lower diffusion.training.learning_rate under another "
+                "plans_name and train anew."
             )
 
     def told(self, steps: int) -> str | None:

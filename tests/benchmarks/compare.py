@@ -47,6 +47,8 @@ from comparison_training import (
     write_missing_trainer,
 )
 
+from nnunet_diffusion.model.settings import values_of
+
 
 def make_plans(folders: Folders, options: argparse.Namespace) -> dict[str, Any]:
     """Plan and preprocess what is missing; return nnU-Net's plans, smaller ones, or those that were planned before.
@@ -70,7 +72,7 @@ def make_plans(folders: Folders, options: argparse.Namespace) -> dict[str, Any]:
 def train_all(folders: Folders, options: argparse.Namespace, deadline: Deadline) -> dict[str, Training]:
     """Train what is missing; return the models by name, nnU-Net first."""
     plans = make_plans(folders, options)
-    planned = plans["configurations"][options.configuration].get("diffusion", {})
+    planned = values_of(plans["configurations"][options.configuration].get("diffusion", {}))
     suffixes = LENGTHS[options.epochs], LENGTHS[options.denoiser_epochs or options.epochs]
     names = options.trainers or (f"nnUNetTrainer{suffixes[0]}", f"DiffusionTrainer{suffixes[1]}")
     nnunet, diffusion = (write_missing_trainer(folders, name) for name in names)

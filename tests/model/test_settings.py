@@ -5,7 +5,15 @@ import json
 
 import pytest
 
-from nnunet_diffusion.model.settings import DiffusionSettings, default_settings, settings_table, topology_of
+from nnunet_diffusion.model.settings import (
+    SECTIONS,
+    DiffusionSettings,
+    default_settings,
+    inference_settings,
+    path_of,
+    settings_table,
+    topology_of,
+)
 
 
 def configuration(**section):
@@ -42,10 +50,36 @@ def test_partial_section_keeps_the_other_defaults():
     )
 
 
-def test_a_section_of_version_1_means_the_same_today():
-    section = DiffusionSettings.from_plans(configuration()).to_plans()
-    del section["attention_stages"]
-    assert DiffusionSettings.from_plans(configuration(**{**section, "version": 1})) == default_settings(configuration())
+# written by version 2 of the layout, in which all keys stood side by side
+VERSION_2 = {
+    "features_per_stage": [16, 32, 64], "version": 2, "prediction_type": "x0", "schedule": "linear", "timesteps": 1000,
+    "sdb_depth": 4, "attention_tokens": 1024, "attention_stages": [], "norm": "batch", "time_in_condition_flow": True,
+    "condition_on_presegmentation": False, "regions": False, "max_train_step": 1000, "corruption_probability": 0.5,
+    "presegmentation_start_probability": 0.0, "min_snr_gamma": 0.0, "presence_weight": 1.0, "location_weight": 1.0,
+    "learning_rate": 0.001, "weight_decay": 0.01, "ema_decay": 0.999, "sampler": "ddim", "start_step": 100, "steps": 1,
+    "eta": 0.0, "samples": 1, "presegmentation_weight": 0.5, "start_from": "presegmentor", "from_noise": False,
+    "seed": 1234, "presegmentor_trainer": "", "presegmentor_architecture": {},
+}  # fmt: skip
+
+
+def test_earlier_versions_mean_the_same_today():
+    assert DiffusionSettings.from_plans(configuration(**VERSION_2)) == default_settings(configuration())
+    first = {key: value for key, value in VERSION_2.items() if key != "attention_stages"} | {"version": 1}
+    assert DiffusionSettings.from_plans(configuration(**first)) == default_settings(configuration())
+    changed = DiffusionSettings.from_plans(configuration(**{**VERSION_2, "presegmentor_trainer": "Mine", "steps": 7}))
+    assert changed == dataclasses.replace(default_settings(configuration()), presegmentor_trainer="Mine", steps=7)
+    assert changed.to_plans()["presegmentor"]["trainer"] == "Mine" and changed.to_plans()["version"] == 3
+
+
+def test_each_setting_stands_in_the_section_of_its_owner():
+    section = default_settings(configuration()).to_plans()
+    assert list(section) == ["version", *SECTIONS]
+    assert set(section["inference"]) == set(inference_settings()) >= {"start_step", "steps", "samples", "seed"}
+    assert sum(len(section[owner]) for owner in SECTIONS) == len(dataclasses.fields(DiffusionSettings))
+    partial = configuration(inference={"start_step": 50, "steps": 3}, network={"features_per_stage": [4, 8, 8]})
+    assert DiffusionSettings.from_plans(partial) == dataclasses.replace(
+        default_settings(configuration()), start_step=50, steps=3, features_per_stage=(4, 8, 8)
+    )
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v"])
@@ -76,8 +110,14 @@ def test_prediction_types_without_bounded_targets_train_on_the_truth_by_default(
         ({"from_noise": True}, ["from_noise", "start_step", "1000"]),
         ({"corruption_probability": 0.7, "presegmentation_start_probability": 0.5}, ["0.7", "0.5", "at most 1"]),
         ({"condition_on_presegmentation": True}, ["condition_on_presegmentation", "truth", "0.5"]),
-        ({"version": 3}, ["version", "3", "install a newer one"]),
-        ({"version": 3, "of_the_future": 1}, ["version", "3", "install a newer one"]),
+        ({"version": 4}, ["version", "4", "install a newer one"]),
+        ({"version": 4, "of_the_future": 1}, ["version", "4", "install a newer one"]),
+        ({"inference": {"start_stepp": 3}}, ["diffusion.inference.start_stepp", "inference.start_step"]),
+        ({"training": {"steps": 3}}, ["Unknown key diffusion.training.steps", "Known: inference.steps"]),
+        ({"inference": {}, "steps": 3}, ["Unknown key diffusion.steps", "Known: inference.steps"]),
+        ({"inference": {"steps": 2.0}}, ["diffusion.inference.steps", "int"]),
+        ({"inference": 5}, ["diffusion.inference must be a dictionary", "5"]),
+        ({"presegmentor": {"architecture": {"a": 1}}}, ["diffusion.presegmentor.architecture", "network_class_name"]),
         ({"version": 1, "attention_stages": [1]}, ["attention_stages", "version 1", "version 2"]),
         ({"attention_stages": [3]}, ["attention_stages", "[3]", "1 to 2"]),
         ({"attention_stages": [2, 1]}, ["attention_stages", "[2, 1]", "ascending"]),
@@ -110,7 +150,8 @@ def test_architecture_without_topology_is_refused_by_name():
 def test_table_names_every_setting():
     table = settings_table()
     for entry in dataclasses.fields(DiffusionSettings):
-        assert f"| `{entry.name}` |" in table
+        section, key = path_of(entry.name).split(".")
+        assert f"| `{section}` | `{key}` |" in table
 
 
 def test_norms_are_those_that_the_networks_can_build():

@@ -183,7 +183,7 @@ def test_bad_settings_end_the_console_command_with_the_reason_last(altered):
         "nnUNetv2_train", 4, "2d", 0, "-tr", "TinyDiffusionTrainer", "-p", "Bad", "-device", "cpu", check=False
     )
     assert done.returncode != 0
-    assert "diffusion.sampler is 'magic'; legal: " in done.stderr.splitlines()[-1]
+    assert "diffusion.inference.sampler is 'magic'; legal: " in done.stderr.splitlines()[-1]
 
 
 def foreign(name):

@@ -62,7 +62,7 @@ def test_checkpoint_knows_its_kind_of_heads(trained):
     kind, place, _ = trained
     checkpoint = read_checkpoint(place.results / "TinyDiffusionTrainer__Tiny__2d" / "fold_0" / "checkpoint_final.pth")
     section = checkpoint["init_args"]["plans"]["configurations"]["2d"]["diffusion"]
-    assert section["regions"] is (kind != "ignore")
+    assert section["network"]["regions"] is (kind != "ignore")
     presence = next(v for k, v in checkpoint["network_weights"].items() if k.startswith("denoiser.prior.presence"))
     assert len(presence) == 2
 

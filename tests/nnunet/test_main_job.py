@@ -33,7 +33,7 @@ def test_one_command_trains_both_networks_completely(trained_2d):
     assert sorted(path.stem for path in (first / "validation").glob("*.npz")) == sorted(validation)
     assert (ours / "fold_0" / "progress_diffusion.png").is_file()
     section = json.loads((ours / "plans.json").read_text())["configurations"]["2d"]["diffusion"]
-    assert section["presegmentor_trainer"] == "TinynnUNetTrainer"
+    assert section["presegmentor"]["trainer"] == "TinynnUNetTrainer"
 
 
 def dice_of_class(segmentation, truth, label):

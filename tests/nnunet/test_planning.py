@@ -54,7 +54,7 @@ def test_stock_preprocessing_training_and_prediction_take_the_plans(planned):
         model = place.results / f"{trainer}__{NAME}__{CONFIGURATION}"
         assert (model / "fold_0" / "checkpoint_final.pth").is_file()
     kept = json.loads((model / "plans.json").read_text())["configurations"][CONFIGURATION]
-    assert kept["diffusion"]["features_per_stage"] == section["diffusion"]["features_per_stage"]
+    assert kept["diffusion"]["network"] == section["diffusion"]["network"]
     out = place.root / "out"
     words = ("-i", place.raw / "imagesTs", "-o", out, "-d", 4, "-c", CONFIGURATION, "-f", 0, "-p", NAME)
     place.run("nnUNetv2_predict", *words, "-tr", "TinyDiffusionTrainer", "-device", "cpu", "-npp", 0, "-nps", 0)
@@ -99,7 +99,7 @@ def test_a_plan_edited_by_hand_is_refused(planned):
     for key, value, words in (
         ("diffusion_plan", {"version": 9}, ("diffusion_plan.version is 9", "newer one")),
         ("diffusion", {"version": 7}, ("diffusion.version is 7", "newer one")),
-        ("diffusion", {"attention_stages": [9]}, ("attention_stages", "[9]")),
+        ("diffusion", {"network": {"attention_stages": [9]}}, ("attention_stages", "[9]")),
     ):
         edited = json.loads(json.dumps(plans))
         edited["plans_name"] = "Edited"

@@ -96,8 +96,8 @@ def test_given_presegmentor_of_another_architecture_travels_with_the_model(with_
     there = elsewhere(place, tmp_path / "there", "TinyGiven")
     installed = tmp_path / "there" / "nnUNet_results" / place.dataset / f"{OURS}__TinyGiven__2d"
     section = json.loads((installed / "plans.json").read_text())["configurations"]["2d"]["diffusion"]
-    assert section["presegmentor_trainer"] == "CustomTrainer"
-    assert "ResidualEncoderUNet" in section["presegmentor_architecture"]["network_class_name"]
+    assert section["presegmentor"]["trainer"] == "CustomTrainer"
+    assert "ResidualEncoderUNet" in section["presegmentor"]["architecture"]["network_class_name"]
     shutil.rmtree(given)
     assert_identical(here, predict(place, tmp_path / "b", "TinyGiven", nnUNet_extTrainer=trainers, **there)[1])
     for path in here:

@@ -253,14 +253,19 @@ def hub(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("place", ["presegmentor_architecture", "architecture"])
+@pytest.mark.parametrize("place", ["presegmentor", "before version 3", "architecture"])
 def test_code_in_the_plans_of_a_checkpoint_does_not_run_on_resuming(workplace, tmp_path, hub, place):
     trainer = workplace.trainer(DiffusionTrainer)
     trainer.initialize()
     trainer.save_checkpoint(str(tmp_path / "a.pth"))
     checkpoint = read_checkpoint(tmp_path / "a.pth")
     section = checkpoint["init_args"]["plans"]["configurations"]["2d"]
-    (section if place == "architecture" else section["diffusion"])[place] = hub
+    if place == "architecture":
+        section["architecture"] = hub
+    elif place == "presegmentor":
+        section["diffusion"]["presegmentor"]["architecture"] = hub
+    else:
+        section["diffusion"] = {"presegmentor_architecture": hub}
     torch.save(checkpoint, tmp_path / "a.pth")
     for source, name in ((tmp_path / "a.pth", "a.pth"), (checkpoint, "The given dictionary")):
         with pytest.raises(ValueError, match=f"{name} names 'torch.hub.load' as network_class_name"):

@@ -495,7 +495,7 @@ def test_impossible_presegmentor_is_refused_by_name(workplace, name, kind, messa
 def test_settings_name_the_presegmentor_for_inference(workplace):
     trainer = workplace.trainer(DiffusionTrainer)
     section = trainer.plans_manager.plans["configurations"]["2d"]["diffusion"]
-    assert section["presegmentor_trainer"] == "nnUNetTrainer"
+    assert section["presegmentor"]["trainer"] == "nnUNetTrainer"
     assert json.loads(json.dumps(section)) == section
 
 

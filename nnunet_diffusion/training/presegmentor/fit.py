@@ -233,7 +233,7 @@ def build_presegmentor(
     trainer = trainer_class(trainer_name, "The pre-segmentor of this model")
     if hasattr(trainer, "presegmentor_trainer"):
         raise ValueError(
-            f"diffusion.presegmentor_trainer is {trainer_name!r}, itself a diffusion trainer: give one of nnU-Net's, "
+            f"diffusion.presegmentor.trainer is {trainer_name!r}, itself a diffusion trainer: give one of nnU-Net's, "
             "for example 'nnUNetTrainer', or leave it empty."
         )
     if architecture:
