@@ -13,7 +13,8 @@ Made by `python documentation/make_settings.py`; do not edit.
 
 All settings live in the plans, under `configurations.<name>.diffusion`, in sections by what they belong to, such as
 `{{"inference": {{"start_step": 300, "steps": 5}}}}`. Plans without settings, or with a part of them, get the defaults
-below. An unknown key, a wrong type or an illegal value is refused with the key, the value and what is legal. How to set them, with an example: [quick start](quick_start.md#settings).
+below. An unknown key, a wrong type or an illegal value is refused with the key, the value and what is legal.
+How to set them, with an example: [quick start](quick_start.md#settings).
 
 {table}
 Three defaults follow the plans: `features_per_stage` is half of nnU-Net's width at each stage, at least 8; `norm` is
