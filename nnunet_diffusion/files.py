@@ -1,4 +1,4 @@
-"""nnU-Net's JSON files and environment variables, and the names and commands that error texts recommend."""
+"""Reading nnU-Net's JSON files, and the names and commands that error messages recommend."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 PRESEGMENTOR_FOLDER = "nnUNet_diffusion_presegmentor"
-"""Model folder of a trained network of nnU-Net's, to start from instead of training one."""
+"""Environment variable: model folder of a trained nnU-Net to use as pre-segmentor, instead of training one."""
 
 DEFAULT_PLANNER = "DiffusionPlanner"
 PLANS_OF = {
@@ -16,29 +16,29 @@ PLANS_OF = {
     "DiffusionPlannerResEncM": "nnUNetDiffusionResEncUNetMPlans",
     "DiffusionPlannerResEncL": "nnUNetDiffusionResEncUNetLPlans",
 }
-"""Our planners -> the default name of their plans."""
+"""Planner of this package -> default name of its plans."""
 
 WORDS = {dict: "a dictionary", list: "a list", str: "text", int: "an integer"}
 
 
 def read_dictionary(path: Path, cure: str, kinds: Mapping[str, type] | None = None) -> dict[str, Any]:
-    """Read a file that holds a dictionary.
+    """Read a JSON file that holds a dictionary.
 
     Args:
         path: of the file.
-        cure: what to do if it is not what it should be; a sentence's end, such as "run: ...".
-        kinds: key -> type of its value, of the keys that must be there.
+        cure: advice if the file is not valid, as the end of a sentence, such as "run: ...".
+        kinds: required key -> type of its value.
 
     Raises:
-        FileNotFoundError: it is missing.
-        ValueError: it is no UTF-8 JSON or no dictionary, or a key is missing or of another type.
-        Both name the file and end with the cure.
+        FileNotFoundError: the file is missing.
+        ValueError: it is not UTF-8 JSON, not a dictionary, or a key is missing or has the wrong type.
+        Both messages name the file and end with the cure.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; {cure}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # no JSON, not UTF-8, a number too long, or nested too deep
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, a number too long, or nested too deeply
         raise ValueError(f"{path} is damaged: it is not valid JSON ({error}); {cure}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {_word(content)}, not a dictionary; {cure}")
@@ -47,7 +47,7 @@ def read_dictionary(path: Path, cure: str, kinds: Mapping[str, type] | None = No
 
 
 def require(content: Mapping[str, Any], kinds: Mapping[str, type], path: Path, cure: str) -> None:
-    """Raise ValueError, as `read_dictionary` does, if a key of `kinds` is missing or of another type."""
+    """Raise ValueError, as `read_dictionary` does, if a key of `kinds` is missing or has the wrong type."""
     for key, kind in kinds.items():
         if not isinstance(content.get(key), kind):
             found = _word(content[key]) if key in content else "missing"
@@ -55,7 +55,7 @@ def require(content: Mapping[str, Any], kinds: Mapping[str, type], path: Path, c
 
 
 def read_plans(path: Path, cure: str) -> dict[str, Any]:
-    """Read plans, whose configurations and their sections must be dictionaries and must not inherit in a circle.
+    """Read plans. Configurations and their sections must be dictionaries, and inheritance must not be circular.
 
     Args:
         path: of the file.
@@ -63,7 +63,7 @@ def read_plans(path: Path, cure: str) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: as `read_dictionary`.
-        ValueError: as `read_dictionary`, for each configuration too.
+        ValueError: as `read_dictionary`, also for each configuration.
     """
     plans = read_dictionary(path, cure, {"configurations": dict})
     configurations = plans["configurations"]
@@ -91,10 +91,10 @@ def _word(value: Any) -> str:
 
 
 def preprocess_command(dataset_name: str, plans_name: str, configuration: str) -> str:
-    """Return the command that preprocesses a configuration anew; `dataset_name` is DatasetXXX_NAME."""
+    """Return the command that preprocesses a configuration again; `dataset_name` is DatasetXXX_NAME."""
     return f"nnUNetv2_preprocess -d {int(dataset_name[7:10])} -plans_name {plans_name} -c {configuration}"
 
 
 def says_not_found(error: Exception) -> bool:
-    """Whether nnU-Net's search for a trainer ended without one; else a file on its way failed to import."""
+    """True if nnU-Net's search found no trainer; False if a file failed to import during the search."""
     return "Could not find requested" in str(error)

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 BOOTSTRAP_CHUNK = 1000
-"""Resamples drawn at once; bounds the memory at 1000 x cases indices."""
+"""Resamples drawn at once. It limits memory to 1000 x cases indices."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def compare_paired(
         Means, medians, mean difference with its interval, and the Wilcoxon p.
 
     Raises:
-        ValueError: the two do not hold one value per case, or `resamples` or `confidence` is out of range.
+        ValueError: the two arrays do not have the same number of cases, or `resamples` or `confidence` is out of range.
     """
     first, second = np.asarray(candidate, dtype=np.float64), np.asarray(baseline, dtype=np.float64)
     if first.shape != second.shape or first.ndim != 1:
@@ -96,7 +96,7 @@ def bootstrap_interval(
         confidence: coverage, in (0, 1).
 
     Returns:
-        (lower, upper); NaN twice for no values, one point for one value.
+        (lower, upper). Both are NaN without values; with one value both are that value.
 
     Raises:
         ValueError: `resamples` or `confidence` is out of range.
@@ -123,7 +123,7 @@ def wilcoxon_p(difference: ArrayLike) -> float:
         difference: finite differences, (N,).
 
     Returns:
-        p in (0, 1]; zero differences are dropped (Wilcoxon's own rule), and if none is left p is 1.0; NaN for no pairs.
+        p in (0, 1]. Zero differences are dropped (Wilcoxon's rule); if none is left, p is 1.0. NaN without pairs.
     """
     pairs = np.asarray(difference, dtype=np.float64)
     if pairs.size == 0:

@@ -1,4 +1,4 @@
-"""Spoiled label maps for the repair test: a refiner that only returns its start cannot mend them."""
+"""Corrupted label maps for the repair test, which a refiner that only returns its start cannot pass."""
 
 from __future__ import annotations
 

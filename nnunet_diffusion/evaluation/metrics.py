@@ -34,7 +34,7 @@ class ClassMetrics:
 
 @dataclass(frozen=True)
 class VoxelChanges:
-    """What a refinement did to its start, in voxels.
+    """Voxels that a refinement corrected and broke, relative to its start.
 
     Attributes:
         corrected: voxels wrong in the start and right in the result.
@@ -53,7 +53,7 @@ def dice(prediction: ArrayLike, reference: ArrayLike) -> float:
         reference: boolean mask, (*spatial).
 
     Returns:
-        2 |A and B| / (|A| + |B|), 0..1. Both empty: NaN, as nnU-Net's evaluation; one empty: 0.
+        2 |A and B| / (|A| + |B|), 0..1. NaN if both masks are empty, as in nnU-Net's evaluation; 0 if one is empty.
 
     Raises:
         ValueError: the shapes differ.
@@ -66,10 +66,10 @@ def dice(prediction: ArrayLike, reference: ArrayLike) -> float:
 def hd95(prediction: ArrayLike, reference: ArrayLike, spacing_mm: Sequence[float]) -> float:
     """95 % Hausdorff distance of two masks: the larger of the two directed 95th percentiles.
 
-    A mask's surface is its voxels with a face neighbour outside the mask; the array's border counts as outside, except
-    along axes of length one, which are left out: a slice is an image, not a volume that is surface all over. Directed
-    distances run from the centre of each surface voxel of one mask to the nearest surface voxel of the other, and
-    percentiles are linearly interpolated. (medpy pools both directions before taking the percentile.)
+    The surface of a mask consists of its voxels with a face neighbour outside the mask. The outside of the array counts as
+    outside the mask. Axes of length one are removed first, so that a single slice is measured in 2D. Directed distances
+    run from the centre of each surface voxel of one mask to the nearest surface voxel of the other. Percentiles are
+    linearly interpolated. (medpy pools both directions before taking the percentile.)
 
     Args:
         prediction: boolean mask, (*spatial).
@@ -77,7 +77,8 @@ def hd95(prediction: ArrayLike, reference: ArrayLike, spacing_mm: Sequence[float
         spacing_mm: voxel size in mm along each axis of the masks.
 
     Returns:
-        Distance in mm. Both empty: NaN (undefined); one empty: infinity (a miss is never better than a bad hit).
+        Distance in mm. NaN if both masks are empty; infinity if one is, so that a missed structure is never better than a
+        poor segmentation.
 
     Raises:
         ValueError: the shapes differ, or `spacing_mm` is not one positive number per axis.
@@ -90,7 +91,7 @@ def hd95(prediction: ArrayLike, reference: ArrayLike, spacing_mm: Sequence[float
     predicted, true, spacing = predicted.squeeze(), true.squeeze(), tuple(spacing[axis] for axis in long_axes)
     if not long_axes:
         return 0.0
-    # Outside the joint bounding box all is background: cropping to it changes neither surfaces nor distances.
+    # Outside the joint bounding box everything is background, so cropping changes neither surfaces nor distances.
     box = ndimage.find_objects((predicted | true).astype(np.uint8))[0]
     surface_predicted, surface_true = _surface(predicted[box]), _surface(true[box])
     to_true = ndimage.distance_transform_edt(~surface_true, sampling=spacing)[surface_predicted]
@@ -112,7 +113,7 @@ def per_class_metrics(
         reference_labels: integer label map, (*spatial).
         classes: label -> name of the classes to measure; leave the background out.
         spacing_mm: voxel size in mm along each axis.
-        known: boolean mask, (*spatial), of the voxels that count; False where the reference has the ignore label.
+        known: boolean mask, (*spatial), of the evaluated voxels; False where the reference has the ignore label.
 
     Returns:
         class name -> metrics, in the order of `classes`.
@@ -139,7 +140,7 @@ def per_class_metrics(
 def voxels_corrected_and_broken(
     start: ArrayLike, result: ArrayLike, reference: ArrayLike, known: ArrayLike | None = None
 ) -> VoxelChanges:
-    """Count the voxels that a refinement put right and those it put wrong.
+    """Count the voxels that a refinement corrected and those that it broke.
 
     Args:
         start: integer label map that the refinement began with, (*spatial).
@@ -148,7 +149,7 @@ def voxels_corrected_and_broken(
         known: as for `per_class_metrics`.
 
     Returns:
-        The two counts; a voxel that goes from one wrong class to another is in neither.
+        The two counts. A voxel that changes from one wrong class to another is in neither.
 
     Raises:
         ValueError: the shapes differ.

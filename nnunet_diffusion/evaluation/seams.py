@@ -1,4 +1,4 @@
-"""Jumps where the tiles of a sliding window meet: what a tile-wise prediction may add to a segmentation."""
+"""Jumps at the borders of a sliding window's tiles, an artefact of tile-wise prediction."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ NEIGHBOURS = (-2, -1, 1, 2)
 
 @dataclass(frozen=True)
 class Jumps:
-    """Sums over the planes between voxels where a tile begins or ends; two of them add up.
+    """Sums over the planes between voxels at which a tile begins or ends. Jumps of several images can be added.
 
     Attributes:
         at_borders: Sum of |difference| across these planes.
-        around: Sum of the mean |difference| across the planes up to two voxels beside each.
+        around: Sum of the mean |difference| across the planes up to two voxels next to each.
         planes: Number of planes.
     """
 
@@ -30,7 +30,7 @@ class Jumps:
 
     @property
     def ratio(self) -> float:
-        """Jump at borders relative to that beside them: 1 where tiles leave no trace."""
+        """Mean jump at tile borders divided by the mean jump next to them; 1 if tiles leave no artefact."""
         return self.at_borders / self.around
 
 
@@ -39,7 +39,7 @@ def border_jumps(values: Tensor, tiles: Sequence[tuple[slice, ...]]) -> Jumps:
 
     Args:
         values: (K, *spatial), for example probabilities.
-        tiles: nnU-Net's slicers (K, *spatial); an axis may have slices or integers (the slice of a volume in 2D).
+        tiles: nnU-Net's slicers (K, *spatial); an entry is a slice, or an integer (the slice of a volume in 2D).
     """
     found = Jumps()
     for axis in range(1, values.ndim):

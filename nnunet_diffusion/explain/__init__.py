@@ -1,1 +1,1 @@
-"""Pictures that show what a diffusion segmentation did (layer 3)."""
+"""Figures of the reverse process and of training curves (layer 3)."""

@@ -34,16 +34,16 @@ LOG_SCALE_FROM_RATIO = 100.0
 
 @dataclass(frozen=True, eq=False)
 class ReportRow:
-    """One case of the report figure; all arrays are 2D, all but the process's states of one shape (H, W).
+    """One case of the report figure. All arrays are 2D; all except the states of the process have one shape (H, W).
 
     Attributes:
-        name: written at the left.
+        name: label at the left of the row.
         image: any intensity range.
         truth: integer label map.
         nnunet: nnU-Net's label map, the start of the process.
         process: (timestep, state of one class in [-1, 1]) from T' - 1 downwards, on the image's or the network's grid;
             timestep -1 is the clean state.
-        result: the label map that the process ended with.
+        result: final label map of the process.
     """
 
     name: str
@@ -80,7 +80,7 @@ def error_map(prediction_labels: ArrayLike, reference_labels: ArrayLike) -> NDAr
 
 
 def state_to_unit(state: ArrayLike) -> NDArray[np.float64]:
-    """Map a diffusion state from [-1, 1] to [0, 1]; the noise beyond is clipped."""
+    """Map a diffusion state from [-1, 1] to [0, 1]; values outside are clipped."""
     return np.clip((np.asarray(state, dtype=np.float64) + 1) / 2, 0, 1)
 
 
@@ -89,10 +89,10 @@ def report_figure(rows: Sequence[ReportRow], path: str | Path) -> None:
 
     Args:
         rows: the cases, at least one, each with a process of the same length.
-        path: where to write; the ending chooses the format.
+        path: output file; the ending selects the format.
 
     Raises:
-        ValueError: no rows, processes of different length, or arrays of one row, or states of one process, that are
+        ValueError: `rows` is empty, the processes differ in length, or the arrays of a row or the states of a process are
             not 2D of one shape.
     """
     _check_rows(rows)
@@ -118,12 +118,12 @@ def curves_figure(curves: Mapping[str, Sequence[float]], path: str | Path) -> No
     """Draw one panel per curve over the epochs.
 
     Args:
-        curves: name -> one value per epoch; NaN and infinite values leave gaps. Long curves also get a running mean,
-            and positive curves that span two decades a logarithmic axis.
-        path: where to write; the ending chooses the format.
+        curves: name -> one value per epoch. NaN and infinite values leave gaps. Long curves also show a running mean.
+            Positive curves that span two decades have a logarithmic axis.
+        path: output file; the ending selects the format.
 
     Raises:
-        ValueError: no curves.
+        ValueError: `curves` is empty.
     """
     if not curves:
         raise ValueError("curves is empty: give at least one named curve")
@@ -161,7 +161,7 @@ def _figure_inches(rows: Sequence[ReportRow], columns: int) -> tuple[float, floa
 
 def _draw_row(axes: Sequence[Axes], row: ReportRow) -> None:
     steps = len(row.process)
-    # The window leaves out the outermost percents, so that single bright speckles do not darken the rest.
+    # Clip the intensities at the 0.5th and 99.5th percentile, so that single bright voxels do not darken the rest.
     low, high = np.nanpercentile(row.image, [0.5, 99.5])
     axes[0].imshow(row.image, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), interpolation="nearest")
     for axis, labels in ((axes[1], row.truth), (axes[2], row.nnunet), (axes[3 + steps], row.result)):
@@ -178,7 +178,7 @@ def _draw_row(axes: Sequence[Axes], row: ReportRow) -> None:
 
 
 def _show_labels(axis: Axes, labels: NDArray) -> None:
-    # Labels beyond the list reuse its colours, never the background's.
+    # Labels beyond the list reuse its colours, except the background's.
     index = np.where(labels > 0, (labels - 1) % (len(LABEL_COLOURS) - 1) + 1, 0)
     axis.imshow(
         index, cmap=ListedColormap(LABEL_COLOURS), vmin=-0.5, vmax=len(LABEL_COLOURS) - 0.5, interpolation="nearest"
@@ -256,7 +256,7 @@ def _draw_curve(axis: Axes, name: str, values: NDArray[np.float64]) -> None:
 
 
 def _running_mean(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
-    # Centred mean of the known values, narrower at both ends; NaN only where the whole window is unknown.
+    # Centred mean of the finite values, with a narrower window at both ends; NaN only if the window has no finite value.
     known = np.isfinite(values)
     ones, half = np.ones(window), window // 2
     total = np.convolve(np.where(known, values, 0.0), ones)[half : half + len(values)]

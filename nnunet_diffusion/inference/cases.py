@@ -1,4 +1,4 @@
-"""Many cases: prepared and written by other processes while the network works; a bad one does not stop the rest."""
+"""Prediction of many cases. Other processes prepare and write cases; a case that fails does not stop the others."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from nnunet_diffusion.inference.presegmentation import (
 from nnunet_diffusion.inference.reading import check_size, constant_channels, expected_bytes, read_images
 from nnunet_diffusion.inference.staging import staging_folders
 
-LARGE_BYTES = 2**30  # what is larger is written by this process: it would have to be copied twice to another
-SMALL_BYTES = 2**26  # image files of two cases together; below it, no process is started for them
-WORKERS = 3  # processes that prepare, and as many that write, as nnU-Net's command has them
+LARGE_BYTES = 2**30  # larger results are written by this process, because sending them to another copies them twice
+SMALL_BYTES = 2**26  # if the image files of two cases are smaller in total, no process is started for them
+WORKERS = 3  # number of processes that prepare, and of processes that write, as in nnU-Net's command
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -44,10 +44,10 @@ class CaseFiles:
     """Files of one case.
 
     Attributes:
-        name: of the case.
+        name: name of the case.
         images: one file per channel.
         target: output file without its ending; None to return the result.
-        previous_stage: segmentation of the cascade's previous stage.
+        previous_stage: segmentation file of the cascade's previous stage.
         presegmentation: folder of pre-segmentations to start from.
     """
 
@@ -64,8 +64,8 @@ class PreparedCase:
 
     Attributes:
         data: (C, *volume), float32.
-        properties: of the image, as nnU-Net's preprocessor gives them.
-        presegmentation: to start from; None for the embedded nnU-Net's.
+        properties: image properties, as returned by nnU-Net's preprocessor.
+        presegmentation: pre-segmentation to start from; None to use the embedded nnU-Net's.
         notes: warnings for the user.
     """
 
@@ -76,11 +76,11 @@ class PreparedCase:
 
 
 class FailedCases(RuntimeError):
-    """Some cases could not be predicted or some images were left out, all others are finished.
+    """Some cases could not be predicted, or some images were left out. All others are finished.
 
     Attributes:
         failures: name of each case that failed -> why.
-        left_out: name of each file that is not named as nnU-Net wants it -> why it is left out.
+        left_out: each file whose name does not follow nnU-Net's convention -> why it is left out.
     """
 
     def __init__(self, failures: Mapping[str, str], number: int, left_out: Mapping[str, str] | None = None) -> None:
@@ -98,17 +98,18 @@ def _listed(reasons: Mapping[str, str]) -> str:
 
 
 def prepare_case(case: CaseFiles, managers: Managers, limit: float | None = None) -> PreparedCase:
-    """Read and preprocess a case as nnU-Net does, with what else the reverse process needs.
+    """Read and preprocess a case as nnU-Net does, including its pre-segmentation.
 
     Args:
         case: its files.
         managers: of the model.
-        limit: main memory that the case may take, in bytes; None for what is free.
+        limit: main memory that the case may use, in bytes; None for the free memory.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: channels are missing, a file cannot be read, holds NaN, or does not fit its image; names the file.
-        MemoryError: the image does not fit into memory, as it is or resampled.
+        ValueError: channels are missing, or a file cannot be read, holds NaN, or does not match its image. The message
+            names the file.
+        MemoryError: the image does not fit into memory, before or after resampling.
     """
     plans_manager, configuration_manager, dataset_json = managers
     channels = len(dataset_json.get("channel_names") or dataset_json["modality"])
@@ -116,7 +117,7 @@ def prepare_case(case: CaseFiles, managers: Managers, limit: float | None = None
         raise FileNotFoundError(f"{case.previous_stage} is missing")
     names = ", ".join(case.images)
     image, properties = read_images(case.images, plans_manager.image_reader_writer_class(), limit)
-    if len(image) != channels:  # a colour image has three in one file
+    if len(image) != channels:  # a colour image has three channels in one file
         raise ValueError(
             f"{names} has {len(image)} channels, the model needs {channels}, as its training images "
             f"({case.name}_0000{dataset_json['file_ending']} and so on)"
@@ -142,7 +143,7 @@ def prepare_case(case: CaseFiles, managers: Managers, limit: float | None = None
     given = None
     if case.presegmentation is not None:
         ending = dataset_json["file_ending"]
-        own_name = Path(case.images[0]).name.removesuffix(f"_0000{ending}")  # the output may have another
+        own_name = Path(case.images[0]).name.removesuffix(f"_0000{ending}")  # the output may have another name
         source = find_presegmentation(Path(case.presegmentation), own_name, ending)
         given = read_presegmentation(
             source, properties, data.shape[1:], plans_manager, configuration_manager, label_manager
@@ -151,9 +152,9 @@ def prepare_case(case: CaseFiles, managers: Managers, limit: float | None = None
 
 
 def worker_numbers(cases: Sequence[CaseFiles], cores: int) -> tuple[int, int]:
-    """Numbers of processes that prepare and that write, together at most `cores`.
+    """Return the number of processes that prepare and of those that write, together at most `cores`.
 
-    None for one core, and none for one or two small cases: a process takes longer to start than they take.
+    Both are 0 with one core, for a single case and for two small ones: starting a process would take longer than it saves.
     """
     sizes = (os.path.getsize(path) for case in cases for path in case.images if os.path.isfile(path))
     if cores < 2 or len(cases) < 2 or (len(cases) == 2 and sum(sizes) < SMALL_BYTES):
@@ -163,12 +164,12 @@ def worker_numbers(cases: Sequence[CaseFiles], cores: int) -> tuple[int, int]:
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _begin_worker() -> None:
-    """Leave Ctrl-C and SIGTERM to the parent, which lets running work end; end when the parent is killed."""
+    """Ignore Ctrl-C and SIGTERM, which the parent handles by waiting for running work. Exit if the parent is killed."""
     for number in ENDING_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
@@ -182,7 +183,7 @@ def _begin_worker() -> None:
 
 
 class _Workers(ProcessPoolExecutor):
-    """Fresh processes, deaf to Ctrl-C and SIGTERM from their start on: both reach a whole process group."""
+    """Newly started processes that ignore Ctrl-C and SIGTERM, because both signals reach the whole process group."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number, multiprocessing.get_context("spawn"), _begin_worker)
@@ -190,7 +191,7 @@ class _Workers(ProcessPoolExecutor):
     def submit(self, fn: Callable, /, *args: Any, **kwargs: Any) -> Future:
         if not hasattr(signal, "pthread_sigmask"):
             return super().submit(fn, *args, **kwargs)
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)  # a process that starts here inherits it
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)  # a process started here inherits the mask
         try:
             return super().submit(fn, *args, **kwargs)
         finally:
@@ -199,34 +200,34 @@ class _Workers(ProcessPoolExecutor):
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """Work that was given to other processes.
+    """A task submitted to other processes.
 
     Attributes:
-        future: its outcome.
-        again: does the work once more, alone, and returns its outcome.
+        future: future result of the task.
+        again: repeats the task in a process of its own and returns the result.
     """
 
     future: Future
     again: Callable[[], Any]
 
     def result(self) -> Any:
-        """Wait for the outcome; raise what the work raised, MemoryError if its process is killed even alone."""
+        """Wait for the result. Raise the task's exception, or MemoryError if its process is killed again when it runs alone."""
         try:
             return self.future.result()
-        except BrokenProcessPool:  # who was killed is not known: the pool forgets all that it was working on
+        except BrokenProcessPool:  # the pool loses all its tasks and does not say whose process was killed
             return self.again()
 
 
 class Workers:
-    """Processes for one kind of work; they are replaced when the system kills one of them."""
+    """Processes for one kind of task; all are replaced if the system kills one."""
 
     def __init__(self, number: int) -> None:
-        """Start no process yet; with 0, the work is done at once, in this process."""
+        """Create the pool; processes start with the first task. With 0, tasks run immediately in this process."""
         self._number = number
         self._pool = _Workers(number) if number else None
 
     def submit(self, function: Callable, *arguments: Any) -> Job:
-        """Begin `function(*arguments)`."""
+        """Submit `function(*arguments)`."""
         if self._pool is None:
             return done_here(function, *arguments)
         try:
@@ -238,13 +239,13 @@ class Workers:
         return Job(future, partial(done_alone, function, *arguments))
 
     def shutdown(self, cancel: bool) -> None:
-        """Wait for what has begun, and for the rest too unless it is cancelled."""
+        """Wait for running tasks, and for queued ones unless they are cancelled."""
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=cancel)
 
 
 def done_here(function: Callable, *arguments: Any) -> Job:
-    """Do work at once, in this process."""
+    """Run a task immediately, in this process."""
     future: Future = Future()
     try:
         future.set_result(function(*arguments))
@@ -254,7 +255,7 @@ def done_here(function: Callable, *arguments: Any) -> Job:
 
 
 def done_alone(function: Callable, *arguments: Any) -> Any:
-    """Do work in a process of its own.
+    """Run a task in a process of its own.
 
     Raises:
         MemoryError: the process was killed.
@@ -271,7 +272,7 @@ def done_alone(function: Callable, *arguments: Any) -> Any:
 
 @contextmanager
 def workers(number: int) -> Iterator[Workers]:
-    """So many fresh processes, 0 for none; what has not begun is dropped when the block is left by an error."""
+    """Provide `number` new processes (0 for none) in a `with` block; an error in the block cancels queued tasks."""
     pool = Workers(number)
     try:
         yield pool
@@ -284,7 +285,7 @@ def workers(number: int) -> Iterator[Workers]:
 def _prepared_ahead(
     readers: Workers, ahead: int, cases: Sequence[CaseFiles], managers: Managers, limit: float
 ) -> Iterator[Job]:
-    """Yield the preparation of each case in order; so many of the next are begun already, if memory holds them together."""
+    """Yield the preparation of each case in order. Up to `ahead` further cases are prepared meanwhile if memory allows."""
     begun: deque[tuple[Job, int]] = deque()
     following = 0
 
@@ -307,7 +308,7 @@ def _prepared_ahead(
     if needed(0) < LARGE_BYTES:
         following = 1
         begin_next(needed(0))
-        yield done_here(prepare_case, cases[0], managers, limit)  # the other processes still start
+        yield done_here(prepare_case, cases[0], managers, limit)  # while the other processes start
     while begun or following < len(cases):
         if not begun:
             begin()
@@ -325,19 +326,19 @@ def run_cases(
     writing: int,
     on_case: Callable[[str, str], object],
 ) -> list[Any]:
-    """Predict all cases; the network works in this process.
+    """Predict all cases; the network runs in this process.
 
     Args:
-        cases: to predict, at least one.
-        predict: what the network does.
+        cases: cases to predict, at least one.
+        predict: runs the network on a prepared case.
         managers: of the model.
-        save_probabilities: as `write_case`.
-        preparing: processes that read and preprocess; 0 for this one.
-        writing: processes that resample and write; 0 for this one.
-        on_case: called with the name of each case and how it ended: empty for well.
+        save_probabilities: as in `write_case`.
+        preparing: number of processes that read and preprocess; 0: this process does it.
+        writing: number of processes that resample and write; 0: this process does it.
+        on_case: called with the name of each case and its error message, empty if it succeeded.
 
     Returns:
-        What `write_case` returns, in the order of the cases.
+        The results of `write_case`, in the order of the cases.
 
     Raises:
         FailedCases: some cases failed; the others are finished.
@@ -365,10 +366,10 @@ def run_cases(
                 except Exception as error:
                     failed(index, error)
 
-    limit = free_bytes(torch.device("cpu"))  # now that no case takes any
+    limit = free_bytes(torch.device("cpu"))  # before any case uses memory
     outputs = [Path(case.target).parent for case in cases if case.target is not None]
     try:
-        # the folders are the outermost: they are removed when no process writes into them any more
+        # the staging folders are the outermost context: they are removed when no process writes into them any more
         with staging_folders(outputs) as stages, workers(preparing) as readers, workers(writing) as writers:
             for index, prepared in enumerate(_prepared_ahead(readers, preparing, cases, managers, limit)):
                 try:
@@ -382,7 +383,7 @@ def run_cases(
                 written[job.future] = index, job
                 del predicted, job
             collect(0)
-    except (KeyboardInterrupt, SystemExit):  # what was being written is finished by now
+    except (KeyboardInterrupt, SystemExit):  # running writes have finished by now
         for future, (index, _) in written.items():
             if future.done() and not future.cancelled() and future.exception() is None:
                 on_case(names[index], "")
@@ -393,7 +394,7 @@ def run_cases(
 
 
 def reason_of(error: Exception) -> str:
-    """Text of an exception for the user; the kind is named only where nobody wrote that text for a user."""
+    """Return an exception's message for the user, with the type's name unless the message is one for users."""
     if str(error) and isinstance(error, (ValueError, OSError, RuntimeError, MemoryError)):
         return str(error)
     return f"{type(error).__name__}: {error}"

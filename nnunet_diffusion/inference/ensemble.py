@@ -1,4 +1,4 @@
-"""Members of an ensemble and the prediction that comes of them."""
+"""Members of an ensemble and the resulting prediction."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class VolumePrediction:
     """Result on the network's grid.
 
     Attributes:
-        logits: (K, *volume), float32, whose probabilities are the mean over all members.
-        decision: logits whose decision is the fused segmentation; None where it is that of `logits`.
-        samples: name of each sample -> its logits, float16; filled only where samples are kept.
-        evaluations: patches that each network has seen.
+        logits: logits of the mean probabilities over all members, (K, *volume), float32.
+        decision: logits of the fused segmentation; None if `logits` give the segmentation.
+        samples: name of each sample -> its logits, float16; empty unless samples are kept.
+        evaluations: number of patches evaluated by each network.
         seconds: wall-clock time.
-        peak_bytes: of the GPU since the volume began, on a CPU of the process since its start; None where unknown.
-        notes: what had to give way (memory).
+        peak_bytes: peak GPU memory for this volume; on a CPU, peak memory of the process; None if unknown.
+        notes: notes for the user on changes made for lack of memory.
     """
 
     logits: Tensor
@@ -36,7 +36,7 @@ class VolumePrediction:
 
 @dataclass
 class Members:
-    """Sums over the members of an ensemble, as they come."""
+    """Running sums over the members of an ensemble."""
 
     regions: bool
     keep_votes: bool
@@ -47,17 +47,19 @@ class Members:
     samples: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, probabilities: Tensor, weight: float, name: str = "") -> None:
-        """Count one member (K, *volume); a named one is a sample."""
+        """Add one member (K, *volume); a member with a name is a sample."""
         if weight > 0:
             weighted = probabilities * weight
-            if self.total is not None and self.total.device != weighted.device:  # one of them had no room on the GPU
+            if self.total is not None and self.total.device != weighted.device:  # one of them did not fit on the GPU
                 self.total, weighted = self.total.cpu(), weighted.cpu()
             self.total = weighted if self.total is None else self.total.add_(weighted)
             self.weight += weight
         votes, kept = self.keep_votes and weight > 0, self.keep_samples and bool(name)
         if votes or kept:
             logits = labels.probabilities_to_logits(probabilities[None], self.regions)[0].half()
-            if votes:  # for what the file of a kept sample says, ties after rounding included
+            if (
+                votes
+            ):  # votes come from the rounded logits, so that they agree with the file of a kept sample, even for ties
                 self.votes.append(votes_of(logits, self.regions).cpu())
             if kept:
                 self.samples[name] = logits.cpu()

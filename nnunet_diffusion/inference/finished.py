@@ -1,4 +1,4 @@
-"""Finished cases of an output folder, which a continued run leaves as they are if they were predicted as it predicts."""
+"""Finished cases of an output folder; a continued run keeps them if they were predicted with the same settings."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import torch
 from nnunet_diffusion.inference.output import Managers, mask_of, report_of
 
 CURE = "leave --continue_prediction out to predict all cases again, or choose another output folder (-o)"
-SHORT = 16  # hexadecimal digits of a hash: enough to tell models apart
+SHORT = 16  # hexadecimal digits of a hash, enough to distinguish models
 
 
 def is_finished(target: str, managers: Managers, save_probabilities: bool) -> bool:
-    """Whether a case's segmentation can be read and, with `save_probabilities`, its .npz is there as a whole.
+    """True if a case's segmentation is readable and, with `save_probabilities`, its .npz is complete.
 
     Args:
         target: path of the segmentation without its file ending.
@@ -29,22 +29,22 @@ def is_finished(target: str, managers: Managers, save_probabilities: bool) -> bo
     mask = mask_of(target, dataset_json["file_ending"])
     if not mask.is_file() or mask.stat().st_size == 0:
         return False
-    if save_probabilities and not zipfile.is_zipfile(f"{target}.npz"):  # its directory stands at the end
+    if save_probabilities and not zipfile.is_zipfile(f"{target}.npz"):  # a zip file's directory is at its end
         return False
     try:
         plans_manager.image_reader_writer_class().read_seg(str(mask))
-    except Exception:  # each reader raises what its library raises
+    except Exception:  # the exception depends on the reader's library
         return False
     return True
 
 
 def why_not_kept(target: str, ending: str, settings: Mapping[str, Any]) -> str:
-    """Say why a finished case cannot stand beside those of a run with `settings`; empty if it can.
+    """Return why a finished case cannot be kept in a run with `settings`; empty if it can.
 
     Args:
         target: path of the segmentation without its file ending.
         ending: of the segmentation.
-        settings: all that decides a result, JSON-ready.
+        settings: everything that determines a result, JSON-serialisable.
     """
     mask, path = mask_of(target, ending), report_of(target)
     report = None
@@ -61,7 +61,7 @@ def why_not_kept(target: str, ending: str, settings: Mapping[str, Any]) -> str:
 
 
 def hash_of_weights(weights: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 of a state dict's names and values, shortened."""
+    """Return the shortened SHA-256 of a state dict's names and values."""
     digest = hashlib.sha256()
     for name, tensor in weights.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -70,5 +70,5 @@ def hash_of_weights(weights: Mapping[str, torch.Tensor]) -> str:
 
 
 def hash_of_json(content: Any) -> str:
-    """SHA-256 of what a JSON file holds, shortened."""
+    """Return the shortened SHA-256 of JSON content."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:SHORT]

@@ -1,4 +1,4 @@
-"""One segmentation out of several samples: mean, majority vote, STAPLE."""
+"""Fusion of several samples into one segmentation: mean, majority vote, STAPLE."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MARGIN_VOXELS = 2
 
 
 def votes_of(logits: Tensor, regions: bool) -> Tensor:
-    """Return what a member votes for, as integers: its label map (*volume), or its masks of regions (K, *volume).
+    """Return a member's vote as integers: a label map (*volume), or masks of regions (K, *volume).
 
     Args:
         logits: (K, *volume).
@@ -27,16 +27,16 @@ def votes_of(logits: Tensor, regions: bool) -> Tensor:
 
 
 def fuse(votes: Tensor, mean: Tensor, fusion: str, regions: bool) -> Tensor:
-    """Return probabilities (K, *volume) whose decision is the fused segmentation.
+    """Return probabilities (K, *volume) that give the fused segmentation.
 
     Args:
-        votes: (N, *volume) label maps or (N, K, *volume) masks, as `votes_of` gives them.
-        mean: mean probabilities of the members (K, *volume), which decide where votes are even.
+        votes: (N, *volume) label maps or (N, K, *volume) masks, from `votes_of`.
+        mean: mean probabilities of the members (K, *volume); they break ties.
         fusion: "majority" or "staple".
         regions: whether the heads are regions.
 
     Raises:
-        ValueError: an unknown fusion.
+        ValueError: the fusion is unknown.
     """
     if fusion == "majority":
         return _majority(votes, mean, regions)
@@ -50,7 +50,7 @@ def _masks(votes: Tensor, head: int, regions: bool) -> Tensor:
 
 
 def _majority(votes: Tensor, mean: Tensor, regions: bool) -> Tensor:
-    # half a vote of the mean probability decides ties and nothing else
+    # the mean probability counts as half a vote, so it only breaks ties
     counts = torch.stack([_masks(votes, head, regions).sum(0, dtype=torch.float32) for head in range(len(mean))])
     return (counts + mean / 2) / (len(votes) + 0.5)
 
@@ -67,13 +67,13 @@ def _staple(votes: Tensor, mean: Tensor, regions: bool) -> Tensor:
 
 
 def staple(masks: Tensor, fallback: Tensor) -> Tensor:
-    """Return the probability of the truth behind several masks (Warfield et al. 2004, by SimpleITK).
+    """Return STAPLE's foreground probability for several masks (Warfield et al. 2004, implemented by SimpleITK).
 
-    Where all agree nothing is estimated; the algorithm sees the smallest box around the voxels in dispute, with a margin.
+    Voxels on which all masks agree keep their value. The algorithm runs on the bounding box of the others, with a margin.
 
     Args:
         masks: (N, *volume) of 0 and 1.
-        fallback: (*volume), taken for disputed voxels where the algorithm gives no number (a mask empty in the box).
+        fallback: (*volume), used where the algorithm returns no finite value (if a mask is empty in the box).
 
     Returns:
         (*volume), float32, on the CPU.

@@ -1,4 +1,4 @@
-"""Images in a folder, named as nnU-Net wants them: CASE_0000.ENDING, CASE_0001.ENDING and so on, a file per channel."""
+"""Images in a folder, one file per channel, named by nnU-Net's convention: CASE_0000.ENDING, CASE_0001.ENDING and so on."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from pathlib import Path
 IMAGE_ENDINGS = (
     ".nii.gz", ".nii", ".nrrd", ".mha", ".mhd", ".gipl", ".tif", ".tiff", ".png", ".bmp", ".jpg", ".jpeg", ".dcm",
 )  # fmt: skip
-"""A file with another ending is no image that somebody may miss in the output, such as notes or nnU-Net's .json."""
+"""Endings of image files. Files with other endings, such as nnU-Net's .json, are ignored."""
 
 
 @dataclass(frozen=True)
 class InputFiles:
-    """What a folder of images holds.
+    """Images of a folder.
 
     Attributes:
-        cases: name of each case, in their order -> its files from channel 0 on; a file that is missing among them is named too.
-        left_out: name of each image that is not named as nnU-Net wants it -> why it is left out.
+        cases: case name -> its files from channel 0 on, sorted by name; missing channels are included.
+        left_out: each image whose name does not follow nnU-Net's convention -> why it is left out.
     """
 
     cases: dict[str, list[str]]
@@ -27,14 +27,14 @@ class InputFiles:
 
 
 def find_images(folder: str | Path, ending: str) -> InputFiles:
-    """Find the cases of a folder; hidden files and what is no image do not count.
+    """Find the cases of a folder; hidden files and files that are not images are ignored.
 
     Args:
-        folder: of the images.
-        ending: of the model's images, as its dataset.json has it.
+        folder: folder of the images.
+        ending: file ending of the model's images, from its dataset.json.
 
     Raises:
-        ValueError: not one file is named as nnU-Net wants it; names one that is not, and the cure.
+        ValueError: no file name follows nnU-Net's convention. The message names one such file and what to do.
     """
     folder = Path(folder)
     channels: dict[str, set[int]] = {}
@@ -67,16 +67,16 @@ def _without_images(folder: Path, ending: str, left_out: Mapping[str, str]) -> s
 def refuse_overwriting(
     targets: Sequence[Path], ending: str, cases: Sequence[Sequence[str]], folders: Mapping[str, str | None]
 ) -> None:
-    """Check that each output is a file of its own and none lies where input lies.
+    """Check that every output has its own file and that no output is written to an input folder.
 
     Args:
         targets: output file of each case, without its ending.
-        ending: of the output files.
+        ending: file ending of the output.
         cases: input files of each case.
-        folders: name of each input (as the command line has it) -> its folder, None where there is none.
+        folders: command-line option of each input -> its folder, or None if it is not given.
 
     Raises:
-        ValueError: names the inputs of one output, or the folder.
+        ValueError: two cases have the same output, or an output would lie in an input folder. The message names them.
     """
     first: dict[Path, str] = {}
     inputs = {Path(file).resolve() for files in cases for file in files}

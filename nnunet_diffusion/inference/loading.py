@@ -18,16 +18,16 @@ CURE = "bring it back from where the model was trained, nnU-Net writes it when a
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """What a model folder holds.
+    """Content of a model folder.
 
     Attributes:
-        plans: its plans.json.
-        dataset_json: its dataset.json.
-        configuration: for example "2d".
-        trainer_name: of the training.
-        mirroring_axes: that nnU-Net may mirror in inference; None for none.
+        plans: content of plans.json.
+        dataset_json: content of dataset.json.
+        configuration: name of the configuration, for example "2d".
+        trainer_name: name of the trainer class.
+        mirroring_axes: axes that nnU-Net may mirror in inference; None for no mirroring.
         weights: state dict of each fold.
-        folds: their names.
+        folds: names of the folds.
     """
 
     plans: dict[str, Any]
@@ -44,13 +44,13 @@ def read_model(folder: Path, folds: Sequence[int | str] | None, checkpoint_name:
 
     Args:
         folder: TRAINER__PLANS__CONFIGURATION.
-        folds: numbers or "all"; None for all folds that are finished.
-        checkpoint_name: file in each fold's folder.
-        trust: read checkpoints that hold more than tensors and plain values, and classes of any package in the plans.
+        folds: numbers or "all"; None for all finished folds.
+        checkpoint_name: file name in each fold's folder.
+        trust: also read checkpoints that hold more than tensors and plain values, and allow any class in the plans.
 
     Raises:
-        FileNotFoundError: folder, file or fold is missing; names what there is.
-        ValueError: a file is damaged or unsafe, or the model is none of a diffusion trainer.
+        FileNotFoundError: the folder, a file or a fold is missing. The message lists the existing folds.
+        ValueError: a file is damaged or unsafe, or the model is not from a diffusion trainer.
     """
     if not folder.is_dir():
         raise FileNotFoundError(
@@ -65,7 +65,7 @@ def read_model(folder: Path, folds: Sequence[int | str] | None, checkpoint_name:
     missing = [fold for fold in wanted if fold not in found]
     if missing or not wanted:
         raise FileNotFoundError(
-            f"{folder} has no {checkpoint_name} of fold {', '.join(missing) or '0'}; of these folds there is one: "
+            f"{folder} has no {checkpoint_name} of fold {', '.join(missing) or '0'}. Folds that have one: "
             f"{', '.join(found) or 'none'}. Train the missing folds, or choose others with -f."
         )
     paths = [folder / f"fold_{fold}" / checkpoint_name for fold in wanted]
@@ -83,7 +83,7 @@ def read_model(folder: Path, folds: Sequence[int | str] | None, checkpoint_name:
 
 
 class NoDiffusionModel(ValueError):
-    """A checkpoint of a trainer that is no diffusion trainer."""
+    """A checkpoint of a trainer that is not a diffusion trainer."""
 
 
 def _read(path: Path, trust: bool) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Memory of a volume's reverse processes: known before they begin, and kept within what there is."""
+"""Memory of a volume's reverse processes: estimated before they begin, and limited to what is available."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from nnunet_diffusion.diffusion.solvers import SOLVERS
 
 GIB = 2**30
 FLOAT_BYTES = 4
-# Volumes of K channels that live at once, beside what each sample needs: start, its probabilities, their mean, scratch.
+# Volumes of K channels in memory at once, in addition to those of each sample: start, its probabilities, mean, scratch.
 SHARED = 4
-NETWORK_SHARE = 0.25  # of a GPU's memory stays free for the networks' own evaluations
-# What nnU-Net's resampling of one channel takes, as measured: per voxel before it (padded and filtered in float64), per voxel
-# after it, and there where it resamples the coarse axis apart from the others (the coordinates of every voxel).
+NETWORK_SHARE = 0.25  # share of a GPU's memory that is reserved for evaluating the networks
+# Measured memory of nnU-Net's resampling of one channel: bytes per input voxel (padded and filtered in float64), bytes per
+# output voxel, and the latter if the coarse axis is resampled separately (coordinates of every voxel).
 BEFORE_BYTES, AFTER_BYTES, SEPARATE_AXIS_BYTES = 32, 16, 64
 DOUBLE_BYTES = 8
 
@@ -27,10 +27,10 @@ class MemoryPlan:
     """Where the state of a volume lives.
 
     Attributes:
-        device: of the state.
-        at_once: samples whose states live together; those share one condition flow.
-        needed_bytes: at most, for the volume's state.
-        note: what to tell the user, empty where nothing had to give way.
+        device: device of the state.
+        at_once: number of samples whose states are in memory together; they share one condition flow.
+        needed_bytes: upper bound on the memory of the volume's state.
+        note: note for the user on changes made for lack of memory; empty if there are none.
     """
 
     device: torch.device
@@ -40,61 +40,61 @@ class MemoryPlan:
 
 
 def volumes_per_sample(sampler: str, steps: int) -> int:
-    """Volumes of K channels that one sample needs: state and estimate, and what a sampler's step adds to them."""
+    """Return the number of volumes of K channels that one sample needs: state, estimate and temporaries of a sampler's step."""
     if steps == 1:
         return 2
     return 8 if sampler in SOLVERS else 6
 
 
 def state_bytes(volume: Sequence[int], heads: int, samples: int, sampler: str, steps: int) -> int:
-    """Memory of the reverse processes of a volume, in bytes, without the image and the networks.
+    """Return the memory of a volume's reverse processes in bytes, without image and networks.
 
     Args:
-        volume: its size in voxels, per axis.
+        volume: size in voxels, per axis.
         heads: K.
-        samples: whose states live together.
-        sampler: its name.
-        steps: of the reverse process.
+        samples: number of samples whose states are in memory together.
+        sampler: name of the sampler.
+        steps: number of steps of the reverse process.
     """
     one = FLOAT_BYTES * math.prod(volume)
-    # the tiles' summed weight, and each sample's probabilities summed over the channels
+    # plus the summed weight of the tiles, and each sample's probabilities summed over the channels
     return one * (heads * (SHARED + samples * volumes_per_sample(sampler, steps)) + 1 + samples)
 
 
 def reading_bytes(shape: Sequence[int]) -> int:
-    """Main memory that reading an image (C, *image) takes: the file's voxels, at most 8 bytes each, and their float32."""
+    """Return the main memory for reading an image (C, *image): the file's voxels, at most 8 bytes each, and a float32 copy."""
     return math.prod(shape) * (8 + FLOAT_BYTES)
 
 
 def case_bytes(
     channels: int, heads: int, image: Sequence[int], grid: Sequence[int], resampled: bool, separate_axis: bool
 ) -> int:
-    """Main memory that a case takes at most on its way from the image's file to the segmentation's, in bytes.
+    """Return the peak main memory of a case in bytes, from reading the image to writing the segmentation.
 
-    The reverse processes are not in it: `plan_memory` plans for them.
+    It does not include the reverse processes, for which `plan_memory` plans.
 
     Args:
-        channels: of the image.
+        channels: number of image channels.
         heads: K.
-        image: its size in voxels, per axis.
-        grid: its size for the network.
-        resampled: whether nnU-Net resamples it at all.
-        separate_axis: whether it resamples one axis apart from the others.
+        image: size of the image in voxels, per axis.
+        grid: size on the network's grid.
+        resampled: whether nnU-Net resamples the image.
+        separate_axis: whether it resamples one axis separately.
     """
     coarse, fine = math.prod(image), math.prod(grid)
     double, before = (DOUBLE_BYTES, BEFORE_BYTES) if resampled else (0, 0)
     after = SEPARATE_AXIS_BYTES if separate_axis else AFTER_BYTES if resampled else 0
-    # the image as it was read, a copy, and that in float64; the mask of what is not 0; the result
+    # the image as read, a copy, and a float64 copy; the nonzero mask; the result
     preparing = coarse * (channels * (2 * FLOAT_BYTES + double) + 2 + before) + fine * (channels * FLOAT_BYTES + after)
-    # the image and its copy on the way to this process; start, sum and mean of the probabilities, and the logits
+    # the image and its copy during the transfer to this process; start, sum and mean of the probabilities, and the logits
     predicting = fine * FLOAT_BYTES * (2 * channels + 4 * heads)
-    # the logits, in float64 too; resampled to the image, their probabilities and what is the largest of them
+    # the logits and a float64 copy; logits resampled to the image, their probabilities and the argmax
     exporting = fine * heads * (FLOAT_BYTES + double) + coarse * (2 * heads * FLOAT_BYTES + DOUBLE_BYTES + after)
     return max(reading_bytes((channels, *image)), preparing, predicting, exporting)
 
 
 def free_bytes(device: torch.device) -> float:
-    """Memory that a volume's state may take on a device, in bytes; infinite where it cannot be known."""
+    """Return the memory that a volume's state may use on a device, in bytes; infinite if it is unknown."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return free - NETWORK_SHARE * total
@@ -103,9 +103,9 @@ def free_bytes(device: torch.device) -> float:
 
 
 def control_group_bytes(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
-    """Memory that containers and cluster jobs may still take by their control groups (v2 or v1), in bytes; or infinite.
+    """Return the memory left by the limits of control groups (v2 or v1), in bytes; infinite without a limit.
 
-    The files' cache counts as free: it is given back on demand.
+    Containers and cluster jobs set such limits. The inactive file cache counts as free, since the kernel releases it on demand.
     """
     if not own.is_file():
         return math.inf
@@ -119,7 +119,7 @@ def control_group_bytes(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/
         else:
             continue
         inner = folder / group.lstrip("/")
-        for place in (inner, *inner.parents):  # up to the root, which is the own group in a container
+        for place in (inner, *inner.parents):  # up to the root, which is the process's own group in a container
             found.append(_left_in_group(place, *names))
             if place == folder:
                 break
@@ -130,21 +130,21 @@ def _left_in_group(folder: Path, limit: str, usage: str, cache: str) -> float:
     try:
         most, used = (folder / limit).read_text().strip(), int((folder / usage).read_text())
         statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):  # the root of all groups has no limit, and some kernels hide them
+    except (OSError, ValueError):  # the root group has no limit, and some kernels hide the files
         return math.inf
     return math.inf if most == "max" else max(0, int(most) - used + int(statistics.get(cache, 0)))
 
 
 def peak_bytes(device: torch.device) -> int | None:
-    """Peak of a GPU's memory since it was last reset, on a CPU of the process since its start; None where unknown."""
+    """Return peak GPU memory since the last reset, or on a CPU peak memory of the process; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    # getrusage would count what the process that started this one had
+    # getrusage would include the peak of the parent process
     return _bytes_in(Path("/proc/self/status"), "VmHWM")
 
 
 def _bytes_in(path: Path, key: str) -> int | None:
-    """Value of a line `key: number kB` of Linux's process information; None where there is none."""
+    """Return the bytes in a line `key: number kB` of a file in /proc; None if the file or line does not exist."""
     if not path.is_file():
         return None
     found = [line.split()[1] for line in path.read_text().splitlines() if line.startswith(f"{key}:")]
@@ -164,23 +164,23 @@ def plan_memory(
 ) -> MemoryPlan:
     """Choose the device of the state and the number of samples at once.
 
-    The GPU is taken if all samples fit there, else the CPU; where memory is short there too, fewer samples at once, each
-    group with a condition flow of its own. A group is made of whole calls of the denoiser, so that its bits do not depend on
-    it; only where not even the states of one call fit, of fewer samples.
+    The state is on the GPU if all samples fit there, else on the CPU. If they do not fit there either, they run in smaller
+    groups, each with its own evaluation of the condition flow. The size of a group is a multiple of `together`, so that
+    results are bit-identical for any grouping. It is smaller only if the states of one call do not fit.
 
     Args:
-        volume: its size in voxels, per axis.
+        volume: size in voxels, per axis.
         heads: K.
         samples: number of reverse processes.
-        sampler: its name.
-        steps: of each reverse process.
-        device: of the networks.
-        limit_bytes: of the device's memory, instead of what is free.
-        together: samples that the denoiser sees in one call.
-        free: device -> bytes.
+        sampler: name of the sampler.
+        steps: number of steps of each reverse process.
+        device: device of the networks.
+        limit_bytes: limit of the device's memory; None for the free memory.
+        together: number of samples in one call of the denoiser.
+        free: device -> free bytes.
 
     Raises:
-        MemoryError: not even one sample fits; names what is needed and what there is.
+        MemoryError: not even one sample fits. The message gives the needed and the available memory.
     """
 
     def needed(count: int) -> int:

@@ -1,4 +1,4 @@
-"""A GPU smaller than the plan's: fewer patches at once, then the state on the CPU, instead of failing every case."""
+"""Fallbacks on a GPU that is too small for the plans: fewer patches at once, then the state on the CPU."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from nnunet_diffusion.inference.volume import VolumeProcess
 def run_group(
     process: VolumeProcess, group: Sequence[int], joint: bool, notes: list[str]
 ) -> tuple[VolumeProcess, Tensor]:
-    """Run a group of samples; where the GPU's memory ends, with fewer patches at once, then with the state on the CPU.
+    """Run a group of samples. If GPU memory runs out, retry with fewer patches at once, then with the state on the CPU.
 
     Args:
-        process: of the volume.
+        process: reverse process of the volume.
         group: numbers of the samples.
-        joint: one reverse process for the volume; False for one per tile.
-        notes: takes what gave way.
+        joint: True for one reverse process per volume; False for one per tile.
+        notes: list to which notes on the fallbacks are added.
 
     Returns:
-        The process as it ran, for the next group, and what its run returned.
+        The process with the settings that fitted, for the next group, and its result.
 
     Raises:
-        MemoryError: one patch at a time does not fit either.
+        MemoryError: not even a single patch fits.
     """
     device = process.tiling.device
     while True:
@@ -51,16 +51,16 @@ def run_group(
 
 
 def unless_out_of_memory(run: Callable[[], Tensor], device: torch.device) -> Tensor | None:
-    """Return what `run` returns, or None where the GPU's memory does not suffice; what it left there is given back."""
+    """Return the result of `run`, or None if GPU memory ran out; in that case cached memory is freed."""
     try:
         return run()
-    except torch.cuda.OutOfMemoryError:  # its traceback keeps the tensors alive: nothing is tried again in here
+    except torch.cuda.OutOfMemoryError:  # do not retry here: the traceback keeps the tensors alive
         pass
     empty_cache(device)
     return None
 
 
 def tell(notes: list[str], note: str) -> None:
-    """Add a note unless it is empty or was said before, for another fold."""
+    """Add a note unless it is empty or already present (from another fold)."""
     if note and note not in notes:
         notes.append(note)

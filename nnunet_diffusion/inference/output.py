@@ -1,4 +1,4 @@
-"""Files of a predicted case: written whole or not at all."""
+"""Writing the files of a predicted case, either all or none."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ Managers = tuple[PlansManager, ConfigurationManager, dict[str, Any]]
 
 @dataclass(frozen=True, eq=False)
 class PredictedCase:
-    """A prediction on the network's grid and what describes it.
+    """A prediction on the network's grid, with its metadata.
 
     Attributes:
-        name: of the case.
+        name: name of the case.
         target: output file without its ending; None to return the result.
-        logits: (K, *volume) of the mean probabilities.
-        decision: logits whose decision is the segmentation; None where it is that of `logits`.
-        properties: of the preprocessed image.
-        samples: name -> logits of each sample that is kept.
-        report: JSON-ready.
+        logits: logits of the mean probabilities, (K, *volume).
+        decision: logits that give the segmentation; None if `logits` do.
+        properties: properties of the preprocessed image.
+        samples: name -> logits of each kept sample.
+        report: content of the report, JSON-serialisable.
     """
 
     name: str
@@ -48,17 +48,17 @@ class PredictedCase:
 
 
 def mask_of(target: str | Path, ending: str) -> Path:
-    """File of a case's segmentation; `target` is its path without the file ending."""
+    """Return the path of a case's segmentation; `target` is this path without the file ending."""
     return Path(f"{target}{ending}")
 
 
 def report_of(target: str | Path) -> Path:
-    """File of a case's report."""
+    """Return the path of a case's report."""
     return Path(target).parent / REPORTS / f"{Path(target).name}.json"
 
 
 def remove_case(target: str | Path, ending: str) -> None:
-    """Remove all files of a case, the segmentation first: without it, the others count for nothing.
+    """Remove all files of a case. The segmentation is removed first, because a case without it does not count as finished.
 
     Args:
         target: path of the segmentation without its file ending.
@@ -78,34 +78,35 @@ def remove_case(target: str | Path, ending: str) -> None:
 
 def _remove_if_empty(folder: Path) -> None:
     if folder.is_dir() and not any(folder.iterdir()):
-        with contextlib.suppress(OSError):  # another run may have written a sample into it meanwhile
+        with contextlib.suppress(OSError):  # another run may have written a sample to it meanwhile
             folder.rmdir()
 
 
 def write_case(case: PredictedCase, managers: Managers, save_probabilities: bool, stages: Mapping[Path, Path]) -> Any:
-    """Resample a case to its image and write its files, or return what nnU-Net's predictor returns.
+    """Resample a case to its image and write its files, or return the same result as nnU-Net's predictor.
 
-    Files are made aside and renamed, the segmentation last: where it is, all others are. A case that fails has no file.
+    Files are written to a staging folder and renamed, the segmentation last. So if the segmentation exists, all other files
+    do, and a case that fails has no files.
 
     Args:
         case: the prediction.
         managers: of the model.
         save_probabilities: also write (or return) the mean probabilities.
-        stages: output folder -> folder of this run in it, see `staging_folders`.
+        stages: output folder -> staging folder of this run in it, see `staging_folders`.
 
     Returns:
         None if files were written, else the segmentation (*image), with `save_probabilities` a pair with the probabilities
         (K, *image).
 
     Raises:
-        OSError: a file cannot be written; names it and the cure.
+        OSError: a file cannot be written. The message names it and what to do.
     """
     if case.target is None:
         return _converted(case, managers, save_probabilities)
     target = Path(case.target)
     try:
         stage = stages[target.parent] / target.name
-        stage.mkdir(exist_ok=True)  # it is there if a process was killed that wrote this case
+        stage.mkdir(exist_ok=True)  # it exists if a process was killed while it wrote this case
         try:
             _write_all(case, stage, managers, save_probabilities)
             _publish(stage, target, managers[2]["file_ending"])
@@ -120,7 +121,7 @@ def write_case(case: PredictedCase, managers: Managers, save_probabilities: bool
 
 
 def _publish(stage: Path, target: Path, ending: str) -> None:
-    """Rename all files of a case to their places, each written to the disk before and its folder after."""
+    """Move all files of a case to the output folder; files are synced to disk before they are renamed, folders afterwards."""
     mask = stage / mask_of(target, ending).name
     others = [path for path in stage.rglob("*") if path.is_file() and path != mask]
     for path in (*others, mask):
@@ -132,7 +133,7 @@ def _publish(stage: Path, target: Path, ending: str) -> None:
             _to_disk(target.parent / folder.relative_to(stage))
         _rename(mask, target.parent / mask.name)
         _to_disk(target.parent)
-    except BaseException:  # also when the run is told to end: a case is there as a whole or not at all
+    except BaseException:  # also if a signal ends the run: a case is written completely or not at all
         remove_case(target, ending)
         raise
 
@@ -149,8 +150,8 @@ def _rename(path: Path, place: Path) -> None:
 
 
 def _to_disk(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    if os.name != "posix":  # folders cannot be opened elsewhere, nor files synced that are opened for reading
+    """Sync a file or folder to disk."""
+    if os.name != "posix":  # other systems can neither open folders nor sync files opened for reading
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -171,7 +172,7 @@ def _write_all(case: PredictedCase, stage: Path, managers: Managers, save_probab
 
     export(case.logits, stage, save_probabilities)
     if case.decision is not None:
-        export(case.decision, stage)  # over the segmentation of the mean, beside its probabilities
+        export(case.decision, stage)  # replaces the segmentation of the mean and keeps its probabilities
     for name, logits in case.samples.items():
         export(logits.astype(np.float32), stage / SAMPLES / name)
     (stage / REPORTS).mkdir()

@@ -1,4 +1,4 @@
-"""DiffusionPredictor: nnU-Net's predictor whose result is made by PD-DDPM, one reverse process per volume."""
+"""DiffusionPredictor: nnU-Net's predictor with PD-DDPM, one reverse process per volume."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ VERSIONS = ("nnunet-diffusion", "nnunetv2", "torch", "numpy", "SimpleITK")
 
 
 class DiffusionPredictor(VolumePredictor):
-    """nnU-Net's predictor for models of `DiffusionTrainer`: its methods take and return what nnU-Net's do.
+    """nnU-Net's predictor for models of `DiffusionTrainer`, with the same interface as nnU-Net's.
 
-    All settings of the reverse process are those of `VolumePredictor`.
+    For the settings of the reverse process see `VolumePredictor`.
 
     Attributes:
-        progress: of the last call of `predict_from_files`; None before its first case begins.
+        progress: progress of the last call of `predict_from_files`; None before its first case begins.
     """
 
     progress: Progress | None = None
@@ -60,17 +60,17 @@ class DiffusionPredictor(VolumePredictor):
         part_id: int = 0,
         presegmentation_folder: str | None = None,
     ) -> list[Any]:
-        """Predict files as nnU-Net's method does; with `presegmentation_folder`, from the segmentations in it.
+        """Predict files as nnU-Net's method does; with `presegmentation_folder`, start from the segmentations in it.
 
-        Beside nnU-Net's files the output folder gets `reports/CASE.json` and, where samples are kept,
-        `samples/fold_F_sample_N/CASE`. What a case has there from a run before is removed when it is predicted again. With
-        `overwrite=False` finished cases are left out, if they were predicted with the same model and settings. Numbers of
-        processes that are None go by the cores and the cases.
+        In addition to nnU-Net's files, the output folder contains `reports/CASE.json` and, if samples are kept,
+        `samples/fold_F_sample_N/CASE`. Files of earlier runs are removed when their case is predicted again. With
+        `overwrite=False`, finished cases are skipped; they must have been predicted with the same model and settings. If a
+        number of processes is None, it is chosen from the numbers of cores and cases.
 
         Raises:
-            FailedCases: some cases failed or images were left out, with their names and reasons; all others are finished.
+            FailedCases: some cases failed or images were left out, with their names and reasons. All others are finished.
             OSError: nothing can be written to the output folder.
-            ValueError: images or arguments are missing or do not go together, or finished cases have other settings.
+            ValueError: images or arguments are missing or incompatible, or finished cases have other settings.
         """
         arguments = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
         self.progress = None
@@ -117,7 +117,7 @@ class DiffusionPredictor(VolumePredictor):
             )
 
     def _find_cases(self, arguments: dict[str, Any]) -> tuple[list[CaseFiles], dict[str, str]]:
-        """All cases, of other parts too, and the images that are none, with the reason of each."""
+        """Return the cases of all parts, and the images left out with the reason for each."""
         source = arguments["list_of_lists_or_source_folder"]
         output = arguments["output_folder_or_list_of_truncated_output_files"]
         previous, given = arguments["folder_with_segs_from_prev_stage"], arguments["presegmentation_folder"]
@@ -148,7 +148,7 @@ class DiffusionPredictor(VolumePredictor):
         return cases, left_out
 
     def _refuse_other_settings(self, cases: list[CaseFiles], save_probabilities: bool) -> None:
-        """Raise ValueError if a finished case was not predicted as this run would predict it."""
+        """Raise ValueError if a finished case was predicted with other settings than this run's."""
         ending = self.dataset_json["file_ending"]
         for case in cases:
             if case.target is None or not mask_of(case.target, ending).is_file():
@@ -158,7 +158,7 @@ class DiffusionPredictor(VolumePredictor):
                 raise ValueError(reason)
 
     def _prepare_output(self, arguments: dict[str, Any], cases: list[CaseFiles]) -> None:
-        """Write what describes the run, and remove what the cases have from a run before."""
+        """Write the description of the run, and remove the cases' files of earlier runs."""
         target = arguments["output_folder_or_list_of_truncated_output_files"]
         if not target:
             return
@@ -197,7 +197,7 @@ class DiffusionPredictor(VolumePredictor):
         save_probabilities: bool = False,
         num_processes_segmentation_export: int = default_num_processes,
     ) -> list[Any]:
-        """Predict what an iterator of nnU-Net's gives: dictionaries with `data`, `data_properties` and `ofile`."""
+        """Predict the items of nnU-Net's data iterator: dictionaries with `data`, `data_properties` and `ofile`."""
         results = []
         for item in data_iterator:
             data = item["data"]
@@ -220,7 +220,7 @@ class DiffusionPredictor(VolumePredictor):
         output_file_truncated: str | None = None,
         save_or_return_probabilities: bool = False,
     ) -> Any:
-        """Predict one image (C, *image) with `image_properties` of nnU-Net's reader; returns as nnU-Net's method."""
+        """Predict one image (C, *image) with `image_properties` of nnU-Net's reader; the result is as in nnU-Net's method."""
         source = PreprocessAdapterFromNpy(
             [input_image], [segmentation_previous_stage], [image_properties], [output_file_truncated],
             *(self.plans_manager, self.dataset_json, self.configuration_manager),
@@ -259,7 +259,7 @@ class DiffusionPredictor(VolumePredictor):
         return PredictedCase(
             case.name,
             case.target,
-            # plain arrays: tensors would go to other processes through /dev/shm
+            # NumPy arrays, because tensors are sent to other processes through /dev/shm
             prediction.logits.numpy(),
             None if prediction.decision is None else prediction.decision.numpy(),
             prepared.properties,
@@ -268,7 +268,7 @@ class DiffusionPredictor(VolumePredictor):
         )
 
     def _deciding(self, case: CaseFiles, save_probabilities: bool) -> dict[str, Any]:
-        """All that decides which files a case gets and what they hold, beside its image."""
+        """Return all settings that determine the files of a case and their content, except its image."""
         if not self.weight_hashes:
             self.weight_hashes = [hash_of_weights(weights) for weights in self.list_of_parameters]
         given, previous = case.presegmentation, case.previous_stage
@@ -309,7 +309,7 @@ class DiffusionPredictor(VolumePredictor):
         }
 
     def _write_description(self, folder: Path, arguments: dict[str, Any]) -> None:
-        """Write beside the segmentations what nnU-Net writes and its other commands look for."""
+        """Write the files next to the segmentations that nnU-Net writes and its other commands read."""
         described = {
             **arguments,
             "diffusion": self.network.settings.to_plans(),

@@ -1,4 +1,4 @@
-"""Pre-segmentations from outside: label maps or nnU-Net's .npz probabilities, moved to the network's grid."""
+"""Reading external pre-segmentations: label maps or nnU-Net's .npz probabilities, resampled to the network's grid."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nnunet_diffusion.inference.reading import one_line
 SPACING_TOLERANCE = 1e-3  # relative
 ORIGIN_TOLERANCE_VOXELS = 0.1
 DIRECTION_TOLERANCE = 1e-3
-SUM_TOLERANCE = 0.05  # nnU-Net writes half precision
+SUM_TOLERANCE = 0.05  # nnU-Net writes probabilities in half precision
 PRESEGMENTATION = "pre-segmentation"
 
 
@@ -27,8 +27,8 @@ class Presegmentation:
 
     Attributes:
         probabilities: (K, *volume), float32.
-        certain: it was a label map, whose certainty means nothing.
-        source: its file.
+        certain: True if it was a label map, whose probabilities of 0 and 1 say nothing about confidence.
+        source: path of the file.
     """
 
     probabilities: NDArray
@@ -37,10 +37,10 @@ class Presegmentation:
 
 
 def find_presegmentation(folder: Path, case: str, file_ending: str) -> Path:
-    """Return the file of a case: probabilities (.npz) where there are some, else the label map.
+    """Return the file of a case: probabilities (.npz) if they exist, else the label map.
 
     Raises:
-        FileNotFoundError: the folder has neither.
+        FileNotFoundError: neither exists.
     """
     for path in (folder / f"{case}.npz", folder / f"{case}{file_ending}"):
         if path.is_file():
@@ -58,18 +58,19 @@ def read_presegmentation(
     configuration_manager: ConfigurationManager,
     label_manager: LabelManager,
 ) -> Presegmentation:
-    """Read a file and move it to the network's grid by nnU-Net's own functions: transposed, cropped, resampled.
+    """Read a file, then transpose, crop and resample it to the network's grid with nnU-Net's own functions.
 
     Args:
-        path: label map in the image's geometry, or .npz with `probabilities` (K, *image) as nnU-Net writes it.
-        properties: of the preprocessed image.
-        volume: the network's grid.
+        path: label map with the image's geometry, or .npz with `probabilities` (K, *image) as written by nnU-Net.
+        properties: properties of the preprocessed image.
+        volume: size of the network's grid.
         plans_manager: of the model.
         configuration_manager: of the model.
         label_manager: of the model.
 
     Raises:
-        ValueError: geometry or labels do not fit the image and the model; names file, value and what was expected.
+        ValueError: geometry or labels do not match the image and the model. The message names the file, the value found
+            and the expected one.
     """
     forward = plans_manager.transpose_forward
     image_shape = [int(properties["shape_before_cropping"][axis]) for axis in plans_manager.transpose_backward]
@@ -99,22 +100,23 @@ def read_label_map(
     plans_manager: PlansManager,
     label_manager: LabelManager,
 ) -> NDArray:
-    """Read a label map (1, *image) that lies on its image.
+    """Read a label map (1, *image) with the geometry of its image.
 
     Args:
-        what: it is, for the error texts.
-        path: of the file.
-        properties: of the image, as nnU-Net's reader gives them.
-        image_shape: of the image.
+        what: what the label map is, for the error messages.
+        path: path of the file.
+        properties: properties of the image, as returned by nnU-Net's reader.
+        image_shape: shape of the image.
         plans_manager: of the model.
         label_manager: of the model.
 
     Raises:
-        ValueError: it cannot be read, or geometry or labels do not fit; names file, value and what was expected.
+        ValueError: the file cannot be read, or geometry or labels do not match. The message names the file, the value found
+            and the expected one.
     """
     try:
         found, theirs = plans_manager.image_reader_writer_class().read_seg(str(path))
-    except Exception as error:  # each reader raises what its library raises
+    except Exception as error:  # the exception depends on the reader's library
         raise ValueError(f"The {what} {path} cannot be read: {one_line(error)}") from error
     if len(found) != 1:
         raise ValueError(
@@ -126,8 +128,8 @@ def read_label_map(
     unknown = sorted(set(np.unique(found).tolist()) - known)
     if label_manager.has_ignore_label and label_manager.ignore_label in unknown:
         raise ValueError(
-            f"The {what} {path} has the ignore label {label_manager.ignore_label}, which says what nobody knows: put the class "
-            "that is likely there in its place."
+            f"The {what} {path} has the ignore label {label_manager.ignore_label}, which marks unknown voxels: replace it "
+            "with the most likely class."
         )
     if unknown:
         raise ValueError(
@@ -144,9 +146,9 @@ def _read_probabilities(path: Path, image_shape: Sequence[int], label_manager: L
             if "probabilities" not in content:
                 raise ValueError("it has no array 'probabilities'")
             probabilities = content["probabilities"]
-    except Exception as error:  # a damaged file raises what zipfile, zlib, tokenize or numpy stumble over
+    except Exception as error:  # for a damaged file zipfile, zlib, tokenize or numpy raise different exceptions
         raise ValueError(
-            f"The pre-segmentation {path} is no .npz of nnUNetv2_predict --save_probabilities: {error}"
+            f"The pre-segmentation {path} is not an .npz of nnUNetv2_predict --save_probabilities: {error}"
         ) from error
     if len(probabilities) != heads:
         raise ValueError(f"The pre-segmentation {path} has {len(probabilities)} channels, the model has {heads} heads.")
@@ -154,7 +156,7 @@ def _read_probabilities(path: Path, image_shape: Sequence[int], label_manager: L
     probabilities = probabilities.astype(np.float32)
     if not np.isfinite(probabilities).all() or probabilities.min() < -1e-3 or probabilities.max() > 1 + 1e-3:
         raise ValueError(
-            f"The pre-segmentation {path} holds values from {probabilities.min()} to {probabilities.max()}, which are no "
+            f"The pre-segmentation {path} holds values from {probabilities.min()} to {probabilities.max()}, which are not "
             "probabilities."
         )
     total = probabilities.sum(0)
@@ -174,7 +176,7 @@ def _check_shape(what: str, path: Path, found: Sequence[int], expected: Sequence
 
 
 def _check_geometry(what: str, path: Path, theirs: Mapping[str, Any], properties: Mapping[str, Any]) -> None:
-    """Compare spacing and, where the reader gives them, origin and direction."""
+    """Compare the spacing and, if the reader returns them, origin and direction."""
     pairs = [("spacing", theirs["spacing"], properties["spacing"], SPACING_TOLERANCE * np.min(properties["spacing"]))]
     ours, others = properties.get("sitk_stuff"), theirs.get("sitk_stuff")
     if ours and others:

@@ -1,4 +1,4 @@
-"""How far a run over many cases is: a bar in a terminal, elsewhere a line for each case."""
+"""Progress of a run over many cases: a bar in a terminal, otherwise one line per case."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from tqdm import tqdm
 
 
 class Progress:
-    """Counts cases and tells how many are left.
+    """Counts cases and reports how many are left.
 
     Attributes:
         total: number of cases.
-        finished: number of those that ended well.
+        finished: number of cases that succeeded.
     """
 
     def __init__(self, total: int, bar: bool) -> None:
@@ -24,7 +24,7 @@ class Progress:
             print(f"0/{total} cases", flush=True)
 
     def count(self, name: str, failure: str) -> None:
-        """Count one case, which ended well if `failure` is empty."""
+        """Count one case; it succeeded if `failure` is empty."""
         self._done += 1
         self.finished += not failure
         self._bar.update()
@@ -35,7 +35,7 @@ class Progress:
             print(f"{self._done}/{self.total} cases, about {in_words(left)} left ({name})", flush=True)
 
     def close(self) -> None:
-        """End the bar."""
+        """Close the bar."""
         self._bar.close()
 
 

@@ -1,4 +1,4 @@
-"""Images as they are read: whole, finite, and of a size that the memory holds after resampling."""
+"""Reading images, with checks that they are complete and finite and that they fit into memory after resampling."""
 
 from __future__ import annotations
 
@@ -24,24 +24,25 @@ from nnunet_diffusion.inference.memory import case_bytes, free_bytes, readable_s
 from nnunet_diffusion.inference.output import Managers
 
 NIFTI = (".nii", ".nii.gz")
-SPACING_OF_2D = 999  # what nnU-Net's readers give an image with two axes as the third
-BLOCK_BYTES = 2**24  # of a NIfTI file looked at once; whole voxels of every type
+SPACING_OF_2D = 999  # spacing that nnU-Net's readers give to the third axis of a 2D image
+BLOCK_BYTES = 2**24  # bytes of a NIfTI file checked at once; a multiple of every voxel size
 
 
 def read_images(paths: Sequence[str], reader: Any, limit: float | None = None) -> tuple[NDArray, dict[str, Any]]:
-    """Read the channels of a case by nnU-Net's reader.
+    """Read the channels of a case with nnU-Net's reader.
 
     Args:
-        paths: one file per channel, or one with all of them.
-        reader: an instance of nnU-Net's image reader of the plans.
-        limit: main memory that the image may take, in bytes; None for what is free.
+        paths: one file per channel, or one file with all channels.
+        reader: instance of the plans' image reader of nnU-Net.
+        limit: main memory that the image may use, in bytes; None for the free memory.
 
     Returns:
         The image (C, *image), float32, and its properties.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file cannot be read, is cut off, or holds NaN or infinite voxels or no usable spacing; names it.
+        ValueError: a file cannot be read, is truncated, has NaN or infinite voxels, or an invalid spacing. The message names
+            the file.
         MemoryError: the image does not fit into memory.
     """
     headers = read_headers(paths, reader)
@@ -53,7 +54,7 @@ def read_images(paths: Sequence[str], reader: Any, limit: float | None = None) -
             check_nifti(path)
     try:
         image, properties = reader.read_images(list(paths))
-    except Exception as error:  # each reader raises what its library raises
+    except Exception as error:  # the exception depends on the reader's library
         raise ValueError(f"{', '.join(paths)} cannot be read: {one_line(error)}") from error
     by_channel = paths if len(paths) == len(image) else [paths[0]] * len(image)
     for path, channel in zip(by_channel, image, strict=True):
@@ -65,12 +66,12 @@ def read_images(paths: Sequence[str], reader: Any, limit: float | None = None) -
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of its image before its voxels are read.
+    """Shape and spacing of an image file, read without its voxels.
 
     Attributes:
-        path: of the file.
-        shape: (C, *image), as nnU-Net's reader will give it: three axes, also for an image of two.
-        spacing: in mm, per axis of the image.
+        path: path of the file.
+        shape: (C, *image), as nnU-Net's reader will return it, with three axes even for a 2D image.
+        spacing: spacing in mm, per axis of the image.
     """
 
     path: str
@@ -89,11 +90,11 @@ class Header:
 
 
 def read_headers(paths: Sequence[str], reader: Any) -> list[Header]:
-    """Read the headers of the channels of a case; none where the files are not ITK's or NIfTI files.
+    """Read the headers of the channels of a case; empty unless the reader uses SimpleITK or nibabel.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a header cannot be read or makes no sense; names the file.
+        ValueError: a header cannot be read or is invalid. The message names the file.
     """
     if not paths:
         raise FileNotFoundError("the case has no image: give one file per channel")
@@ -151,13 +152,13 @@ def _check_reading(header: Header, limit: float | None) -> None:
 
 
 def _check_spacing(path: str, spacing: Sequence[Any]) -> None:
-    # in Tiff3DIO's JSON files anything may stand
+    # the JSON files of Tiff3DIO may hold any value
     if not all(isinstance(edge, (int, float, np.number)) and 0 < edge < math.inf for edge in spacing):
         raise ValueError(f"{path} has a spacing of {_times(spacing)} mm: correct its header")
 
 
 def check_nifti_header(path: str | Path) -> None:
-    """Look at the spacing as it is stored, because ITK and nibabel read 0 as 1 and drop a minus sign.
+    """Check the stored spacing, because ITK and nibabel read 0 as 1 and drop a minus sign.
 
     Raises:
         ValueError: the file is damaged, or a spacing is not a positive number.
@@ -170,21 +171,21 @@ def check_nifti_header(path: str | Path) -> None:
         sizes, spacing = (header[key][1 : axes + 1].tolist() for key in ("dim", "pixdim"))
     except Exception as error:  # nibabel raises what gzip, zlib and struct raise
         raise ValueError(f"{path} is damaged or not a NIfTI file: {one_line(error)}") from error
-    # of one slice some programs write no spacing
+    # some programs write a spacing of 0 for an axis of length one
     _check_spacing(
         str(path), [1 if size == 1 and edge == 0 else edge for size, edge in zip(sizes, spacing, strict=True)]
     )
 
 
 def check_nifti(path: str | Path, whole: bool = True) -> None:
-    """Look at the voxels of a NIfTI file as they are stored, because ITK reads NaN, and what is cut off, as 0.
+    """Check the stored voxels of a NIfTI file, because ITK reads NaN and missing voxels as 0.
 
     Args:
-        path: of the file.
-        whole: read voxels that are integers too, to notice a file that is cut off.
+        path: path of the file.
+        whole: also read integer voxels, to detect a truncated file.
 
     Raises:
-        ValueError: it is damaged or cut off, or holds complex numbers, NaN or infinite voxels.
+        ValueError: the file is damaged or truncated, or has complex, NaN or infinite voxels.
     """
     try:
         image: Any = nibabel.load(path)
@@ -207,7 +208,7 @@ def check_nifti(path: str | Path, whole: bool = True) -> None:
                     break
                 left -= len(block)
             else:
-                file.read(1)  # at its end gzip compares the checksum
+                file.read(1)  # gzip compares the checksum at the end of the file
                 return
     except Exception as error:
         raise ValueError(f"{path} is damaged or cut off: {one_line(error)}") from error
@@ -215,11 +216,11 @@ def check_nifti(path: str | Path, whole: bool = True) -> None:
 
 
 def expected_bytes(paths: Sequence[str], managers: Managers) -> int:
-    """Main memory that a case takes at most by the headers of its images alone, in bytes; 0 where they do not tell."""
+    """Return the peak main memory of a case in bytes, estimated from its images' headers; 0 if they cannot be read."""
     plans_manager, configuration_manager, dataset_json = managers
     try:
         headers = read_headers(paths, plans_manager.image_reader_writer_class())
-    except (OSError, ValueError):  # said when the case is prepared
+    except (OSError, ValueError):  # reported when the case is prepared
         return 0
     if not headers:
         return 0
@@ -237,22 +238,22 @@ def check_size(
     heads: int,
     limit: float | None = None,
 ) -> None:
-    """Refuse an image that resampling would make too large for the memory, or smaller than a voxel.
+    """Raise an error if the resampled image would not fit into memory or would be smaller than a voxel.
 
-    Counted are the preprocessing of this case and the export of its result; the reverse process plans for itself.
+    The estimate covers preprocessing and export; `plan_memory` plans the reverse process.
 
     Args:
-        name: of its files, for the message.
+        name: names of the files, for the message.
         image: (C, *image).
-        spacing: of the image, in mm.
+        spacing: spacing of the image in mm.
         plans_manager: of the model.
         configuration_manager: of the model.
         heads: K.
-        limit: main memory that the case may take, in bytes; None for what is free.
+        limit: main memory that the case may use, in bytes; None for the free memory.
 
     Raises:
-        ValueError: it would be smaller than a voxel of the model, or the model needs three axes.
-        MemoryError: it would be too large; says how large, what it needs and what there is.
+        ValueError: the image would be smaller than a voxel of the model, or has two axes and the model needs three.
+        MemoryError: it would be too large. The message gives its size, the needed and the free memory.
     """
     before, target = ([float(edge) for edge in each] for each in (spacing, configuration_manager.spacing))
     if len(target) == 3 and image.shape[1] == 1 and before[0] == SPACING_OF_2D * max(before[1:]):
@@ -283,7 +284,7 @@ def _resampled(
     configuration_manager: ConfigurationManager,
     heads: int,
 ) -> tuple[list[int], int]:
-    """Return what nnU-Net resamples an image (C, *image) to once it is cropped, and the main memory that the case takes."""
+    """Return the size of an image (C, *image) after nnU-Net's cropping and resampling, and the case's main memory in bytes."""
     order = plans_manager.transpose_forward
     before, target = [float(spacing[axis]) for axis in order], [float(edge) for edge in configuration_manager.spacing]
     target = target if len(target) == len(before) else [before[0], *target]
@@ -294,7 +295,7 @@ def _resampled(
 
 
 def nonzero_shape(image: NDArray) -> list[int]:
-    """Shape of the box around what is not 0 in any channel of (C, *image), to which nnU-Net crops; of all if nothing is."""
+    """Return the shape of the nonzero bounding box of (C, *image), to which nnU-Net crops; the full shape if all is 0."""
     filled = (image != 0).any(0)
     if not filled.any():
         return list(filled.shape)
@@ -316,7 +317,7 @@ def constant_channels(paths: Sequence[str], image: NDArray) -> list[str]:
 
 
 def one_line(error: BaseException) -> str:
-    """Return what a reading library says is wrong, without the places in its own sources."""
+    """Return the message of a reading library in one line, without locations in its source code."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__

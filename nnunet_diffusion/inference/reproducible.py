@@ -1,4 +1,4 @@
-"""What the last bits of a prediction depend on: threads of the CPU, algorithms of the GPU."""
+"""Settings on which the last bits of a prediction depend: CPU threads and GPU algorithms."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from contextlib import contextmanager
 
 import torch
 
-WORKSPACE = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # without it cuBLAS may take another sum on each call
+WORKSPACE = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # without it cuBLAS may sum in a different order on each call
 
 
 def threads_of(device: torch.device) -> int:
-    """Threads that a prediction takes unless it is told otherwise: those that nnUNetv2_predict sets."""
+    """Return the default number of threads of a prediction, the same as in nnUNetv2_predict."""
     return multiprocessing.cpu_count() if device.type == "cpu" else 1
 
 
 def ask_cublas() -> None:
-    """Have cuBLAS compute the same sums on each call; before this process uses it first."""
+    """Make cuBLAS deterministic. Call this before the process first uses cuBLAS."""
     for name, value in WORKSPACE.items():
         os.environ.setdefault(name, value)
 
 
 @contextmanager
 def computing(threads: int, deterministic: bool) -> Iterator[None]:
-    """Set torch's threads, and on demand deterministic algorithms only, for a `with` block.
+    """Set torch's number of threads and, if asked for, deterministic algorithms for a `with` block.
 
     Args:
-        threads: of the CPU.
-        deterministic: refuse operations without a deterministic algorithm, and measure no cuDNN algorithms.
+        threads: number of CPU threads.
+        deterministic: raise an error for operations without a deterministic algorithm, and disable cuDNN's benchmark.
     """
     before = torch.get_num_threads(), torch.backends.cudnn.benchmark
     mode = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()

@@ -1,4 +1,4 @@
-"""Folder in which a run makes its files, inside of the output folder; a lock tells a living run's from a dead one's."""
+"""Staging folder of a run inside the output folder; a lock shows whether its run is still alive."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ LOCK = ".lock"
 
 @contextlib.contextmanager
 def staging_folders(outputs: Iterable[Path]) -> Iterator[dict[Path, Path]]:
-    """Have a folder for unfinished files in each output folder for a `with` block, after removing those of dead runs.
+    """Provide a staging folder in each output folder for a `with` block, after removing those of dead runs.
 
-    The lock of a folder lies beside it and is held from before the folder is made until after it is removed. So a folder
-    whose lock is free belongs to no run, on whatever machine and in whatever container that ran.
+    The lock of a staging folder is a file next to it. It is held from before the folder is created until after it is removed.
+    So a folder whose lock is free was left by a dead run, even if that ran on another machine or in a container.
 
     Args:
-        outputs: output folders; made if they do not exist.
+        outputs: output folders; created if they do not exist.
 
     Yields:
-        output folder -> this run's folder in it.
+        output folder -> this run's staging folder in it.
 
     Raises:
-        OSError: a folder cannot be made; names it and the cure.
+        OSError: a folder cannot be created. The message names it and what to do.
     """
     stages: dict[Path, Path] = {}
     with contextlib.ExitStack() as stack:
@@ -44,7 +44,7 @@ def staging_folders(outputs: Iterable[Path]) -> Iterator[dict[Path, Path]]:
 
 
 def not_writable(folder: Path, error: OSError) -> OSError:
-    """Return an error that says for the user why nothing can be written to an output folder."""
+    """Return an error that tells the user why nothing can be written to an output folder."""
     if folder.exists() and not folder.is_dir():
         return NotADirectoryError(f"{folder} is a file: give a folder for the output (-o)")
     reason = os.strerror(error.errno) if error.errno else error
@@ -58,7 +58,7 @@ def _staging_folder(output: Path) -> Iterator[Path]:
     while True:
         stage = output / f"{UNFINISHED}{uuid.uuid4().hex}"
         lock = HeldLock(_lock_of(stage))
-        if lock.acquire():  # not if another run takes the new lock for a dead one's just now
+        if lock.acquire():  # fails if another run is just removing the new lock as a dead one
             break
     with lock:
         stage.mkdir()
@@ -73,7 +73,7 @@ def _lock_of(stage: Path) -> Path:
 
 
 def remove_abandoned(output: Path) -> None:
-    """Remove what killed runs left in an output folder, but nothing of a run that still holds its lock."""
+    """Remove staging folders of killed runs from an output folder, except those whose lock is held."""
     names = {path.name.partition(LOCK)[0] for path in output.glob(f"{UNFINISHED}*")}
     for name in sorted(names):
         with HeldLock(_lock_of(output / name)) as lock:

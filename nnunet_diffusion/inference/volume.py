@@ -1,4 +1,4 @@
-"""Reverse processes on a volume that the denoiser sees in tiles only."""
+"""Reverse processes on a volume, which the denoiser evaluates in tiles."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nnunet_diffusion.model import labels
 from nnunet_diffusion.model.segmenter import Conditions, DiffusionSegmenter
 
 Tile = tuple[slice | int, ...]
-"""Where a tile lies in (channels, *volume); as nnU-Net's slicers, an integer for the slice of a volume in 2D."""
+"""Index of a tile in (channels, *volume), as nnU-Net's slicers; in 2D an integer selects the slice of a volume."""
 NOISE_OF_START, NOISE_OF_STEPS = 0, 1
 
 
@@ -25,8 +25,8 @@ class Tiling:
     Attributes:
         tiles: nnU-Net's slicers; they cover the volume.
         weight: (*patch), float32, positive: nnU-Net's Gaussian, or ones.
-        batch: patches that the network sees at once, at most.
-        device: of the network.
+        batch: largest number of patches that the network evaluates at once.
+        device: device of the network.
     """
 
     tiles: Sequence[Tile]
@@ -36,18 +36,18 @@ class Tiling:
 
     @property
     def samples_per_call(self) -> int:
-        """Samples of each tile that the denoiser sees together: more than one where all tiles do not fill a batch.
+        """Number of samples of each tile that the denoiser evaluates together; above 1 if all tiles do not fill a batch.
 
-        It depends on nothing else, so that a sample's batches, and with them its last bits, are the same whatever memory is
-        free for the states of others.
+        It does not depend on the free memory. So the batches of a sample, and thus its last bits, are the same however many
+        samples fit into memory.
         """
         return max(1, self.batch // len(self.tiles))
 
     def groups(self) -> Iterator[Sequence[Tile]]:
-        """Yield as many tiles as fit into a batch; the rest by powers of two.
+        """Yield full batches of tiles, then the rest in groups whose sizes are powers of two.
 
-        So the network meets few sizes of batches over all volumes: for each new one cuDNN searches for the fastest
-        convolutions, as nnU-Net has it do, and torch.compile compiles.
+        This keeps the number of different batch sizes small. For each new size cuDNN's benchmark, which nnU-Net enables,
+        searches for the fastest convolutions, and torch.compile compiles again.
         """
         first = 0
         while first < len(self.tiles):
@@ -57,7 +57,7 @@ class Tiling:
             first += count
 
     def total_weight(self, volume: torch.Size, device: torch.device) -> Tensor:
-        """Sum of the weights of all tiles, (*volume)."""
+        """Return the sum of the weights of all tiles, (*volume)."""
         total = torch.zeros(volume, device=device)
         weight = self.weight.to(device)
         for tile in self.tiles:
@@ -67,7 +67,7 @@ class Tiling:
 
 @dataclass
 class Evaluations:
-    """Patches that each network has seen, counted as they are."""
+    """Number of patches evaluated by each network."""
 
     presegmentor: int = 0
     condition: int = 0
@@ -76,22 +76,21 @@ class Evaluations:
 
 @dataclass
 class VolumeProcess:
-    """Reverse processes of one volume: the state is the volume's, the network sees it tile by tile.
+    """Reverse processes of one volume. The state covers the volume, and the network evaluates it in tiles.
 
-    After every evaluation of all tiles their clean estimates are blended (weighted mean, float32) and the whole state
-    makes one step of the sampler. Neighbouring tiles start from one noise field, so nothing marks their borders but the
-    network's own dependence on its field of view.
+    In each step the clean estimates of all tiles are blended (weighted mean, float32), then the sampler advances the whole
+    state. All tiles share one noise field, so only the network's limited field of view can cause visible tile borders.
 
     Attributes:
         segmenter: in evaluation mode, on the tiling's device.
         image: (C, *volume), preprocessed, padded to at least one patch.
-        tiling: of the volume.
+        tiling: tiles of the volume.
         presegmentation: probabilities (K, *volume) to start from; None if the settings start from noise.
-        seed: of all noise.
-        state_device: where the volume's state lives.
-        on_tiles: called with the number of tiles done after each batch of them.
-        evaluations: counted as they are made.
-        fold: of the weights; each has noise of its own, so that an ensemble averages over it too.
+        seed: seed of all noise.
+        state_device: device of the volume's state.
+        on_tiles: called with the number of finished tiles after each batch.
+        evaluations: counts of network evaluations, updated during the run.
+        fold: fold of the weights. Each fold has its own noise, so that an ensemble also averages over noise.
     """
 
     segmenter: DiffusionSegmenter
@@ -105,8 +104,8 @@ class VolumeProcess:
     fold: int = 0
 
     def __post_init__(self) -> None:
-        """Prepare what all samples share."""
-        # tiles cut from the main memory would make the GPU wait for each group of them
+        """Prepare the data shared by all samples."""
+        # with the image in main memory the GPU would wait for each group of tiles
         self.image = self.image.to(self.state_device)
         if self.presegmentation is not None:
             self.presegmentation = self.presegmentation.to(self.state_device)
@@ -116,15 +115,15 @@ class VolumeProcess:
         self._conditions: tuple[Sequence[Tile], Conditions] | None = None
 
     def run(self, samples: Sequence[int]) -> Tensor:
-        """Return the probabilities (len(samples), K, *volume) of these samples, float32; the same for the same seed.
+        """Return the probabilities of these samples, (len(samples), K, *volume), float32; reproducible for a given seed.
 
         Args:
-            samples: their numbers, from 0; they share the condition flow.
+            samples: numbers of the samples, from 0; they share the condition flow.
         """
         return self._sample(self._evaluate, self._starts(samples), [(number,) for number in samples])
 
     def run_tile_wise(self, samples: Sequence[int]) -> Tensor:
-        """As `run`, but each tile has a reverse process of its own, and the results are blended at the end."""
+        """As `run`, but with a separate reverse process for each tile; the results are blended at the end."""
         starts = self._starts(samples)
         total = torch.zeros_like(starts)
         for number, tile in enumerate(self.tiling.tiles):
@@ -138,7 +137,7 @@ class VolumeProcess:
         return total / self._total
 
     def _sample(self, evaluate: Estimate, start: Tensor, names: Sequence[tuple[int, ...]]) -> Tensor:
-        """Run reverse processes from `start`; `names` are the numbers that make the noise of each its own."""
+        """Run reverse processes from `start`; `names` are numbers that seed the noise of each."""
         settings = self.segmenter.settings
         with torch.no_grad():
             clean = sample(
@@ -151,12 +150,12 @@ class VolumeProcess:
                 generator=[self._generator(number, NOISE_OF_STEPS, *tile) for number, *tile in names],
                 eta=settings.eta,
             )
-        # samples of a large volume fill the memory: no further copy of them
+        # in place, because the samples of a large volume fill the memory
         found = self.segmenter.process.to_probabilities(clean, in_place=True)
         return labels.normalised(found, settings.regions)
 
     def _generator(self, *numbers: int) -> torch.Generator:
-        """A source of its own for each purpose, on the CPU: neither order nor device changes what it gives."""
+        """Return a separate CPU generator for each purpose, so that noise depends neither on the order nor on the device."""
         branch = (self.fold,) if self.fold else ()
         state = np.random.SeedSequence([self.seed, *numbers], spawn_key=branch).generate_state(1, np.uint64)[0]
         return torch.Generator().manual_seed(int(state >> np.uint64(1)))
@@ -169,7 +168,7 @@ class VolumeProcess:
             state.copy_(torch.randn(shape, generator=self._generator(number, NOISE_OF_START)))
         if settings.from_noise or self.presegmentation is None:
             return states
-        # a large volume fills the memory: one more of it, not four
+        # in place, because a large volume fills the memory: one more volume instead of four
         start = self.segmenter.process.start
         return start(self.presegmentation[None], settings.start_step, states, in_place=True)
 
@@ -185,7 +184,7 @@ class VolumeProcess:
         return total.div_(self._total)
 
     def _clean_of_tiles(self, tiles: Sequence[Tile], states: Tensor, timestep: int) -> Tensor:
-        """Return the clean estimates of noisy tiles (B, S, K, *patch); the condition flow is evaluated once a tile."""
+        """Return the clean estimates of noisy tiles (B, S, K, *patch); the condition flow is evaluated once per tile."""
         conditions = self._conditions_of(tiles)
         before = conditions.evaluations
         condition = conditions.at(timestep)
@@ -196,9 +195,10 @@ class VolumeProcess:
         return clean
 
     def _conditions_of(self, tiles: Sequence[Tile]) -> Conditions:
-        """Return the conditions of these tiles: those of the last call if they were the same, as where all fit in one batch.
+        """Return the conditions of these tiles, reused from the last call if the tiles are the same.
 
-        More are not kept: the conditions of all tiles of a large volume do not fit into memory.
+        They are the same if all tiles fit into one batch. Only the last ones are kept, because the conditions of all tiles of
+        a large volume do not fit into memory.
         """
         if self._conditions is None or self._conditions[0] != tiles:
             self._conditions = None

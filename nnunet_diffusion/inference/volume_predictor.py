@@ -1,4 +1,4 @@
-"""One volume: loading a model, pre-segmenting, reverse processes and their ensemble."""
+"""Prediction of one volume: loading a model, pre-segmentation, reverse processes and their ensemble."""
 
 from __future__ import annotations
 
@@ -47,38 +47,38 @@ def _silent() -> contextlib.AbstractContextManager:
 
 
 class VolumePredictor(nnUNetPredictor):
-    """nnU-Net's predictor of one volume, whose logits are made by PD-DDPM.
+    """nnU-Net's predictor of one volume, with logits from PD-DDPM.
 
-    The embedded nnU-Net segments the whole volume with nnU-Net's own sliding window, mirrored as nnU-Net mirrors. From its
-    probabilities (or from those given) one reverse process per sample runs on the whole volume; its tiles are blended after
-    each step. Probabilities are the mean over samples, folds and, with `presegmentation_weight`, the pre-segmentor.
+    The embedded nnU-Net segments the whole volume with nnU-Net's own sliding window and mirroring. From its probabilities (or
+    from given ones) one reverse process per sample runs on the whole volume; tiles are blended after each step. The result is
+    the mean of the probabilities over samples, folds and, with `presegmentation_weight`, the pre-segmentor.
 
     Args:
-        tile_step_size: as nnU-Net's, share of the patch.
-        use_gaussian: as nnU-Net's, also for the tiles of the reverse process.
-        use_mirroring: of the pre-segmentor; the denoiser is never mirrored.
-        perform_everything_on_device: keep the volume on the GPU where it fits.
-        device: of the networks.
-        verbose: as nnU-Net's.
-        verbose_preprocessing: as nnU-Net's.
+        tile_step_size: as in nnU-Net, as a fraction of the patch.
+        use_gaussian: as in nnU-Net, also for the tiles of the reverse process.
+        use_mirroring: mirroring for the pre-segmentor; the denoiser is never mirrored.
+        perform_everything_on_device: keep the volume on the GPU if it fits.
+        device: device of the networks.
+        verbose: as in nnU-Net.
+        verbose_preprocessing: as in nnU-Net.
         allow_tqdm: show a bar over tiles x steps.
-        sampler: None for the model's setting, as for the next ones.
-        steps: evaluations of one reverse process.
+        sampler: name of the sampler. For this and the next five arguments, None means the model's setting.
+        steps: number of evaluations in one reverse process.
         start_step: T' of PD-DDPM.
-        samples: reverse processes.
-        seed: of their noise.
-        presegmentation_weight: share of the pre-segmentor's probabilities in the result, 0..1; in a vote, one vote if > 0.
-        fusion: "mean", "majority" or "staple"; of the segmentation, never of the probabilities.
-        joint: one reverse process per volume; False for one per tile, as stock prediction has it.
-        keep_samples: keep each sample's own result.
-        trust_checkpoint: load what may run code.
-        state_memory_gb: memory of the device that a volume's state may take, in GiB; None for what is free.
-        threads: of the CPU, on whose number the last bits depend; None for what `nnunet_diffusion predict` takes: one per core,
-            beside a GPU one.
-        deterministic: use algorithms of the GPU only that give the same bits on each call.
+        samples: number of reverse processes.
+        seed: seed of their noise.
+        presegmentation_weight: weight of the pre-segmentor's probabilities in the result, 0..1; in a vote, one vote if > 0.
+        fusion: "mean", "majority" or "staple". It affects the segmentation; the probabilities are always the mean.
+        joint: True for one reverse process per volume; False for one per tile, as in nnU-Net's own prediction.
+        keep_samples: keep the result of each sample.
+        trust_checkpoint: also load files that may run code.
+        state_memory_gb: limit of the device memory for a volume's state, in GiB; None for the free memory.
+        threads: number of CPU threads, on which the last bits depend. None for the default of `nnunet_diffusion predict`:
+            one per core, or one thread if the device is a GPU.
+        deterministic: use only GPU algorithms that return identical bits on each call.
 
     Raises:
-        ValueError: unknown fusion, or no positive number of threads; the settings are checked when a model is loaded.
+        ValueError: the fusion is unknown, or `threads` is not positive. The settings are checked when a model is loaded.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class VolumePredictor(nnUNetPredictor):
         deterministic: bool = False,
     ) -> None:
         on_device = perform_everything_on_device and device.type == "cuda"
-        with _silent():  # off a GPU, nnU-Net warns of perform_everything_on_device unasked
+        with _silent():  # without a GPU, nnU-Net warns about perform_everything_on_device by default
             super().__init__(tile_step_size, use_gaussian, use_mirroring, on_device, device, verbose, verbose_preprocessing,
                              allow_tqdm)  # fmt: skip
         self.allow_tqdm: bool = allow_tqdm
@@ -125,8 +125,8 @@ class VolumePredictor(nnUNetPredictor):
         if deterministic:
             ask_cublas()
         self.folds: list[str] = []
-        self.identity: dict[str, Any] = {}  # of the model, for the report of each case
-        self.weight_hashes: list[str] = []  # of each fold, once they are needed
+        self.identity: dict[str, Any] = {}  # identifies the model in each case's report
+        self.weight_hashes: list[str] = []  # one per fold, computed on first use
 
     # loading ---------------------------------------------------------------------------------------------------------
 
@@ -136,14 +136,14 @@ class VolumePredictor(nnUNetPredictor):
         """Load a model as nnU-Net does, without running code from its files.
 
         Raises:
-            FileNotFoundError: folder, file or fold is missing.
-            ValueError: a file is damaged or unsafe, the model is none of a diffusion trainer, or a setting is wrong.
+            FileNotFoundError: the folder, a file or a fold is missing.
+            ValueError: a file is damaged or unsafe, the model is not from a diffusion trainer, or a setting is wrong.
         """
         folds = [use_folds] if isinstance(use_folds, (str, int)) else use_folds
         model = read_model(Path(model_training_output_dir), folds, checkpoint_name, self.trust_checkpoint)
         plans = PlansManager(model.plans)
         configuration = plans.get_configuration(model.configuration)
-        # nnU-Net's search for trainers says where it looks
+        # nnU-Net prints the folders in which it searches for trainers
         with _silent(), trusting(self.trust_checkpoint):
             trainer = trainer_class(model.trainer_name, model_training_output_dir)
             network = trainer.build_network_architecture(
@@ -172,21 +172,21 @@ class VolumePredictor(nnUNetPredictor):
         trainer_name: str,
         inference_allowed_mirroring_axes: Sequence[int] | None,
     ) -> None:
-        """Take a network that is built already.
+        """Use a network that has been built already.
 
         Raises:
-            TypeError: it is no DiffusionSegmenter.
-            ValueError: a setting given to the predictor does not fit the model's.
+            TypeError: it is not a DiffusionSegmenter.
+            ValueError: a setting given to the predictor is incompatible with the model.
         """
         if not isinstance(network, DiffusionSegmenter):
             raise TypeError(
                 f"DiffusionPredictor predicts with a DiffusionSegmenter, got {type(network).__name__} of {trainer_name}."
             )
-        network = copy.copy(network)  # the same weights; the caller's own keeps its settings
+        network = copy.copy(network)  # shares the weights; the caller's network keeps its settings
         network.settings = dataclasses.replace(network.settings, **self._fitting_overrides(network))
         self.plans_manager, self.configuration_manager = plans_manager, configuration_manager
         self.network, self.dataset_json, self.trainer_name = network, dataset_json, trainer_name
-        # nnU-Net gives None for the weights that the network has already
+        # nnU-Net passes None if the network has its weights already
         self.list_of_parameters = parameters if parameters is not None else [network.state_dict()]
         self.allowed_mirroring_axes = inference_allowed_mirroring_axes
         self.label_manager = plans_manager.get_label_manager(dataset_json)
@@ -195,7 +195,7 @@ class VolumePredictor(nnUNetPredictor):
         self.weight_hashes = []
 
     def _fitting_overrides(self, network: DiffusionSegmenter) -> dict[str, Any]:
-        """The settings given; without `steps`, no more of them than a given start step allows."""
+        """Return the given settings. If `start_step` is given but `steps` is not, limit the model's steps to it."""
         changes = dict(self.overrides)
         if "start_step" in changes:
             changes.setdefault("steps", min(network.settings.steps, changes["start_step"]))
@@ -214,15 +214,15 @@ class VolumePredictor(nnUNetPredictor):
         presegmentation: Presegmentation | None = None,
         on_tiles: Callable[[int], object] | None = None,
     ) -> VolumePrediction:
-        """Predict one preprocessed volume by all folds.
+        """Predict one preprocessed volume with all folds.
 
         Args:
-            data: (C, *volume), in the cascade with the previous stage below the image.
-            presegmentation: to start from in the place of the embedded nnU-Net's.
-            on_tiles: called with the number of tiles done; by default a bar, where bars are allowed.
+            data: (C, *volume); in the cascade the channels of the previous stage follow those of the image.
+            presegmentation: pre-segmentation to start from, instead of the embedded nnU-Net's.
+            on_tiles: called with the number of finished tiles; by default it updates a bar, if bars are allowed.
 
         Raises:
-            ValueError: the image, or what a network makes of it, is not finite.
+            ValueError: the image or the output of a network is not finite.
             MemoryError: the state does not fit into memory.
         """
         if not all_finite(data):
@@ -246,11 +246,13 @@ class VolumePredictor(nnUNetPredictor):
             )
             on_tiles = bar.update
         self.network.to(self.device).eval()
-        if self.device.type == "cuda":  # now that it has been used: before, an indexed device is refused
+        if (
+            self.device.type == "cuda"
+        ):  # only after the first use of the GPU: before that, torch rejects a device with an index
             torch.cuda.reset_peak_memory_stats(self.device)
         for fold, weights in zip(self.folds, self.list_of_parameters, strict=True):
             self.network.load_state_dict(weights)
-            # autocast keeps its casts of the weights until its end: one for all folds would go on with the first one's
+            # autocast caches the cast weights until it ends, so each fold needs its own
             with computing(self.threads, self.deterministic), torch.inference_mode(), self._autocast():
                 start, member = self._start(padded, tiling, given, presegmentation, evaluations, notes, on_tiles)
                 if member is not None:
@@ -264,7 +266,7 @@ class VolumePredictor(nnUNetPredictor):
             return self._finished(members, unpad, evaluations, begin, notes)
 
     def _padded(self, probabilities: np.ndarray) -> Tensor:
-        """Pad with background, as the image is padded with zeros."""
+        """Pad with background where the image is padded with zeros."""
         padded = pad_nd_image(
             torch.from_numpy(np.ascontiguousarray(probabilities)).float(),
             self.configuration_manager.patch_size,
@@ -279,10 +281,10 @@ class VolumePredictor(nnUNetPredictor):
         patch = tuple(self.configuration_manager.patch_size)
         weight = torch.ones(patch, device=self.device)
         if self.use_gaussian:
-            # as nnU-Net's, but not in half precision
+            # as in nnU-Net, but in float32
             weight = compute_gaussian(patch, sigma_scale=1 / 8, value_scaling_factor=10, dtype=torch.float32,
                                       device=self.device)  # fmt: skip
-        # what fits in training, with gradients, fits in inference
+        # a batch that fits in training, with gradients, also fits in inference
         batch = int(self.configuration_manager.batch_size)
         return Tiling(self._internal_get_sliding_window_slicers(data.shape[1:]), weight, batch, self.device)
 
@@ -303,7 +305,7 @@ class VolumePredictor(nnUNetPredictor):
         settings = self.network.settings
         if presegmentation is not None:
             on_tiles(len(tiling.tiles))
-            # a label map's certainty means nothing
+            # the probabilities of a label map, 0 and 1, say nothing about confidence
             counts = settings.presegmentation_weight > 0 and not presegmentation.certain
             return given, given if counts else None
         own = None
@@ -315,7 +317,7 @@ class VolumePredictor(nnUNetPredictor):
         return start, own if settings.presegmentation_weight > 0 else None
 
     def _presegment(self, data: Tensor, tiling: Tiling, evaluations: Evaluations, notes: list[str]) -> Tensor:
-        """Segment the volume by nnU-Net's own sliding window; probabilities (K, *volume), float32."""
+        """Segment the volume with nnU-Net's own sliding window. Return probabilities (K, *volume), float32."""
         network, bar = self.network, self.allow_tqdm
 
         def run_and_count(image: Tensor) -> Any:
@@ -328,7 +330,7 @@ class VolumePredictor(nnUNetPredictor):
             logits = self._internal_predict_sliding_window_return_logits(data, tiling.tiles, on_device)
             return labels.activate(logits[None], network.settings.regions)[0]
 
-        # tried only where it should fit: when nnU-Net's loop fails, a thread of it stays and keeps the image on the GPU
+        # try only if it should fit: if nnU-Net's loop fails, one of its threads keeps the image on the GPU
         heads, channels = self.label_manager.num_segmentation_heads, len(data)
         bytes_per_voxel = 14 * heads + 4 * channels + 4  # sums in half precision, as float32, softmax; image; weights
         fits = self.device.type != "cuda" or bytes_per_voxel * data[0].numel() <= free_bytes(self.device)
@@ -358,11 +360,11 @@ class VolumePredictor(nnUNetPredictor):
         settings, heads = self.network.settings, self.network.denoiser.state_channels
         limit, device = None if self.state_memory_gb is None else self.state_memory_gb * GIB, self.device
         if device.type == "cuda" and not self.perform_everything_on_device:
-            limit, device = None, torch.device("cpu")  # the limit is the GPU's
-        empty_cache(self.device)  # what the last networks left there counts as taken
+            limit, device = None, torch.device("cpu")  # the limit applies to the GPU
+        empty_cache(self.device)  # cached memory of earlier networks counts as used
 
         def free(device: torch.device) -> float:
-            return free_bytes(device) - (data.nbytes if device.type == "cuda" else 0)  # the image goes with the state
+            return free_bytes(device) - (data.nbytes if device.type == "cuda" else 0)  # the image is there too
 
         plan = plan_memory(
             data.shape[1:], heads, settings.samples, settings.sampler, settings.steps, device, limit,

@@ -1,1 +1,1 @@
-"""What keeps jobs apart and ends them: locks and signals, by the standard library alone (layer 1)."""
+"""Locks between jobs and signals that end them; only the standard library is used (layer 1)."""

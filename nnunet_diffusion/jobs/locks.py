@@ -1,4 +1,4 @@
-"""A lock that jobs on one or several machines share; it ends with its process, however that ends."""
+"""A lock between jobs on one or several machines. It is released when its process ends, even if that is killed."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 NO_FLOCK = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}  # NFS without lockd, Lustre without -o flock
-BEAT_SECONDS = 5.0  # between two beats of a marker
-STALE_SECONDS = 120.0  # a marker that did not change for so long is a dead job's
-GAP_SECONDS = 30.0  # after so long without a look (this machine slept, the file server hung) the wait starts anew
+BEAT_SECONDS = 5.0  # interval between two heartbeats of a marker
+STALE_SECONDS = 120.0  # a marker that has not changed for this long belongs to a dead job
+GAP_SECONDS = 30.0  # if two checks are further apart (machine suspended, file server hung), the wait restarts
 
 _LOCKS: weakref.WeakSet[HeldLock] = weakref.WeakSet()
 
@@ -29,17 +29,18 @@ _LOCKS: weakref.WeakSet[HeldLock] = weakref.WeakSet()
 class HeldLock:
     """A lock on a path, by flock, or by a marker file with a heartbeat where the file system has no flock.
 
-    A marker holds a random token and a counter that a thread rewrites every `BEAT_SECONDS`. Whoever wants the lock takes
-    the marker for dead once it has not changed for `STALE_SECONDS` of its own clock; clocks are never compared.
+    A marker holds a random token and a counter that a thread rewrites every `BEAT_SECONDS`. A job that waits for the lock
+    considers the marker dead once it has not changed for `STALE_SECONDS` on the waiting job's own clock. Clocks of
+    different machines are never compared.
 
-    `with lock:` releases it at the end of the block; it does not acquire.
+    `with lock:` only releases the lock at the end of the block; call `acquire` first.
 
     Attributes:
-        path: of the lock file. It is there only while somebody holds the lock or was killed. A marker's name ends on
-            ".beat" in addition.
-        kind: "flock" or "marker", once `acquire` was called; for the log.
-        seen_alive: whether the last `acquire` that returned False saw a living holder. It is False while a marker may be a
-            dead job's: `acquire` again, every few seconds.
+        path: lock file. It exists only while the lock is held, or after its holder was killed. The name of a marker has
+            the additional ending ".beat".
+        kind: "flock" or "marker" once `acquire` has been called; for the log.
+        seen_alive: whether the last `acquire` that returned False saw a living holder. It is False while the marker may
+            belong to a dead job; in that case call `acquire` again every few seconds.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -54,10 +55,10 @@ class HeldLock:
         _LOCKS.add(self)
 
     def acquire(self) -> bool:
-        """Take the lock if it is free, without waiting; return whether this object holds it.
+        """Acquire the lock if it is free, without waiting. Return whether this object holds it.
 
         Raises:
-            OSError: the lock file cannot be made; names it and the cure.
+            OSError: the lock file cannot be created. The message names the file and what to do.
         """
         if self._descriptor is not None or self._token:
             return True
@@ -78,15 +79,15 @@ class HeldLock:
 
     @property
     def held(self) -> bool:
-        """True while the lock is ours; False after `release`, or if the file was removed or, as stale, taken over."""
+        """True while this object holds the lock; False after `release`, or if the file was removed or taken over as stale."""
         if self._descriptor is not None:
             return self._is_path(self._descriptor)
         return bool(self._token) and self._token.encode() in (_content(self._marker) or b"")
 
     def release(self) -> None:
-        """Give the lock back and remove its file; nothing happens if this object does not hold it."""
+        """Release the lock and remove its file. This does nothing if the object does not hold it."""
         self._stop.set()
-        with contextlib.suppress(OSError):  # a file that stays behind is taken for a dead job's
+        with contextlib.suppress(OSError):  # if the file remains, it counts as a dead job's
             if self.held:
                 (self._marker if self._token else self.path).unlink()
         self._forget()
@@ -115,13 +116,13 @@ class HeldLock:
             return False
 
     def _acquire_flock(self) -> bool | None:
-        """Return None where the file system has no flock."""
+        """Return whether the lock was acquired, or None if the file system has no flock."""
         while True:
             existed = self.path.exists()
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if self._is_path(descriptor):  # else its holder removed the file between open and flock
+                if self._is_path(descriptor):  # otherwise the holder removed the file between open and flock
                     self._descriptor = descriptor
                     return True
             except OSError as error:
@@ -153,7 +154,7 @@ class HeldLock:
         return True
 
     def _stale(self) -> bool:
-        """Look at the marker; return whether it has not changed for `STALE_SECONDS`."""
+        """Read the marker and return whether it has not changed for `STALE_SECONDS`."""
         content, now = _content(self._marker), time.monotonic()
         if content is None:
             self._seen = None
@@ -165,7 +166,7 @@ class HeldLock:
         return now - self._seen[1] > STALE_SECONDS
 
     def _remove_stale(self) -> bool:
-        """Remove the marker found stale; False if it is another one by now, or its holder lives after all."""
+        """Remove the stale marker. Return False if it has been replaced meanwhile, or if its holder is alive."""
         assert self._seen is not None
         aside = self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex}")
         try:
@@ -182,7 +183,7 @@ class HeldLock:
 
 
 def _line(token: str, count: int) -> bytes:
-    return f"{token} {count:012d}\n".encode()  # always as long, so that a beat needs no space on the disk
+    return f"{token} {count:012d}\n".encode()  # fixed length, so that a heartbeat needs no additional disk space
 
 
 def _content(path: Path) -> bytes | None:
@@ -193,18 +194,18 @@ def _content(path: Path) -> bytes | None:
 
 
 def _beat(path: Path, token: str, stop: threading.Event) -> None:
-    """Rewrite the marker until `stop` or until it is no longer ours."""
+    """Rewrite the marker until `stop` is set or the marker belongs to another job."""
     count = 0
     while not stop.wait(BEAT_SECONDS):
         count += 1
-        # a file server that does not answer now may answer the next beat
+        # a file server that does not respond now may respond to the next heartbeat
         with contextlib.suppress(OSError), path.open("r+b") as file:
             if not file.read().startswith(token.encode()):
                 return
             file.seek(0)
             file.write(_line(token, count))
             file.flush()
-            os.fsync(file.fileno())  # another machine sees it from now on
+            os.fsync(file.fileno())  # makes it visible to other machines
 
 
 def _forget_in_child() -> None:
@@ -214,7 +215,7 @@ def _forget_in_child() -> None:
 
 
 def release_all() -> None:
-    """Give back every lock of this process, as its end does."""
+    """Release every lock of this process, as at its exit."""
     for lock in list(_LOCKS):
         lock.release()
 

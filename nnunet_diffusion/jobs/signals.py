@@ -1,4 +1,7 @@
-"""Signals that end a job, as exceptions, so that the job can tidy up: SIGTERM of Slurm, Kubernetes and `kill`, and Ctrl-C."""
+"""Turns signals that end a job into exceptions, so that it can clean up.
+
+These are SIGTERM, which Slurm, Kubernetes and `kill` send, and SIGINT (Ctrl-C).
+"""
 
 from __future__ import annotations
 
@@ -26,10 +29,10 @@ class Terminated(SystemExit):
 
 @contextlib.contextmanager
 def terminated() -> Iterator[None]:
-    """Have SIGTERM raise Terminated in a `with` block, in the main thread; in another thread this does nothing.
+    """Make SIGTERM raise Terminated inside a `with` block of the main thread; other threads are not affected.
 
-    A second SIGTERM is ignored until the end of the block, so that it does not break the tidying up. Processes forked in
-    the block end at once with SIGTERM, as they would without it.
+    A second SIGTERM is ignored until the end of the block, so that it does not interrupt the cleanup. Processes forked
+    inside the block end immediately on SIGTERM, as they would without it.
     """
     with _raised(signal.SIGTERM, Terminated):
         yield
@@ -37,7 +40,7 @@ def terminated() -> Iterator[None]:
 
 @contextlib.contextmanager
 def stopped(noticed: Callable[[int], object]) -> Iterator[None]:
-    """As `terminated`, and Ctrl-C raises KeyboardInterrupt once, the next ones being ignored until the end of the block.
+    """As `terminated`; also, Ctrl-C raises KeyboardInterrupt once, and is then ignored until the end of the block.
 
     Args:
         noticed: called with the exit code before either exception is raised.

@@ -1,4 +1,4 @@
-"""Networks that read like the figures of their papers; they know no diffusion and no nnU-Net."""
+"""Networks, written to follow the figures of their papers. They depend neither on the diffusion code nor on nnU-Net."""
 
 from nnunet_diffusion.networks.pgdiffseg import Condition, PGDiffSeg
 

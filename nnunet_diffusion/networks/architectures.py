@@ -1,4 +1,7 @@
-"""Classes that plans may name. Plans come from other people too, and what they name is imported and called."""
+"""Which network classes plans may name.
+
+Plans may come from untrusted sources, and the classes that they name are imported and called.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ import dynamic_network_architectures.architectures
 from torch import nn
 
 NETWORK_PACKAGES = "nnUNet_diffusion_network_packages"
-"""Environment variable of the user: further packages whose networks plans may name, separated by commas."""
+"""Environment variable: further packages whose networks plans may name, separated by commas."""
 OFFERED = "dynamic_network_architectures"
 TRUST = "give --trust_checkpoint (trust_checkpoint=True)"
 _trusted: ContextVar[bool] = ContextVar("trusted", default=False)
@@ -23,7 +26,7 @@ _trusted: ContextVar[bool] = ContextVar("trusted", default=False)
 
 @contextlib.contextmanager
 def trusting(wanted: bool = True) -> Iterator[None]:
-    """Let plans name anything inside a `with` block, if `wanted`: the user vouches for them."""
+    """Allow any class name in plans inside a `with` block if `wanted`; the user takes responsibility."""
     token = _trusted.set(wanted or _trusted.get())
     try:
         yield
@@ -35,16 +38,16 @@ def network_class(name: object) -> type[nn.Module] | None:
     """Return the class that plans name, or None if it is not one that they may name.
 
     Allowed are the modules of `torch.nn`, the networks and blocks of `dynamic_network_architectures`, and those of the
-    packages in `nnUNet_diffusion_network_packages`. Nothing outside these packages is imported to find out.
+    packages in `nnUNet_diffusion_network_packages`. The check imports nothing outside these packages.
 
     Args:
-        name: dotted, as in nnU-Net's plans. Architectures that have moved are found by their last part, as nnU-Net does.
+        name: dotted name, as in nnU-Net's plans. As in nnU-Net, an architecture that has moved is found by the last part.
     """
     if not isinstance(name, str) or not all(part.isidentifier() for part in name.split(".")):
         return None
     folder, _, last = name.rpartition(".")
     if folder == "torch.nn" or folder.startswith("torch.nn.modules"):
-        # torch has imported all of these modules; a name that runs through other attributes is none of them
+        # torch has imported all of these modules; a name that passes through other attributes is not among them
         return _module_class(getattr(sys.modules.get(folder), last, None), "torch.nn.modules")
     for package in (OFFERED, *_packages_of_the_user()):
         if name.startswith(f"{package}."):
@@ -54,14 +57,14 @@ def network_class(name: object) -> type[nn.Module] | None:
 
 
 def refuse_unknown_classes(architecture: Mapping[str, Any], source: str) -> None:
-    """Raise ValueError if an architecture names anything but network classes that plans may name.
+    """Raise ValueError if an architecture names a class that plans may not name.
 
-    nnU-Net imports what `network_class_name` and the arguments in `_kw_requires_import` name and calls it with arguments from
-    the plans; the denoiser does so with `conv_op`.
+    nnU-Net imports the classes named by `network_class_name` and by the arguments listed in `_kw_requires_import`, and calls
+    them with arguments from the plans. The denoiser does the same with `conv_op`.
 
     Args:
         architecture: `architecture` of a configuration of nnU-Net's plans, or `presegmentor_architecture`.
-        source: of the plans, for the message: a file, or words.
+        source: where the plans come from (a file name or a description), for the message.
     """
     if _trusted.get() or not architecture:
         return
@@ -101,7 +104,7 @@ def _module_class(found: Any, package: str) -> type[nn.Module] | None:
 
 
 def _moved(name: str) -> type[nn.Module] | None:
-    """Return what nnU-Net takes for an architecture whose module is gone: the first of that name among all of them."""
+    """Return the class that nnU-Net uses if a module no longer exists: the first of that name in any architecture module."""
     folder = dynamic_network_architectures.architectures
     for module in pkgutil.iter_modules(folder.__path__, f"{folder.__name__}."):
         found = getattr(_module(module.name, OFFERED), name, None)

@@ -1,4 +1,4 @@
-"""Attention over voxels whose memory is linear in their number: parameter-shared attention and self-attention."""
+"""Parameter-shared attention and self-attention over voxels, with memory linear in the number of voxels."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def pooled_size(size: Sequence[int], tokens: int) -> tuple[int, ...]:
 
 
 def pool_tokens(features: Tensor, tokens: int) -> Tensor:
-    """Average features (B, C, *spatial) down to at most `tokens` voxels; unchanged if they are no more than that."""
+    """Average features (B, C, *spatial) down to at most `tokens` voxels; return them unchanged if they have no more."""
     size = tuple(features.shape[2:])
     pooled = pooled_size(size, tokens)
     # "area" is adaptive average pooling for any number of axes
@@ -42,9 +42,9 @@ def pool_tokens(features: Tensor, tokens: int) -> Tensor:
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Return softmax(query^T key / sqrt(D)) applied to the value, for feature maps.
 
-    Trap: `scaled_dot_product_attention` builds the N x M matrix without a word when queries and keys are narrower
-    than values, or when channels are not the innermost axis in memory. Hence the zeros, which change no product, the
-    explicit scale and the contiguous copies.
+    `scaled_dot_product_attention` silently builds the N x M matrix if queries and keys are narrower than values, or if
+    channels are not the innermost axis in memory. Zero padding (which leaves the products unchanged), an explicit
+    scale and contiguous copies avoid this.
 
     Args:
         query: (B, D, *spatial), N voxels.
@@ -59,9 +59,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     # B batch, H one head, N voxels, C channels
     def as_tokens_BHNC(features: Tensor) -> Tensor:
         tokens, padding = features.flatten(2).transpose(1, 2), width - features.shape[1]
-        # padding copies even where it adds nothing
+        # functional.pad copies even if the padding is 0
         return (functional.pad(tokens, (0, padding)) if padding else tokens).contiguous().unsqueeze(1)
 
+    # Eq. 3-4: V softmax(Q^T K)
     mixed_BHNC = functional.scaled_dot_product_attention(
         as_tokens_BHNC(query), as_tokens_BHNC(key), as_tokens_BHNC(value), scale=query.shape[1] ** -0.5
     )
@@ -79,11 +80,11 @@ class ParameterSharedAttention(nn.Module):
         super().__init__()
         self.tokens = tokens
         key_channels = max(1, channels // KEY_REDUCTION)
-        # Eq. 2: Q and K are shared, each flow has its own V. A bias of K cancels in the softmax
+        # Eq. 2: Q and K are shared, each flow has its own V. A bias of K would cancel in the softmax
         self.query = pointwise(conv_op, channels, key_channels)
         self.key = pointwise(conv_op, channels, key_channels, bias=False)
         self.value = nn.ModuleDict({flow: pointwise(conv_op, channels, channels) for flow in FLOWS})
-        # Eq. 5: eta1 and eta2 start at 0; without an axis, so that they do not promote half precision features
+        # Eq. 5: eta1 and eta2 start at 0. As scalars they do not promote half-precision features
         self.eta = nn.ParameterDict({flow: nn.Parameter(torch.zeros(())) for flow in FLOWS})
 
     def forward(self, features: Tensor, flow: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""Blocks that several parts of the networks are made of: norms, residual block, slim dense block."""
+"""Building blocks shared by the networks: norms, residual block, slim dense block."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def per_axis(name: str, values: Sequence[int | Sequence[int]], conv_op: type[nn.
     """Return one tuple of positive integers, one per spatial axis, for each stage.
 
     Args:
-        name: what the values are, for the error text.
-        values: per stage an integer, used for all axes, or one integer per axis.
+        name: name of the values, for the error message.
+        values: for each stage, one integer for all axes or one integer per axis.
         conv_op: the convolution class, which decides the number of axes.
 
     Raises:
-        ValueError: if a stage has another number of axes, or a value below one.
+        ValueError: if a stage has the wrong number of axes, or a value below one.
     """
     axes = convert_conv_op_to_dim(conv_op)
     stages = [tuple(int(v) for v in maybe_convert_scalar_to_list(conv_op, value)) for value in values]
@@ -59,8 +59,8 @@ def per_axis(name: str, values: Sequence[int | Sequence[int]], conv_op: type[nn.
 def group_count(channels: int) -> int:
     """Return the number of groups for group normalisation.
 
-    The largest divisor of `channels` that is at most 32 and leaves at least 4 channels per group, or 1 if there is
-    none. Smaller groups come near instance normalisation, which would remove a time embedding added just before it.
+    This is the largest divisor of `channels` that is at most 32 and leaves at least 4 channels per group, or 1 if none
+    exists. Smaller groups resemble instance normalisation, which would remove a time embedding added just before it.
 
     Args:
         channels: number of channels, at least 1.
@@ -70,10 +70,10 @@ def group_count(channels: int) -> int:
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation that stays in half precision under autocast, which would run torch's in float32.
+    """Group normalisation that stays in half precision under autocast, which runs torch's own in float32.
 
-    The statistics are float32 inside the kernel all the same; float32 feature maps would double the memory traffic of
-    every residual block.
+    The kernel computes the statistics in float32 in either case. Float32 feature maps would double the memory traffic
+    of every residual block.
     """
 
     def forward(self, features: Tensor) -> Tensor:
@@ -95,10 +95,10 @@ def group_norm(channels: int) -> GroupNorm:
 
 
 class InstanceNorm(GroupNorm):
-    """Instance normalisation that survives a feature map of a single voxel.
+    """Instance normalisation that also accepts a feature map of a single voxel.
 
-    There a channel has no spread of its own (torch's instance normalisation refuses it, and the result would be a
-    constant), so the voxel is normalised over its channels instead.
+    The variance of a single voxel is zero, so that torch's instance normalisation raises an error. Such a voxel is
+    normalised over its channels instead.
     """
 
     def __init__(self, channels: int) -> None:
@@ -147,8 +147,8 @@ def make_conv(
         out_channels: number of output channels.
         kernel_size: odd kernel size per axis.
         stride: stride per axis.
-        bias: False where a norm that removes it follows at once.
-        padding_mode: what lies beyond the edges, "zeros" or "replicate" (the voxels at the edge).
+        bias: whether to add a bias; False if a norm follows directly, which would remove it.
+        padding_mode: "zeros" or "replicate" (repeats the voxels at the edge).
     """
     if padding_mode == "replicate":
         edge_repeating = _edge_repeating(conv_op)  # type: ignore[arg-type]  # mypy takes its __hash__ for an instance's
@@ -158,13 +158,13 @@ def make_conv(
 
 
 def _same_padding(kernel_size: Sequence[int]) -> list[int]:
-    """Return the voxels beyond each end of an axis with which a convolution of odd kernels keeps the size."""
+    """Return the padding per axis with which a convolution with odd kernels keeps the size."""
     return [(size - 1) // 2 for size in kernel_size]
 
 
 @cache
 def _edge_repeating(conv_op: type[nn.Module]) -> type[nn.Module]:
-    """Return the convolution class that repeats the voxels at the edge; its size stays for odd kernels and stride 1."""
+    """Return a convolution class with replicate padding; it keeps the size for odd kernels and stride 1."""
 
     class EdgeRepeating(conv_op):  # type: ignore[misc, valid-type]
         def forward(self, features: Tensor) -> Tensor:
@@ -177,8 +177,8 @@ def _edge_repeating(conv_op: type[nn.Module]) -> type[nn.Module]:
 def repeat_edges(features: Tensor, padding: Sequence[int]) -> Tensor:
     """Repeat the outermost voxels of features (B, C, *spatial) `padding` times beyond both ends of each axis.
 
-    Compiled by other means: torch.compile (2.14) expects strides of torch's own gradient that it does not have
-    (`replication_pad2d_backward`), and the training would end.
+    Under torch.compile the repetition is made by concatenation: torch.compile (2.14) expects wrong strides of the
+    gradient of torch's own padding (`replication_pad2d_backward`), and training would stop with an error.
     """
     if not torch.compiler.is_compiling():
         return functional.pad(features, [size for size in reversed(padding) for _ in range(2)], mode="replicate")
@@ -196,8 +196,8 @@ def pointwise(conv_op: type[nn.Module], in_channels: int, out_channels: int, bia
 class ResidualBlock(nn.Module):
     """Two (GroupNorm - SiLU - convolution) with a residual connection; PGDiffSeg, Eq. 20 and Fig. 12.
 
-    The first brings the features to `out_channels`, the second has the residual connection: the reading of the paper
-    whose operations agree with those counted for it, which leave no room for a pointwise convolution in the shortcut.
+    The first changes the number of channels to `out_channels`, the second has the residual connection. With this reading
+    the number of operations agrees with the paper's; a pointwise convolution in the shortcut would exceed it.
     """
 
     def __init__(
@@ -215,6 +215,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Map (B, in_channels, *spatial) to (B, out_channels, *spatial)."""
+        # Eq. 20, in the order of Fig. 12
         features = self.widen(features)
         return features + self.refine(features)
 
@@ -232,7 +233,7 @@ class SlimDenseBlock(nn.Module):
         depth: int,
         norm: str,
     ) -> None:
-        """Build `depth` layers, of which the first brings the input to `out_channels`.
+        """Build `depth` layers; the first maps the input to `out_channels`.
 
         Raises:
             ValueError: if depth is below one or the norm unknown.
@@ -240,7 +241,7 @@ class SlimDenseBlock(nn.Module):
         super().__init__()
         if depth < 1:
             raise ValueError(f"sdb_depth must be at least 1, got {depth}")
-        # beyond the edge zeros would be neither background nor foreground of a state in [-1, 1]
+        # zero padding would mean neither background nor foreground for a state in [-1, 1]
         first = [(in_channels, "replicate"), *[(out_channels, "zeros")] * (depth - 1)]
         # Fig. 3: H is two convolutions, norm and LeakyReLU
         self.layers = nn.ModuleList(

@@ -1,4 +1,4 @@
-"""What a denoiser owes the rest of the program: two calls, so that what depends on the image alone is computed once."""
+"""Interface of a denoiser: one call for the image and one for the noisy state, so that an image is encoded only once."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from torch import Tensor
 
 
 class Condition(Protocol):
-    """What the denoising side needs to know about images, none of which depends on the noisy states."""
+    """Encoded images, as input of the denoising side; independent of the noisy states."""
 
     def repeat_interleave(self, samples: int) -> Condition:
-        """Return the condition for `samples` noisy states per image, those of one image next to each other."""
+        """Repeat each image's condition for `samples` noisy states; the states of one image are adjacent."""
 
 
 SomeCondition = TypeVar("SomeCondition", bound=Condition)
 
 
 class Denoiser(Protocol[SomeCondition]):
-    """A network that predicts from noisy states (B, K, *spatial) what its prediction type says."""
+    """A network that maps noisy states (B, K, *spatial) to the quantity given by its prediction type."""
 
     @property
     def state_channels(self) -> int:

@@ -28,12 +28,12 @@ from nnunet_diffusion.networks.time_embedding import TimeEmbedding, TimeShift
 
 @dataclass(frozen=True)
 class Condition:
-    """What the denoising side needs to know about an image, none of which depends on the noisy state.
+    """Encoded image, as input of the denoising side; independent of the noisy state.
 
     Attributes:
-        skips: the condition flow before each downsampling, (B, features_per_stage[i + 1], *size of stage i).
-        bottleneck: the condition flow's end, (B, features_per_stage[-1], *size of the last stage).
-        prior: the prior-supervision branch's features, of the bottleneck's shape.
+        skips: features of the condition flow before each downsampling, (B, features_per_stage[i + 1], *size of stage i).
+        bottleneck: last features of the condition flow, (B, features_per_stage[-1], *size of the last stage).
+        prior: features of the prior-supervision branch, same shape as the bottleneck.
         presence_logits: (B, presence_classes), one logit per foreground class.
         location_logits: (B, location_classes, *size of the last stage but one).
     """
@@ -45,9 +45,9 @@ class Condition:
     location_logits: Tensor
 
     def repeat_interleave(self, samples: int) -> Condition:
-        """Return the condition for `samples` noisy states per image, those of one image next to each other.
+        """Repeat each image's condition for `samples` noisy states; the states of one image are adjacent.
 
-        A batch of one image takes no further memory.
+        For a batch of one image this needs no additional memory.
         """
 
         def repeat(x: Tensor) -> Tensor:
@@ -108,16 +108,16 @@ class UpUnit(nn.Module):
 
     def forward(self, features: Tensor, skip: Tensor, time: Tensor) -> Tensor:
         """Map features (B, in_channels, *smaller) and the skip (B, in_channels, *spatial) to the skip's size."""
-        # the skip's size, not a factor: odd sizes come back as they were
+        # upsample to the skip's size, not by a factor, to restore odd sizes
         larger = functional.interpolate(self.time(features, time), size=skip.shape[2:], mode="nearest")
         return self.residual(torch.cat([self.up(larger), skip], dim=1))
 
 
 class PGDiffSeg(nn.Module):
-    """Denoiser that works in two calls: `encode` sees the image, `forward` the noisy state and what was encoded.
+    """Denoiser with two calls: `encode` takes the image, `forward` the noisy state and the encoded image.
 
-    The condition flow depends on the image and the timestep only (only on the image without time in that flow), so one
-    `encode` serves all samples of an ensemble. Any spatial size works: what is not divisible is upsampled to its skip.
+    The condition flow depends only on the image and the timestep (without time in that flow, only on the image). So one
+    call of `encode` serves all samples of an ensemble. Any spatial size works: upsampling restores the skip's size.
     """
 
     def __init__(
@@ -141,18 +141,18 @@ class PGDiffSeg(nn.Module):
         """Build the network on nnU-Net's topology.
 
         Args:
-            image_channels: channels of the image (of everything the condition flow sees).
+            image_channels: channels of the input of the condition flow.
             state_channels: channels of the noisy state.
             output_channels: channels of the prediction.
             features_per_stage: channels per stage, at least two stages; the first is the slim dense blocks' width.
             strides: downsampling before each stage, the first all ones.
             kernel_sizes: odd kernel size per stage.
             conv_op: the convolution class, or its dotted name; it decides between 2D and 3D.
-            presence_classes: number of foreground classes whose presence the prior branch tells.
+            presence_classes: number of foreground classes whose presence the prior branch predicts.
             location_classes: number of channels of the location map.
             sdb_depth: layers of each slim dense block (paper: 4).
-            attention_tokens: most voxels attended to; above it keys and values are pooled (paper: exact at 4096).
-            attention_stages: stages, 1 to n_stages - 1, that get parameter-shared attention; None: all (paper).
+            attention_tokens: largest number of keys and values; more are pooled (4096: exact in the paper's configuration).
+            attention_stages: stages with parameter-shared attention, from 1 to n_stages - 1; None: all (paper).
             norm: "batch" (paper), "instance" or "group", in the slim dense blocks and the prior branch.
             time_in_condition_flow: whether the condition flow sees the timestep (paper: yes).
 
@@ -217,19 +217,19 @@ class PGDiffSeg(nn.Module):
         self.output = nn.Sequential(
             group_norm(features[0]),
             nn.SiLU(),
-            # nothing comes after it that could undo what zeros beyond the edge do to the outermost voxels
+            # zero padding would disturb the outermost voxels, and no later layer could correct them
             make_conv(conv_op, features[0], output_channels, kernels[0], padding_mode="replicate"),
         )
 
     def encode(self, image: Tensor, timestep: Tensor | None = None) -> Condition:
-        """Return what the denoising side needs to know about the image.
+        """Encode the image for the denoising side.
 
         Args:
             image: (B, image_channels, *spatial).
-            timestep: (B,) integers; may be None without time in the condition flow, and is ignored there.
+            timestep: (B,) integers; ignored, and may be None, without time in the condition flow.
 
         Raises:
-            ValueError: if the image has another number of channels, or the timestep is missing.
+            ValueError: if the number of channels is wrong, or the timestep is missing.
         """
         if image.shape[1] != self.image_channels:
             raise ValueError(f"image must have {self.image_channels} channels, got shape {tuple(image.shape)}")
@@ -248,13 +248,13 @@ class PGDiffSeg(nn.Module):
         Args:
             noisy: (B, state_channels, *spatial).
             timestep: (B,) integers.
-            condition: of the same B and spatial size; `condition.repeat_interleave` serves several states per image.
+            condition: from `encode`, with the same B and spatial size; `repeat_interleave` it for several states per image.
 
         Returns:
             (B, output_channels, *spatial), unbounded.
 
         Raises:
-            ValueError: if the noisy state and the condition do not fit.
+            ValueError: if the shapes of noisy state and condition do not match.
         """
         expected = (condition.bottleneck.shape[0], self.state_channels, *condition.skips[0].shape[2:])
         if tuple(noisy.shape) != expected:
@@ -264,8 +264,9 @@ class PGDiffSeg(nn.Module):
             )
         time = self.time_embedding(timestep)
         skips, bottleneck = self._encode_flow(self.noisy_dense(noisy), time, "denoising")
-        # Eq. 6: the flows are added, and the prior branch to them
+        # Eq. 6: sum of both flows and the prior branch
         features = self.bottleneck(bottleneck + condition.bottleneck + condition.prior)
+        # Fig. 2: the skips are the sums of both flows
         for unit, ours, theirs in zip(self.up_units, reversed(skips), reversed(condition.skips), strict=True):
             features = unit(features, ours + theirs, time)
         return self.output(features)

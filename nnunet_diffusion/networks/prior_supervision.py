@@ -1,4 +1,4 @@
-"""Branch that finds out which classes the image shows, and roughly where."""
+"""Branch that predicts which classes an image shows and roughly where."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nnunet_diffusion.networks.blocks import make_conv, make_norm, pointwise
 
 @dataclass(frozen=True)
 class Prior:
-    """What the prior-supervision branch knows about an image.
+    """Output of the prior-supervision branch for an image.
 
     Attributes:
         features: (B, features_per_stage[-1], *size of the last stage), added to the bottleneck.
@@ -49,7 +49,7 @@ class PriorSupervision(nn.Module):
 
         # Fig. 5: convolution - norm - ReLU
         self.block = block(image_channels, features_per_stage[0], 0)
-        # Fig. 5: supervised unit, the stride in its first block
+        # Fig. 5: supervised units; the first block of each has the stride
         self.units = nn.ModuleList(
             nn.Sequential(
                 block(features_per_stage[stage - 1], features_per_stage[stage], stage, tuple(strides[stage])),

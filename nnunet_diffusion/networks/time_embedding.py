@@ -31,7 +31,7 @@ def sinusoids(timestep: Tensor, width: int) -> Tensor:
 class TimeEmbedding(nn.Module):
     """Sinusoids, then Linear - SiLU - Linear - SiLU; PGDiffSeg, the MLP of Fig. 2.
 
-    The last SiLU is that at the beginning of each unit's projection (`TimeShift`), which is the same in all of them.
+    Each unit's projection (`TimeShift`) begins with a SiLU. It is the same in all units, so it is computed once, here.
     """
 
     def __init__(self, sinusoid_width: int, width: int) -> None:

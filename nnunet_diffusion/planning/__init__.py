@@ -1,1 +1,1 @@
-"""Plans for nnU-Net and the denoiser beside it: what both need, the rules that size them, the planners' common part."""
+"""Plans for nnU-Net and the denoiser: cost of both training steps, sizing rules, and the mixin of the planners."""

@@ -1,7 +1,7 @@
-"""Memory and FLOPs of a training step, found by running it on tensors that have a shape but no data.
+"""Memory and FLOPs of a training step, measured by running it on tensors with a shape but no data.
 
-The step runs on the CPU under torch's FakeTensorMode: nothing is computed, every allocation is seen. So the figures follow
-the networks as they are, whatever changes in them, and a plan for 80 GB can be judged on a laptop.
+The step runs on the CPU under torch's FakeTensorMode, which computes nothing but records every allocation. So the figures
+follow any change of the networks, and plans for an 80 GB GPU can be made on a laptop.
 """
 
 from __future__ import annotations
@@ -33,26 +33,26 @@ from nnunet_diffusion.planning.steps import build_nnunet, nnunet_step
 
 FLOAT_BYTES = 4
 ALLOCATION_BYTES = 512
-"""CUDA's caching allocator rounds up to this."""
+"""Block size to which CUDA's caching allocator rounds up."""
 WORKSPACE_SHARE = 0.1
-"""Of all that grows with the batch: what convolutions need for themselves; see documentation/planning.md."""
+"""Workspace of convolutions, as a share of the memory that grows with the batch (documentation/planning.md)."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one training step needs; all but `flops` in bytes.
+    """Memory of one training step in bytes, and its FLOPs. The parts add up to the peak.
 
     Attributes:
-        weights: of all networks in memory, float32.
-        gradients: of the trained network, those that are there at the moment of the highest need.
-        optimizer: its state: two values a weight for AdamW, one for SGD.
-        average: the moving average of the weights (EMA); 0 for nnU-Net.
+        weights: weights of all networks in memory, float32.
+        gradients: gradients of the trained network that exist at the peak.
+        optimizer: optimiser state: two values per weight for AdamW, one for SGD.
+        average: moving average of the weights (EMA); 0 for nnU-Net.
         data: image, target and diffusion states.
-        activations: kept by autograd for the backward pass, without attention's.
-        attention: kept for the backward pass inside attention.
-        transient: what else lives at the moment of the highest need.
-        workspace: of the GPU's convolutions, an allowance (`WORKSPACE_SHARE`); 0 on a CPU.
-        flops: of forward and backward pass, 2 per multiply-accumulate.
+        activations: tensors saved by autograd for the backward pass, without those of attention.
+        attention: tensors saved for the backward pass inside attention.
+        transient: other tensors that exist at the peak.
+        workspace: allowance for the workspace of the GPU's convolutions (`WORKSPACE_SHARE`); 0 on a CPU.
+        flops: FLOPs of forward and backward pass, 2 per multiply-accumulate.
     """
 
     weights: int
@@ -68,7 +68,7 @@ class Cost:
 
     @property
     def total(self) -> int:
-        """Bytes at the moment of the highest need."""
+        """Peak memory in bytes."""
         lasting = self.weights + self.optimizer + self.average
         return (
             lasting + self.gradients + self.data + self.activations + self.attention + self.transient + self.workspace
@@ -82,11 +82,11 @@ def nnunet_cost(
 
     Args:
         configuration: resolved configuration of the plans.
-        channels: of the image, in the cascade with those of the previous stage.
+        channels: number of image channels, in the cascade including those of the previous stage.
         heads: K.
-        batch: patches.
-        amp: autocast in half precision, as nnU-Net does on a GPU; else float32.
-        gpu: with the allowance for a GPU's workspace.
+        batch: number of patches.
+        amp: True for autocast to half precision, as nnU-Net does on a GPU; False for float32.
+        gpu: include the allowance for a GPU's workspace.
     """
     return _nnunet_cost(_frozen(configuration), channels, heads, batch, amp, gpu)
 
@@ -116,16 +116,16 @@ def denoiser_cost(
     amp: bool = True,
     gpu: bool = True,
 ) -> Cost:
-    """Return the cost of DiffusionTrainer's training step: the frozen nnU-Net in memory, AdamW, moving average.
+    """Return the cost of DiffusionTrainer's training step (frozen nnU-Net in memory, AdamW, moving average).
 
     Args:
         configuration: resolved configuration of the plans.
-        settings: of the denoiser.
-        channels: of the image, in the cascade with those of the previous stage.
+        settings: settings of the denoiser.
+        channels: number of image channels, in the cascade including those of the previous stage.
         heads: K.
-        batch: patches.
-        amp: autocast in half precision, as nnU-Net does on a GPU; else float32.
-        gpu: with the allowance for a GPU's workspace.
+        batch: number of patches.
+        amp: True for autocast to half precision, as nnU-Net does on a GPU; False for float32.
+        gpu: include the allowance for a GPU's workspace.
     """
     return _denoiser_cost(
         _frozen(configuration), json.dumps(dataclasses.asdict(settings)), channels, heads, batch, amp, gpu
@@ -148,7 +148,7 @@ def _denoiser_cost(plan: str, section: str, channels: int, heads: int, batch: in
 
 
 def _frozen(configuration: Mapping[str, Any]) -> str:
-    """What decides the cost of a configuration, as a key: the same plan is judged many times."""
+    """Return the entries that determine a configuration's cost, as a cache key."""
     return json.dumps({key: configuration[key] for key in ("architecture", "patch_size")}, default=int)
 
 
@@ -161,7 +161,7 @@ def _denoiser_step(
     patch: tuple[int, ...],
     amp: bool,
 ) -> Callable[[], None]:
-    """The step of `PGDiffSegObjective` without what looks at values, which these tensors have none of."""
+    """Return the step of `PGDiffSegObjective` without operations that depend on values, which fake tensors do not have."""
     image = torch.zeros(batch, channels, *patch)
     target = torch.zeros(batch, 1, *patch, dtype=torch.int16)
     clean, start, noise = (torch.zeros(batch, heads, *patch) for _ in range(3))
@@ -184,14 +184,14 @@ def _denoiser_step(
 
 
 def _autocast(amp: bool) -> contextlib.AbstractContextManager:
-    # the CPU's autocast halves what the GPU's does: convolutions, linear layers, attention
+    # autocast on the CPU uses half precision in the same operations as on a GPU: convolutions, linear layers, attention
     return torch.autocast("cpu", dtype=torch.bfloat16) if amp else contextlib.nullcontext()
 
 
 class _Meter(TorchDispatchMode):
-    """Counts FLOPs, and the bytes of all storages that live, as CUDA's allocator would round them.
+    """Counts FLOPs, and the bytes of all live storages, rounded as by CUDA's allocator.
 
-    torch's FlopCounterMode is not used beside it: it keeps tensors alive.
+    torch's FlopCounterMode cannot be used here, because it keeps tensors alive.
     """
 
     def __init__(self) -> None:
@@ -242,11 +242,11 @@ _SHORTCUTS: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.native_group_norm_backward: _group_norm_backward,
     torch.ops.aten.silu_backward: lambda gradient, features: torch.empty_like(features),
 }
-"""Shapes of operators that FakeTensorMode finds by way of many others: a third of the time of a trace."""
+"""Direct output shapes of operators that FakeTensorMode would decompose; the decompositions take a third of a trace."""
 
 
 class SavedBytes:
-    """Bytes that autograd keeps for the backward pass, parameters left out, those of attention apart; a context manager."""
+    """Context manager that counts the bytes saved for the backward pass, without parameters, and separately for attention."""
 
     def __init__(self, network: nn.Module) -> None:
         """Watch the attention modules of `network`."""
@@ -257,12 +257,12 @@ class SavedBytes:
 
     @property
     def attention(self) -> int:
-        """Bytes kept inside attention."""
+        """Bytes saved inside attention."""
         return sum(size for size, inside in self._seen.values() if inside)
 
     @property
     def activations(self) -> int:
-        """Bytes kept elsewhere."""
+        """Bytes saved elsewhere."""
         return sum(size for size, inside in self._seen.values() if not inside)
 
     def __enter__(self) -> SavedBytes:
@@ -320,7 +320,7 @@ class _Trace:
         weights = _bytes_of(self.resident)
         trained = sum(p.numel() for p in self.trained.parameters()) * FLOAT_BYTES
         kept = self.data + self.saved.activations + self.saved.attention
-        # the step's peak, or the update's, by when the activations are gone: gradients and one temporary copy of them
+        # peak of the step, or of the update, when activations are freed: gradients and a temporary copy of them
         peak = max(self.meter.peak - self.before, kept, self.data + 2 * trained)
         gradients = min(trained, peak - kept)
         transient = peak - kept - gradients

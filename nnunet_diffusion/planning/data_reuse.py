@@ -1,4 +1,4 @@
-"""Which folder of preprocessed data a configuration uses: nnU-Net's own where its data are the same."""
+"""Reuse of nnU-Net's folder of preprocessed data by a configuration, if its data are the same."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ SAME_DATA = (
     "resampling_fn_data_kwargs",
     "resampling_fn_seg_kwargs",
 )
-"""Entries of a configuration that decide what its preprocessed data are."""
+"""Entries of a configuration that determine its preprocessed data."""
 SAME_FOR_ALL = ("transpose_forward", "foreground_intensity_properties_per_channel")
-"""Entries of the plans that do."""
+"""Entries of the plans that determine the preprocessed data of all configurations."""
 STOCK_PLANS = (
     "nnUNetPlans.json",
     "nnUNetResEncUNetMPlans.json",
     "nnUNetResEncUNetLPlans.json",
     "nnUNetResEncUNetXLPlans.json",
 )
-"""Plans of nnU-Net's own planners; those of its presets name the data of the first."""
+"""Files of nnU-Net's own plans. Those of the ResEnc presets name the data folder of the first."""
 CURE = "Give the new plans another name (-overwrite_plans_name NAME), or remove that folder."
 
 
 def shared_identifier(dataset_name: str, plans: Mapping[str, Any], configuration: str) -> str:
-    """Return the data identifier of a configuration: that of nnU-Net's data where they are the same, else one of its own.
+    """Return the data identifier of a configuration: nnU-Net's if the data are the same, else a separate one.
 
     Args:
         dataset_name: DatasetXXX_NAME.
-        plans: new plans, all of them.
-        configuration: one that inherits from no other.
+        plans: the complete new plans.
+        configuration: name of a configuration without `inherits_from`.
 
     Raises:
-        ValueError: data of another spacing, normalisation or preprocessor lie in the folder of that name.
+        ValueError: the folder of that name holds data of another spacing, normalisation or preprocessor.
     """
     preprocessed, identifier = Path(nnUNet_preprocessed) / dataset_name, f"{plans['plans_name']}_{configuration}"
     for path in filter(Path.is_file, (preprocessed / name for name in STOCK_PLANS)):
@@ -61,7 +61,7 @@ def shared_identifier(dataset_name: str, plans: Mapping[str, Any], configuration
 
 
 def different_entries(theirs: Mapping[str, Any], ours: Mapping[str, Any], configuration: str) -> list[str]:
-    """Return the names of what decides about preprocessed data and differs between two plans; empty: the data are the same."""
+    """Return the entries that determine preprocessed data and differ between two plans; empty if the data are the same."""
     one, other = (plans["configurations"].get(configuration) for plans in (theirs, ours))
     if one is None or other is None:
         return ["configurations"]
@@ -70,7 +70,7 @@ def different_entries(theirs: Mapping[str, Any], ours: Mapping[str, Any], config
 
 
 def _refuse_other_preprocessing(folder: Path, plans: Mapping[str, Any], configuration: str) -> None:
-    """Raise ValueError if the data in the plans' own folder were made by earlier plans of that name that differ."""
+    """Raise ValueError if the data in the plans' own folder were made with different plans of the same name."""
     earlier = folder.parent / f"{plans['plans_name']}.json"
     if not earlier.is_file() or not finished_cases(folder):
         return
@@ -78,12 +78,12 @@ def _refuse_other_preprocessing(folder: Path, plans: Mapping[str, Any], configur
         earlier, f"remove it, or plan under another name; what lies in {folder} was made with these plans"
     )
     changed = different_entries(theirs, plans, configuration) if configuration in theirs["configurations"] else []
-    if set(changed) - {"spacing"}:  # of the spacing the data themselves tell
+    if set(changed) - {"spacing"}:  # `refuse_other_spacing` checks the spacing in the data themselves
         raise ValueError(f"{folder} holds data of another {', '.join(changed)} (according to {earlier.name}). {CURE}")
 
 
 def finished_cases(folder: Path) -> list[str]:
-    """Names of the cases in a folder of preprocessed data that were written whole (nnU-Net writes the .pkl last)."""
+    """Return the names of completely written cases in a folder of preprocessed data (nnU-Net writes the .pkl last)."""
     if not folder.is_dir():
         return []
     properties = {path.stem for path in folder.glob("*.pkl")}
@@ -92,7 +92,7 @@ def finished_cases(folder: Path) -> list[str]:
 
 
 def refuse_other_spacing(folder: Path, plans: Mapping[str, Any], configuration: str) -> None:
-    """Raise ValueError if a case in `folder` was resampled to another spacing than the configuration's."""
+    """Raise ValueError if the first case in `folder` was resampled to another spacing than the configuration's."""
     for case in finished_cases(folder)[:1]:
         with (folder / f"{case}.pkl").open("rb") as file:
             properties = pickle.load(file)  # written by nnU-Net's own preprocessing
@@ -114,14 +114,14 @@ def refuse_other_spacing(folder: Path, plans: Mapping[str, Any], configuration: 
 
 
 def is_complete(folder: Path, cases: list[str]) -> bool:
-    """Whether all cases are preprocessed in `folder`, and their labels are where nnU-Net's validation looks for them."""
+    """True if all cases are preprocessed in `folder` and their labels are where nnU-Net's validation expects them."""
     names = [path.name.split(".") for path in (folder.parent / "gt_segmentations").glob("*")]
     truths = {".".join(parts[:end]) for parts in names for end in range(1, len(parts))}  # a case's name may have dots
     return bool(cases) and set(cases) <= set(finished_cases(folder)) & truths
 
 
 def same_entries(ours: Any, theirs: Any) -> bool:
-    """Whether two entries of plans mean the same: numbers up to six decimals, keys as text, as JSON and checkpoints differ."""
+    """True if two entries of plans are equal, with numbers rounded to six decimals and keys as text (as in JSON)."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Mapping):

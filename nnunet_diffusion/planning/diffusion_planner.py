@@ -1,4 +1,4 @@
-"""What the diffusion planners add to nnU-Net's: room for the denoiser's training step, and its settings in the plans."""
+"""Extension of nnU-Net's planners: memory for the denoiser's training step, and its settings in the plans."""
 
 from __future__ import annotations
 
@@ -24,31 +24,38 @@ from nnunet_diffusion.planning.time_budget import StepTimes, TimeBudget
 
 STOCK_FEATURES = 32
 CPU_FEATURES = (32, 16, 8)
-"""nnU-Net's widths at the first stage that planning for a time budget tries, in this order."""
+"""Widths of nnU-Net's first stage that planning for a time budget tries, in this order."""
 CPU_BATCH = {2: 8, 3: 2}
-"""By dimension, the smallest batch before planning for a time budget narrows the network."""
+"""Smallest batch, by dimension; planning for a time budget narrows the network before it reduces the batch further."""
 CPU_PATCH_VOXELS = {2: 64**2, 3: 32**3}
-"""By dimension, the smallest patch in voxels that planning for a time budget chooses; if a step of it still takes longer, the
-plan is kept and a note is printed."""
+"""Smallest patch (voxels) that planning for a time budget may choose, by dimension. If a step still takes longer, the plan
+is kept and a note is printed."""
 NNUNET_SHARE = 0.5
 """Share of the time budget for nnU-Net's step; a smaller nnU-Net costs more accuracy than a narrower denoiser
 (documentation/experiments/cpu_plans.md)."""
 CORRECTIONS = 3
+"""Largest number of corrections of a plan by measured steps."""
 TOLERANCE = 1.25
-"""A measured step may take this many times the time budget."""
+"""Accepted ratio of a measured step time to its target."""
 
 
 class TargetTooSmall(ValueError):
-    """No patch fits; the text says the smallest target that works."""
+    """No patch fits. The message gives the smallest memory target that works."""
 
 
 class _TooSlow(Exception):
-    """The patch of nnU-Net's own choice does not fit at this width."""
+    """At this width a step with nnU-Net's own patch exceeds the time budget."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A patch nnU-Net's loop tried: a configuration of it, and the target in GB that nnU-Net's own estimate wants for it."""
+    """A patch that nnU-Net's loop tried.
+
+    Attributes:
+        configuration: configuration with this patch.
+        channels: number of input channels of the network.
+        stock_gb: memory target in GB at which nnU-Net's own estimate accepts the patch.
+    """
 
     configuration: Mapping[str, Any]
     channels: int
@@ -60,20 +67,20 @@ def _patch_key(patch: Sequence[int], arch_kwargs: Mapping[str, Any]) -> tuple[st
 
 
 class DiffusionPlanning(ExperimentPlanner):
-    """Stands before one of nnU-Net's planners among the bases; all decisions that are not named here stay that planner's.
+    """Mixin for one of nnU-Net's planners, to be placed before it among the bases; it leaves all other decisions to it.
 
-    Patch and batch are nnU-Net's own at the same target, unless its network, or the narrowest denoiser, needs more
-    memory than the target by our account (`costs`). Then the batch becomes smaller, and where not even the smallest batch
-    fits, nnU-Net's loop takes a smaller patch. The denoiser is made as wide as fits beside that (`rules`).
+    Patch and batch are nnU-Net's own at the same memory target, unless its network or the narrowest denoiser needs more
+    memory than the target by the estimate in `costs`. In that case the batch is reduced. If not even the smallest batch
+    fits, nnU-Net's loop reduces the patch. The denoiser is as wide as fits with this patch and batch (`rules`).
 
     Attributes:
-        time_budget: of a training step; None: only memory counts.
-        sized: configuration -> the denoiser that was chosen, after `plan_experiment`.
-        candidates: patch sizes that were too large, or taken, by number of axes.
+        time_budget: time budget of a training step; None if only memory is limited.
+        sized: configuration -> chosen denoiser, after `plan_experiment`.
+        candidates: number of axes -> patches that nnU-Net's loop tried.
     """
 
     def __init__(self, *arguments: Any, time_budget: TimeBudget | None = None, **keywords: Any) -> None:
-        """Take nnU-Net's arguments, and a time budget."""
+        """Take nnU-Net's arguments and, optionally, a time budget."""
         super().__init__(*arguments, **keywords)
         self.time_budget = time_budget
         self.sized: dict[str, Sized] = {}
@@ -100,14 +107,14 @@ class DiffusionPlanning(ExperimentPlanner):
         arch_kwargs: Mapping[str, Any],
         arch_kwargs_req_import: Sequence[str],
     ) -> float:
-        """Return nnU-Net's own estimate where the smallest batch of the patch fits by our account too, else infinity.
+        """Return nnU-Net's own estimate if the smallest batch also fits by the estimate in `costs`, else infinity.
 
-        nnU-Net's loop takes a smaller patch as long as the estimate is too large. How many patches fit is remembered for
+        nnU-Net's loop reduces the patch while the estimate is too large. The largest batch that fits is stored for
         `get_plans_for_configuration`.
 
         Raises:
-            TargetTooSmall: the patch has become so small that no network remains.
-            ValueError: the images are.
+            TargetTooSmall: the patch has become too small for a network.
+            ValueError: the images are too small for a network.
         """
         axes, patch = len(patch_size), tuple(int(edge) for edge in patch_size)
         if int(arch_kwargs["n_stages"]) < 2 or min(patch) < 1:
@@ -117,7 +124,7 @@ class DiffusionPlanning(ExperimentPlanner):
             self._stock_estimates[key] = super().static_estimate_VRAM_usage(
                 patch_size, input_channels, output_channels, arch_class_name, arch_kwargs, arch_kwargs_req_import
             )
-        # a narrower network gets no larger patch
+        # rescale to the stock width, so that a narrower network does not get a larger patch
         stock = self._stock_estimates[key] * STOCK_FEATURES / self.UNet_base_num_features
         configuration = {
             "architecture": {
@@ -144,14 +151,14 @@ class DiffusionPlanning(ExperimentPlanner):
         return stock if fitting >= self.UNet_min_batch_size else math.inf
 
     def _dataset_batch(self, patch: Sequence[int]) -> int:
-        """The batch at which nnU-Net's patches cover the share of the dataset that it allows."""
+        """Return the batch that covers the largest share of the dataset that nnU-Net allows."""
         return round(self._dataset_voxels * self.max_dataset_covered / math.prod(patch))
 
     def _batch_in_time(self, configuration: Mapping[str, Any], channels: int, most: int) -> int:
-        """The batch up to `most` whose step keeps to nnU-Net's share of the time budget; 0: none, the patch is too large.
+        """Return the batch, at most `most`, whose step keeps nnU-Net's share of the time budget; 0 if the patch is too large.
 
         Raises:
-            _TooSlow: none, and the width gives way before the patch.
+            _TooSlow: no batch keeps it, and the width is to be reduced before the patch.
         """
         assert self.time_budget is not None
         axes = len(configuration["patch_size"])
@@ -164,18 +171,18 @@ class DiffusionPlanning(ExperimentPlanner):
             return fitting
         if self._keep_patch:
             raise _TooSlow
-        patch = configuration["patch_size"]  # nnU-Net's loop would give up an axis of one voxel as any other
+        patch = configuration["patch_size"]  # an axis of one voxel cannot shrink, but nnU-Net's loop would try
         return 0 if self._next_voxels(configuration) >= CPU_PATCH_VOXELS[axes] and min(patch) > 1 else fewest
 
     def _next_voxels(self, configuration: Mapping[str, Any]) -> int:
-        """Voxels of the patch that nnU-Net's loop takes after this one, or a few less where it takes a smaller step."""
+        """Return the voxels of the next patch of nnU-Net's loop, or slightly fewer if its step is smaller."""
         patch = [int(edge) for edge in configuration["patch_size"]]
         axis = int(np.argsort([edge / of for edge, of in zip(patch, self._median_shape, strict=False)])[-1])
         patch[axis] -= math.prod(stage[axis] for stage in configuration["architecture"]["arch_kwargs"]["strides"])
         return math.prod(patch)
 
     def _nnunet_flops(self, configuration: Mapping[str, Any], channels: int) -> float:
-        """FLOPs of nnU-Net's step for one patch: convolutions, so in proportion to the voxels of patches of one topology."""
+        """Return the FLOPs of nnU-Net's step per patch; for one topology they are proportional to the voxels."""
         voxels, topology = math.prod(configuration["patch_size"]), str(configuration["architecture"]["arch_kwargs"])
         if topology not in self._flops_per_voxel:
             cost = nnunet_cost(configuration, channels, self.heads, self.UNet_min_batch_size, amp=False, gpu=False)
@@ -183,7 +190,7 @@ class DiffusionPlanning(ExperimentPlanner):
         return self._flops_per_voxel[topology] * voxels
 
     def _costs(self, configuration: Mapping[str, Any], channels: int) -> tuple[Callable[[int], Cost], ...]:
-        """By batch, the costs of nnU-Net's training step and of the narrowest denoiser's."""
+        """Return two functions of the batch: the costs of nnU-Net's and of the narrowest denoiser's training step."""
         gpu, (narrow, _) = self.time_budget is None, narrowest(configuration, channels, self.heads, self.regions)
         return (
             lambda batch: nnunet_cost(configuration, channels, self.heads, batch, amp=gpu, gpu=gpu),
@@ -191,7 +198,7 @@ class DiffusionPlanning(ExperimentPlanner):
         )
 
     def _largest_batch(self, configuration: Mapping[str, Any], channels: int, most: int) -> int:
-        """The largest batch up to `most` with which both networks fit the memory; 0: none."""
+        """Return the largest batch, at most `most`, with which both networks fit into memory; 0 if none fits."""
         for cost_at in self._costs(configuration, channels):
             most = self._fitting_batch(cost_at, most)
             if most == 0:
@@ -205,7 +212,7 @@ class DiffusionPlanning(ExperimentPlanner):
             return high
         if (below := cost_at(low).total) > limit:
             return 0
-        # need is a convex function of the batch: a chord lies above it, so the batch at which the chord meets the limit fits
+        # memory is a convex function of the batch. Chords lie above it, so the batch at which a chord meets the limit fits
         while high - low > 1:
             guess = low + math.floor((limit - below) * (high - low) / (above - below))
             guess = min(max(guess, low + 1), high - 1)
@@ -223,11 +230,11 @@ class DiffusionPlanning(ExperimentPlanner):
         return self.UNet_reference_val_corresp_bs_2d if axes == 2 else self.UNet_reference_val_corresp_bs_3d
 
     def _leeway(self, axes: int) -> float:
-        """How far above its reference nnU-Net's loop lets a patch be: the plain planner wants a batch of two to fit."""
+        """Return by which factor nnU-Net's estimate may exceed its reference; the plain planner needs a batch of two to fit."""
         return 1.0 if isinstance(self, ResEncUNetPlanner) else self._reference_batch(axes) / 2
 
     def _target_too_small(self, axes: int, patch: tuple[int, ...]) -> ValueError:
-        """What to say where nnU-Net's loop has run out of patches."""
+        """Return the error for the case that nnU-Net's loop finds no patch."""
         tried = sorted(self.candidates[axes], key=lambda candidate: candidate.stock_gb)
         if not tried:
             return ValueError(
@@ -255,9 +262,10 @@ class DiffusionPlanning(ExperimentPlanner):
         approximate_n_voxels_dataset: float,
         _cache: dict,
     ) -> dict[str, Any]:
-        """Return nnU-Net's plan of a configuration; within a time budget, of the widest network whose step keeps to it.
+        """Return nnU-Net's plan of a configuration; with a time budget, for the widest network whose step keeps it.
 
-        Where time is short the batch gives way first, then nnU-Net's width, then the rest of the batch, then the patch.
+        If a step takes too long, the batch is reduced to `CPU_BATCH`, then nnU-Net's width, then the batch further, then the
+        patch.
         """
         arguments = (spacing, median_shape, data_identifier, approximate_n_voxels_dataset)
         self._voxels[data_identifier] = self._dataset_voxels = approximate_n_voxels_dataset
@@ -265,7 +273,7 @@ class DiffusionPlanning(ExperimentPlanner):
         plan = self._plan(*arguments, _cache)
         covered = math.prod(plan["patch_size"]) / math.prod(float(edge) for edge in median_shape)
         if data_identifier == self.generate_data_identifier("3d_fullres") and covered < self.lowres_creation_threshold:
-            # nnU-Net will add a cascade, whose networks see the previous stage as well
+            # nnU-Net will add a cascade, whose networks also take the previous stage as input
             self._previous_channels = self.previous_stage_channels
             try:
                 plan = self._plan(*arguments, {})
@@ -304,7 +312,7 @@ class DiffusionPlanning(ExperimentPlanner):
         return plan
 
     def _stock_plan(self, *arguments: Any) -> dict[str, Any]:
-        """What nnU-Net's own rules choose at the same target."""
+        """Return the plan that nnU-Net's own rules choose at the same target."""
         features, self.UNet_base_num_features, self._stock_alone = self.UNet_base_num_features, STOCK_FEATURES, True
         try:
             return super().get_plans_for_configuration(*arguments, {})
@@ -313,16 +321,16 @@ class DiffusionPlanning(ExperimentPlanner):
 
     @property
     def channels(self) -> int:
-        """Of the image."""
+        """Number of image channels."""
         return len(self.dataset_json.get("channel_names", self.dataset_json.get("modality")))
 
     # the plans ---------------------------------------------------------------------------------------------------------
 
     def save_plans(self, plans: dict[str, Any]) -> None:
-        """Add the denoiser's settings to each configuration and name the data that can be shared; then save as nnU-Net.
+        """Add the denoiser's settings and the identifier of the data to each configuration, then save as nnU-Net.
 
         Raises:
-            ValueError: the folder of the preprocessed data holds data made in another way.
+            ValueError: the folder of the preprocessed data holds data from different preprocessing.
         """
         for name, configuration in plans["configurations"].items():
             if "inherits_from" not in configuration:
@@ -340,7 +348,7 @@ class DiffusionPlanning(ExperimentPlanner):
     def _denoiser_in_time(
         self, budget: TimeBudget, configuration: dict[str, Any], channels: int
     ) -> tuple[Sized, float]:
-        """The largest denoiser among the measured whose step keeps to the budget, or the smallest; and its seconds."""
+        """Return the largest measured denoiser whose step keeps the budget (else the smallest), and its seconds."""
         smallest = narrowest_sized(configuration, channels, self.heads, self.regions, gpu=False)
         seconds = budget.denoiser_step(configuration, smallest.settings, channels, self.heads)
         times, measured = StepTimes({smallest.cost.flops: seconds}), [(smallest, seconds)]
@@ -362,7 +370,7 @@ class DiffusionPlanning(ExperimentPlanner):
         return measured[-1]
 
     def _add_denoiser(self, name: str, configuration: dict[str, Any], cascaded: bool) -> None:
-        channels = self.channels + self.previous_stage_channels * cascaded  # the cascade shares the widths
+        channels = self.channels + self.previous_stage_channels * cascaded  # the cascade uses the same widths
         gpu, seconds = self.time_budget is None, 0.0
         if self.time_budget is None:
             found = sized(configuration, channels, self.heads, self.regions, lambda cost, _: self._memory_share(cost))

@@ -1,4 +1,4 @@
-"""The plans in words: what was chosen, from which value of the fingerprint, by which rule, and what else would cost."""
+"""Explanation of plans: each choice, the value it depends on, its rule, and the cost of alternatives."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ COUNTED = "counted, documentation/planning.md"
 
 
 def explanation(planner: DiffusionPlanning, plans: dict[str, Any], device: torch.device) -> str:
-    """Return tables of all configurations that were planned.
+    """Return the tables of all planned configurations.
 
     Args:
-        planner: after `plan_experiment`.
+        planner: planner after `plan_experiment`.
         plans: its result.
-        device: on which a few steps are timed for the hours.
+        device: device on which a few steps are timed to estimate hours.
     """
     names = [name for name in plans["configurations"] if name in planner.sized]
     return "\n".join(_configuration(planner, plans["configurations"][name], name, device) for name in names)
@@ -144,7 +144,7 @@ def _numbers(values: Sequence[float]) -> str:
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
-    """Return a markdown table whose columns stand in line in a terminal."""
+    """Return a markdown table with aligned columns."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows

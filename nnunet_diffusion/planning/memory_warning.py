@@ -1,4 +1,4 @@
-"""How far a training goes beyond the memory its plans were made for."""
+"""Warning if a training needs more memory than the target of its plans."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from nnunet_diffusion.planning.costs import denoiser_cost
 from nnunet_diffusion.planning.record import GB, memory_target_gb
 
 BYTES_PER_CHANNEL, BYTES_PER_HEAD, BYTES_OF_WEIGHTS = 400, 60, GB
-"""Upper bounds of what a voxel of the widest stage, a voxel of the state and all weights need; below them nothing is traced."""
+"""Upper bounds on bytes per voxel and channel, per voxel and head, and of all weights.
+
+If the memory they give is below the target, the step is not traced."""
 
 OURS = {
     "nnUNetPlannerResEncM": "DiffusionPlannerResEncM",
@@ -21,23 +23,23 @@ OURS = {
     "nnUNetPlannerResEncXL": "DiffusionPlannerResEncL",
     "DiffusionPlannerResEncL": "DiffusionPlannerResEncL",
 }
-"""Planner of the plans -> the one to plan again with, where that is not the default."""
+"""Planner of the plans -> planner to plan again with, if it is not the default."""
 
 
 def memory_warning(
     plans: Mapping[str, Any], configuration: Mapping[str, Any], settings: DiffusionSettings, channels: int, heads: int
 ) -> str | None:
-    """Return a warning, with the command that plans better, if DiffusionTrainer needs more memory than the plans' target.
+    """Return a warning with a better planning command if DiffusionTrainer needs more memory than the plans' target.
 
     Args:
-        plans: all of them.
-        configuration: resolved.
-        settings: of the denoiser.
-        channels: of the image, in the cascade with those of the previous stage.
+        plans: the complete plans.
+        configuration: resolved configuration.
+        settings: settings of the denoiser.
+        channels: number of image channels, in the cascade including those of the previous stage.
         heads: K.
 
     Returns:
-        None if it fits, or if the plans' planner is not known.
+        None if the training fits, or if the target is not known.
     """
     target = memory_target_gb(plans, configuration)
     batch = int(configuration["batch_size"])

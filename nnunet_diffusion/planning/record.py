@@ -1,4 +1,4 @@
-"""What the plans say of how they were made: one dictionary per configuration, beside nnU-Net's own entries."""
+"""Record of how plans were made: one dictionary per configuration, next to nnU-Net's own entries."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STOCK_TARGETS_GB = {
     "nnUNetPlannerResEncL": 24.0,
     "nnUNetPlannerResEncXL": 40.0,
 }
-"""Memory targets of nnU-Net's planners where no other was given; the plans do not say."""
+"""Default memory targets of nnU-Net's planners, whose plans do not contain the target."""
 
 
 @dataclass(frozen=True)
@@ -24,19 +24,19 @@ class PlanRecord:
     """Target and estimates of one configuration; `configurations.<name>.diffusion_plan` in the plans.
 
     Attributes:
-        planner: class that made it.
-        memory_target_gb: what both networks' training steps were to fit into, 10^9 bytes.
-        step_seconds: time budget of a training step; 0: planned for memory alone.
-        machine: where the time was measured; empty without a time budget.
-        nnunet_step_seconds: what nnU-Net's training step took there; 0 without a time budget.
-        denoiser_step_seconds: what DiffusionTrainer's took.
+        planner: name of the planner class.
+        memory_target_gb: memory target of each network's training step, in 10^9 bytes.
+        step_seconds: time budget of a training step; 0 if only memory was limited.
+        machine: machine on which the time was measured; empty without a time budget.
+        nnunet_step_seconds: measured time of nnU-Net's training step; 0 without a time budget.
+        denoiser_step_seconds: measured time of DiffusionTrainer's training step; 0 without a time budget.
         nnunet_gb: estimated memory of nnU-Net's training step in half precision (float32 with a time budget).
-        denoiser_gb: the same of DiffusionTrainer's.
-        nnunet_fp32_gb: in float32.
-        denoiser_fp32_gb: in float32.
-        stock_patch_size: what nnU-Net's own rules chose at this target.
-        stock_batch_size: the same.
-        version: of this record's layout.
+        denoiser_gb: estimated memory of DiffusionTrainer's training step in the same precision.
+        nnunet_fp32_gb: estimated memory of nnU-Net's training step in float32.
+        denoiser_fp32_gb: estimated memory of DiffusionTrainer's training step in float32.
+        stock_patch_size: patch size that nnU-Net's own rules choose at this target.
+        stock_batch_size: batch size that nnU-Net's own rules choose at this target.
+        version: version of this record's layout.
     """
 
     planner: str
@@ -54,7 +54,7 @@ class PlanRecord:
     version: int = VERSION
 
     def to_plans(self) -> dict[str, Any]:
-        """Return the JSON-ready record."""
+        """Return the record as a JSON-serialisable dictionary."""
         return {**asdict(self), "stock_patch_size": list(self.stock_patch_size)}
 
     @classmethod
@@ -62,7 +62,7 @@ class PlanRecord:
         """Return the record of a resolved configuration; None for plans of other planners.
 
         Raises:
-            ValueError: it is of a later version, or entries are missing, unknown, or of the wrong type; names them.
+            ValueError: the version differs, or an entry is missing, unknown or of the wrong type. The message names it.
         """
         record = configuration.get(RECORD_KEY)
         if record is None:
@@ -84,7 +84,7 @@ class PlanRecord:
 
 
 def _check(key: str, value: Any) -> None:
-    """Raise ValueError if an entry of the record is not what it must be."""
+    """Raise ValueError if an entry of the record has the wrong type or range."""
     if key in ("planner", "machine"):
         fits, wanted = isinstance(value, str), "text"
     elif key in ("stock_batch_size", "version"):
@@ -104,11 +104,11 @@ def _is_count(value: Any) -> bool:
 
 
 def memory_target_gb(plans: Mapping[str, Any], configuration: Mapping[str, Any]) -> float | None:
-    """Return the target the plans were made for; None if neither a record nor the planner's name tells.
+    """Return the memory target of the plans in GB; None if neither a record nor the planner's name gives it.
 
     Args:
-        plans: all of them.
-        configuration: resolved.
+        plans: the complete plans.
+        configuration: resolved configuration.
     """
     record = PlanRecord.from_plans(configuration)
     return record.memory_target_gb if record else STOCK_TARGETS_GB.get(plans.get("experiment_planner_used", ""))

@@ -1,4 +1,4 @@
-"""The rules that size the denoiser and choose its settings; documentation/planning.md has the measurements behind them."""
+"""Rules for the size and settings of the denoiser; documentation/planning.md shows the measurements behind them."""
 
 from __future__ import annotations
 
@@ -12,29 +12,32 @@ from nnunet_diffusion.networks.attention import pooled_size
 from nnunet_diffusion.planning.costs import Cost, denoiser_cost
 
 WIDTHS = range(4, 33)
-"""Widths of the denoiser that are tried, in 32nds of nnU-Net's: from an eighth of it to all of it."""
-HALF = 16
+"""Candidate widths of the denoiser, in 32nds of nnU-Net's (an eighth to all of it)."""
+HALF = 16  # half of nnU-Net's width, in 32nds
 SDB_DEPTHS = (4, 2)
-"""The paper's, and one that measured as good at less memory: taken where it allows a width nearer to half of nnU-Net's."""
+"""Candidate depths of the slim dense blocks: the paper's 4, and 2, which measured as accurate with less memory.
+
+Depth 2 is chosen if at depth 4 the width would be below half of nnU-Net's."""
 FEWEST_CHANNELS = 4
-"""A group of the group norms has no fewer; where nnU-Net itself is that narrow the denoiser is as wide."""
-ATTENTION_TOKENS = (4096, 2048, 1024, 512, 256)
+"""Smallest width of a stage, the smallest group of group normalisation. If nnU-Net is narrower, its width is used."""
+ATTENTION_TOKENS = (4096, 2048, 1024, 512, 256)  # candidates, in the order tried
 ATTENTION_SHARE = 0.05
-"""Of the denoiser's FLOPs, what attention may take at one stage, and all stages together twice that."""
+"""Largest share of the denoiser's FLOPs for attention at one stage; twice that for all stages together."""
 EMA_DECAY = 0.9999
-"""Of long trainings; the warm-up (1 + n) / (10 + n) keeps the average within the last ninth of a shorter one."""
+"""Decay of the moving average in long trainings. In shorter ones the warm-up (1 + n) / (10 + n) limits the decay, so that
+the average covers about the last ninth of the steps."""
 
 
 @dataclass(frozen=True)
 class Sized:
-    """A denoiser that was chosen, with the rules that chose it.
+    """A chosen denoiser, with the reasons for the choice.
 
     Attributes:
-        settings: as they go into the plans.
-        parts: its width, in 32nds of nnU-Net's.
-        cost: of its training step at the plan's batch, in half precision if it will train on a GPU.
-        reasons: setting -> (value the rule looked at, rule), as text.
-        channels: of its image, in the cascade with those of the previous stage.
+        settings: settings for the plans.
+        parts: width in 32nds of nnU-Net's.
+        cost: cost of its training step at the plan's batch, in half precision if it will train on a GPU.
+        reasons: setting -> (value that the rule depends on, rule), as text.
+        channels: number of image channels, in the cascade including those of the previous stage.
     """
 
     settings: DiffusionSettings
@@ -52,7 +55,7 @@ def width_at(parts: int, features: tuple[int, ...]) -> tuple[int, ...]:
 def narrowest(
     configuration: Mapping[str, Any], channels: int, heads: int, regions: bool
 ) -> tuple[DiffusionSettings, dict[str, tuple[str, str]]]:
-    """Return the settings of the denoiser that needs least, for which the patch must leave room, and the reasons."""
+    """Return the settings of the smallest denoiser, which must fit with the chosen patch, and the reasons."""
     settings, reasons = with_attention(configuration, base_settings(configuration, HALF, regions), channels, heads)
     width = width_at(WIDTHS[0], tuple(topology_of(configuration)["features_per_stage"]))
     return replace(settings, features_per_stage=width, sdb_depth=SDB_DEPTHS[-1]), reasons
@@ -61,7 +64,7 @@ def narrowest(
 def narrowest_sized(
     configuration: Mapping[str, Any], channels: int, heads: int, regions: bool, *, gpu: bool = True
 ) -> Sized:
-    """Return the smallest denoiser that `sized` may choose; the arguments are that function's."""
+    """Return the smallest denoiser that `sized` may choose; the arguments are the same."""
     settings, reasons = narrowest(configuration, channels, heads, regions)
     batch = int(configuration["batch_size"])
     cost = denoiser_cost(configuration, settings, channels, heads, batch, amp=gpu, gpu=gpu)
@@ -69,7 +72,7 @@ def narrowest_sized(
 
 
 def base_settings(configuration: Mapping[str, Any], parts: int, regions: bool) -> DiffusionSettings:
-    """Return the settings at a width, all that is not sized left at what measured best (`default_settings`)."""
+    """Return the settings at a width; all others are the best measured ones (`default_settings`)."""
     features = tuple(topology_of(configuration)["features_per_stage"])
     return replace(
         default_settings(configuration),
@@ -88,18 +91,18 @@ def sized(
     *,
     gpu: bool = True,
 ) -> Sized:
-    """Return the widest denoiser whose training step fits beside nnU-Net at the configuration's patch and batch.
+    """Return the widest denoiser whose training step fits at the configuration's patch and batch.
 
     Args:
         configuration: resolved configuration of the plans, with patch, batch and architecture.
-        channels: of the image, in the cascade with those of the previous stage.
+        channels: number of image channels, in the cascade including those of the previous stage.
         heads: K.
         regions: whether the heads are regions.
-        need: gives the share of the target that a denoiser of that cost takes; up to 1 fits. It grows with the width.
-        gpu: whether it will train on one: half precision, and a workspace.
+        need: returns the share of the target that a denoiser of this cost takes; at most 1 fits. It grows with the width.
+        gpu: True if the denoiser will train on a GPU, in half precision and with a workspace.
 
     Raises:
-        ValueError: if not even an eighth of nnU-Net's width fits.
+        ValueError: not even an eighth of nnU-Net's width fits.
     """
     settings, reasons = with_attention(configuration, base_settings(configuration, HALF, regions), channels, heads)
     batch, features = int(configuration["batch_size"]), tuple(topology_of(configuration)["features_per_stage"])
@@ -110,7 +113,7 @@ def sized(
         return Sized(candidate, parts, cost, reasons, channels), need(cost, candidate)
 
     deep, shallow = SDB_DEPTHS
-    # small datasets leave room for all of nnU-Net's width: ask that first
+    # with small datasets nnU-Net's full width often fits, so try it first
     if (widest := at(deep, WIDTHS[-1]))[1] <= 1:
         return widest[0]
     if (half := at(deep, HALF))[1] <= 1:
@@ -124,10 +127,10 @@ def sized(
 
 
 def _widest(at: Callable[[int], tuple[Sized, float]], low: tuple[Sized, float], high: tuple[Sized, float]) -> Sized:
-    """The widest between `low`, which fits, and `high`, which does not; each with its need."""
+    """Return the widest denoiser between `low`, which fits, and `high`, which does not; each is paired with its need."""
     tried = 0
     while (gap := high[0].parts - low[0].parts) > 1:
-        # need is about a line: where that meets the target, then one further; every third in the middle, in case it bends
+        # need is nearly linear in the width: interpolate to the target. Every third guess bisects, in case it is not linear
         line = math.floor((1 - low[1]) / (high[1] - low[1]) * gap)
         tried += 1
         guess = gap // 2 if tried % 3 == 0 else line
@@ -139,10 +142,10 @@ def _widest(at: Callable[[int], tuple[Sized, float]], low: tuple[Sized, float], 
 def with_attention(
     configuration: Mapping[str, Any], settings: DiffusionSettings, channels: int, heads: int
 ) -> tuple[DiffusionSettings, dict[str, tuple[str, str]]]:
-    """Return the settings with stages and tokens of parameter-shared attention, and why.
+    """Return the settings with stages and tokens of parameter-shared attention, and the reasons.
 
-    Keys and values are pooled to the largest number of tokens whose attention is a small share of the denoiser's FLOPs; a
-    stage whose queries alone are too many for that has none.
+    The number of tokens, to which keys and values are pooled, is the largest whose attention takes a small share of the
+    denoiser's FLOPs. A stage that exceeds this share even with the fewest tokens has no attention.
     """
     tokens_of = stage_tokens(configuration)
     whole = denoiser_cost(configuration, settings, channels, heads, 2, amp=False).flops / 2
@@ -151,7 +154,7 @@ def with_attention(
 
     def flops(stage: int, most: int) -> float:
         keys = math.prod(pooled_size(tokens_of[stage], most))
-        # two flows, each two products forward and five backward
+        # two flows, each with two matrix products in the forward and five in the backward pass
         return 2 * 2 * (2 + 5) * math.prod(tokens_of[stage]) * keys * widths[stage]
 
     stages = [stage for stage in range(1, len(widths)) if flops(stage, ATTENTION_TOKENS[-1]) <= limit]
@@ -174,7 +177,7 @@ def with_attention(
 
 
 def stage_tokens(configuration: Mapping[str, Any]) -> list[tuple[int, ...]]:
-    """Return the size in voxels of each stage's feature maps at the configuration's patch."""
+    """Return the size in voxels of each stage's feature maps for the configuration's patch."""
     size = tuple(int(edge) for edge in configuration["patch_size"])
     sizes = []
     for stride in topology_of(configuration)["strides"]:

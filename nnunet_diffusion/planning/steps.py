@@ -1,4 +1,4 @@
-"""The two training steps whose cost is planned, as plain functions: nnU-Net's and DiffusionTrainer's."""
+"""The training steps of nnU-Net and DiffusionTrainer as plain functions, to measure their cost."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def build_nnunet(configuration: Mapping[str, Any], channels: int, heads: int) ->
     """Build nnU-Net's own network of a resolved configuration with random weights, deep supervision on.
 
     Args:
-        configuration: of the plans.
-        channels: of the image, in the cascade with those of the previous stage.
+        configuration: resolved configuration of the plans.
+        channels: number of image channels, in the cascade including those of the previous stage.
         heads: K.
     """
     architecture = configuration["architecture"]
@@ -53,12 +53,12 @@ def nnunet_step(
     """Return nnU-Net's training step: forward, Dice + cross-entropy with deep supervision, backward, SGD.
 
     Args:
-        network: with deep supervision, in training mode.
+        network: network with deep supervision, in training mode.
         image: (B, C, *spatial).
         target: (B, 1, *spatial) label map.
-        precision: autocast of the forward pass, entered anew in each step; default `training_precision` of the image's device.
-        compiled: the network by torch.compile.
-        update: the weights; else the step ends with its gradients.
+        precision: autocast of the forward pass, entered in each step; default `training_precision` of the image's device.
+        compiled: compile the network with torch.compile.
+        update: update the weights; False to stop after the backward pass.
     """
     evaluate = torch.compile(network) if compiled else network
     optimizer = torch.optim.SGD(network.parameters(), 1e-2, momentum=0.99, nesterov=True, foreach=True)
@@ -90,11 +90,11 @@ def diffusion_step(
     """Return DiffusionTrainer's training step.
 
     Args:
-        network: of any mode, it is set to training.
+        network: segmenter; it is set to training mode.
         image: (B, C, *spatial).
         target: (B, 1, *spatial) label map.
-        precision: as `nnunet_step`'s.
-        compiled: the denoiser by torch.compile.
+        precision: as in `nnunet_step`.
+        compiled: compile the networks with torch.compile.
     """
     from nnunet_diffusion.training.learner import Learner, train_step  # the trainer imports planning
 
@@ -118,6 +118,6 @@ def diffusion_step(
 
 
 def nnunet_loss() -> nn.Module:
-    """nnU-Net's Dice + cross-entropy of label maps, as its trainer makes it for 2D."""
+    """Return nnU-Net's Dice + cross-entropy for label maps, as in its trainer for 2D."""
     dice = {"batch_dice": True, "smooth": 1e-5, "do_bg": False, "ddp": False}
     return DC_and_CE_loss(dice, {}, dice_class=MemoryEfficientSoftDiceLoss)

@@ -1,4 +1,4 @@
-"""What `plan` prints: one table, notes on what planning cost nnU-Net, and the next commands."""
+"""Output of `plan`: a table, notes on changes to nnU-Net's own patch and batch, and the next commands."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ HEAD = (
 )
 MEMORY = ("nnU-Net GB", "denoiser GB", "nnU-Net FLOPs a step", "denoiser FLOPs a step")
 TIME = ("nnU-Net s a step", "denoiser s a step", *MEMORY[2:])
-LATE = 1.5  # a step that takes this many times the seconds asked for gets a note
+LATE = 1.5  # a note is printed if a step takes more than this many times the time budget
 CPU_EPOCHS = 5
 
 
 def summary(planner: DiffusionPlanning, plans: Mapping[str, Any]) -> str:
-    """Return the configurations that were planned, what was taken from nnU-Net's own choice, and warnings."""
+    """Return the table of planned configurations, changes to nnU-Net's own patch and batch, and warnings."""
     rows, notes = [], []
     for name in planned(planner, plans):
         configuration, found = plans["configurations"][name], planner.sized[name]
@@ -67,13 +67,13 @@ def summary(planner: DiffusionPlanning, plans: Mapping[str, Any]) -> str:
 def next_commands(
     planner: DiffusionPlanning, plans: Mapping[str, Any], chosen: Sequence[str] | None, *, preprocessed: bool
 ) -> str:
-    """Return what to run after planning, ready to be pasted, for one configuration and fold.
+    """Return the commands to run after planning, for one configuration and fold.
 
     Args:
-        planner: after `plan_experiment`.
+        planner: planner after `plan_experiment`.
         plans: its result.
-        chosen: configurations that the user named; None: the first that was planned.
-        preprocessed: those are preprocessed already.
+        chosen: configurations given by the user; None for the first planned one.
+        preprocessed: whether they have been preprocessed already.
     """
     names, dataset = planned(planner, plans), plans["dataset_name"]
     name = (chosen or names)[0]
@@ -94,7 +94,7 @@ def next_commands(
 
 
 def planned(planner: DiffusionPlanning, plans: Mapping[str, Any]) -> list[str]:
-    """Return the configurations that the planner made; plans may have others, kept from earlier plans of that name."""
+    """Return the configurations that the planner made; plans may also contain some from earlier plans of that name."""
     return [name for name in plans["configurations"] if name in planner.sized]
 
 

@@ -1,4 +1,4 @@
-"""Seconds of a training step, measured on this machine with random patches, and plans that keep within a budget."""
+"""Time of training steps, measured on this machine with random patches, for plans with a time budget."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ from nnunet_diffusion.model.settings import DiffusionSettings, topology_of
 from nnunet_diffusion.planning.costs import denoiser_cost, nnunet_cost
 from nnunet_diffusion.planning.steps import Step, build_nnunet, diffusion_step, nnunet_step
 
-REPEATS = range(3, 11)  # of a timed step, as many of these as `TIMED_SECONDS` takes
-TIMED_SECONDS = 0.5
-LOAD_SECONDS = 0.05  # of one look at how busy the machine is
-LOAD_BYTES = bytes(2**20)
-FREE_SHARE = 0.8  # of the processor time: with less for this process the machine is called busy
-SPREAD = 1.25  # median over fastest time of the same step: with more the machine is called busy
-LEAST_SHARE = 0.25  # less is not corrected for: it may be the limit of a container, which training has too
+REPEATS = range(3, 11)  # allowed numbers of repeats of a timed step
+TIMED_SECONDS = 0.5  # a step is repeated until this much time has passed
+LOAD_SECONDS = 0.05  # duration of one measurement of the free processor share
+LOAD_BYTES = bytes(2**20)  # data hashed to keep the processors busy meanwhile
+FREE_SHARE = 0.8  # if this process gets a smaller share of processor time, the machine counts as busy
+SPREAD = 1.25  # if the median time of a step exceeds the fastest by this factor, the machine counts as busy
+LEAST_SHARE = 0.25  # smallest share that is corrected for; less may be the limit of a container, which training has too
 PROBE_EDGE = {2: 96, 3: 32}
-"""By number of axes, the longest edge, in voxels, of the patch on which a width's speed is first measured."""
+"""Longest edge (voxels) of the probe patch on which the speed of a width is first measured, by number of axes."""
 PROBE_BATCH = {2: 8, 3: 2}
-"""The batch of that; fewer small slices would measure overhead."""
+"""Batch of the probe, by number of axes; with fewer small slices, overhead would dominate."""
 PROBE_VOXELS = 2**19
-"""The batch is smaller where a patch with all stages is so large that more voxels would take minutes."""
+"""Largest number of voxels of the probe's batch; a step with more could take minutes."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """A step that was timed a few times.
+    """Timing of a step from a few repeats.
 
     Attributes:
-        seconds: estimate of what it takes on a quiet machine.
-        spread: the median of the times over the fastest.
-        share: of the processor time that this process asked for between the repeats, what it got; 1 on a quiet machine.
+        seconds: estimated time on a quiet machine.
+        spread: ratio of the median time to the fastest.
+        share: share of the requested processor time that this process got between the repeats; 1 on a quiet machine.
     """
 
     seconds: float
@@ -80,10 +80,10 @@ def time_denoiser(
 
 
 def probe_patch(patch: Sequence[int], strides: Sequence[Sequence[int] | int]) -> tuple[int, ...]:
-    """Return a patch no larger than `patch` that a step can be timed on quickly: edges of about `PROBE_EDGE` at most.
+    """Return a patch no larger than `patch` on which a step can be timed quickly, with edges of about `PROBE_EDGE` at most.
 
-    An edge stays a multiple of all of the axis's strides, so that every stage remains; and the deepest keeps two voxels,
-    which a normalisation needs.
+    Each edge remains a multiple of the product of the axis's strides, so that all stages exist. The deepest stage keeps at
+    least two voxels, if `patch` allows, which normalisation needs.
     """
     divisors = [1] * len(patch)
     for stride in strides:
@@ -100,7 +100,7 @@ def probe_patch(patch: Sequence[int], strides: Sequence[Sequence[int] | int]) ->
 
 
 def machine_name() -> str:
-    """Processor and number of cores, for a plan that depends on them."""
+    """Return the processor and number of cores, for plans that depend on them."""
     listed = Path("/proc/cpuinfo")
     names = re.findall(r"^model name\s*:\s*(.+)$", listed.read_text(), re.MULTILINE) if listed.is_file() else []
     return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
@@ -137,7 +137,7 @@ def _timed(step: Step, device: torch.device) -> Timing:
     spread = statistics.median(walls) / min(walls)
     if device.type != "cpu":
         return Timing(min(walls), spread)
-    # the least, as timeit advises: whatever else runs on the machine only ever adds
+    # the minimum, as timeit advises, because other processes can only add time
     return Timing(min(map(quiet_seconds, walls, processor, shares, shares[1:])), spread, statistics.median(shares))
 
 
@@ -145,24 +145,24 @@ def quiet_seconds(wall: float, processor: float, before: float, after: float) ->
     """Estimate the seconds of a step on a quiet machine.
 
     Args:
-        wall: seconds it took.
-        processor: seconds that each of its threads had a processor; the estimate is no less.
-        before: share of the processors that was free for this process before the step (`free_share`).
-        after: the same after it.
+        wall: wall-clock seconds of the step.
+        processor: processor seconds per thread, a lower bound on the estimate.
+        before: share of the processors available to this process before the step (`free_share`).
+        after: the same share after the step.
     """
     return max(processor, wall * max((before + after) / 2, LEAST_SHARE))
 
 
 def free_share(threads: int) -> float:
-    """Return the share of `threads` processors that this process gets when it asks for all of their time: up to 1.
+    """Return the share of `threads` processors that this process gets under full load, at most 1.
 
-    The processor seconds of the training step itself do not tell: even on a quiet machine they are 0.6 to 1 of all, depending
-    on whether threads that wait for each other spin (OMP_WAIT_POLICY).
+    The processor time of the training step itself does not show this. Even on a quiet machine it is 0.6 to 1 of the total,
+    depending on whether waiting threads spin (OMP_WAIT_POLICY).
     """
 
     def keep_busy(_: int) -> None:
         while time.perf_counter() < end:
-            hashlib.sha256(LOAD_BYTES)  # releases the interpreter's lock
+            hashlib.sha256(LOAD_BYTES)  # releases the global interpreter lock
 
     with ThreadPoolExecutor(threads) as pool:
         begin, used = time.perf_counter(), time.process_time()
@@ -174,19 +174,19 @@ def free_share(threads: int) -> float:
 
 @dataclass
 class StepTimes:
-    """Seconds of a training step against its FLOPs, at one patch and batch: lines through the measured steps.
+    """Time of a training step as a piecewise linear function of its FLOPs, at one patch and batch.
 
-    Small networks take as long for fewer FLOPs (memory traffic and calls), so a rate of FLOP/s does not carry from one
-    width to another.
+    Small networks reach fewer FLOP/s because of memory traffic and call overhead, so the rate of one width does not apply
+    to another.
 
     Attributes:
-        measured: FLOPs of a step -> its seconds; at least one.
+        measured: FLOPs of a step -> its seconds; at least one entry.
     """
 
     measured: dict[float, float]
 
     def seconds_of(self, flops: float) -> float:
-        """Estimate the seconds of a step of `flops`: in proportion to a single measured one, else on the nearest line."""
+        """Estimate the seconds of a step by linear interpolation, or in proportion if only one step was measured."""
         known = sorted(self.measured)
         if len(known) == 1:
             return self.measured[known[0]] * flops / known[0]
@@ -198,17 +198,17 @@ class StepTimes:
 
 @dataclass
 class TimeBudget:
-    """Seconds that one training step may take on this machine, nnU-Net's and DiffusionTrainer's each.
+    """Time budget of one training step on this machine, for nnU-Net and DiffusionTrainer each.
 
-    A width's FLOP/s are measured on a small patch, nnU-Net's then corrected by the step of the plan itself.
+    FLOP/s of a width are measured on a small patch. nnU-Net's are then corrected with a step at the plan's own patch.
 
     Attributes:
-        seconds: of one training step.
-        device: on which it is measured.
-        machine: its name, for the plans.
+        seconds: budget of one training step.
+        device: device on which steps are timed.
+        machine: name of the machine, for the plans.
         rates: measured FLOP/s, by network, axes and width at the first stage.
         steps: measured seconds of nnU-Net's steps, by patch, batch and FLOPs.
-        timings: all that was measured.
+        timings: all measured timings.
     """
 
     seconds: float
@@ -224,7 +224,7 @@ class TimeBudget:
             raise ValueError(f"-step_seconds is {self.seconds}, but must be a positive number.")
 
     def nnunet_rate(self, configuration: Mapping[str, Any], channels: int, heads: int) -> float:
-        """FLOP/s of nnU-Net's step at the configuration's widths."""
+        """Return the FLOP/s of nnU-Net's step at the configuration's widths."""
         key = _key("nnunet", configuration, topology_of(configuration)["features_per_stage"])
         if key not in self.rates:
             small, batch = _small(configuration)
@@ -236,7 +236,7 @@ class TimeBudget:
     def denoiser_rate(
         self, configuration: Mapping[str, Any], settings: DiffusionSettings, channels: int, heads: int
     ) -> float:
-        """FLOP/s of DiffusionTrainer's step at the settings' widths."""
+        """Return the FLOP/s of DiffusionTrainer's step at the settings' widths."""
         key = _key(f"denoiser {settings.sdb_depth}", configuration, settings.features_per_stage)
         if key not in self.rates:
             small, batch = _small(configuration)
@@ -246,10 +246,10 @@ class TimeBudget:
         return self.rates[key]
 
     def correct_nnunet(self, configuration: Mapping[str, Any], channels: int, heads: int) -> float:
-        """Measure the step of nnU-Net at the configuration's own patch and batch, keep its FLOP/s, return its seconds."""
+        """Time nnU-Net's step at the configuration's own patch and batch, update its FLOP/s and return its seconds."""
         batch, patch = int(configuration["batch_size"]), tuple(configuration["patch_size"])
         flops = nnunet_cost(configuration, channels, heads, batch, amp=False, gpu=False).flops
-        # nnU-Net's search for a low resolution asks for the same networks again and again
+        # nnU-Net's search for a low resolution tries the same networks repeatedly
         if (patch, batch, flops) not in self.steps:
             timing = time_nnunet(configuration, channels, heads, batch, patch, self.device)
             self.steps[patch, batch, flops] = self._keep(timing)
@@ -260,7 +260,7 @@ class TimeBudget:
     def denoiser_step(
         self, configuration: Mapping[str, Any], settings: DiffusionSettings, channels: int, heads: int
     ) -> float:
-        """Measure DiffusionTrainer's step at the configuration's own patch and batch: seconds."""
+        """Time DiffusionTrainer's step at the configuration's own patch and batch and return its seconds."""
         batch, patch = int(configuration["batch_size"]), configuration["patch_size"]
         return self._keep(time_denoiser(configuration, settings, channels, heads, batch, patch, self.device))
 
@@ -269,7 +269,7 @@ class TimeBudget:
         return timing.seconds
 
     def busy(self) -> str | None:
-        """Return what tells that the machine was busy while steps were timed, as part of a sentence; None if it was quiet."""
+        """Return the sign that the machine was busy during timing, as part of a sentence; None if it was quiet."""
         if not self.timings:
             return None
         share = statistics.median(timing.share for timing in self.timings)

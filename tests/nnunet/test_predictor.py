@@ -334,7 +334,7 @@ def test_damaged_probabilities_are_refused_by_file(place, tmp_path, place_in_fil
     content = bytearray(path.read_bytes())
     content[int(place_in_file * len(content))] ^= 255
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=f"{path} is no .npz"):
+    with pytest.raises(ValueError, match=f"{path} is not an .npz"):
         _read_probabilities(path, (4, 5, 6), loaded(place).label_manager)
 
 
