@@ -47,7 +47,7 @@ def continue_to_the_end(build):
 def test_unplugged_preprocessed_folder(interrupted):
     place, build = interrupted
     away = place.root / "unplugged"
-    with pytest.raises(FileNotFoundError, match=r"nnUNetPlans_2d is not there.*mount.*--c, from epoch 1 on"):
+    with pytest.raises(FileNotFoundError, match=r"nnUNetPlans_2d is missing.*mount.*--c, from epoch 1 on"):
         build(lambda trainer: Path(trainer.preprocessed_dataset_folder).rename(away)).run_training()
     away.rename(place.preprocessed / "nnUNetPlans_2d")
     continue_to_the_end(build)
