@@ -158,10 +158,16 @@ def test_image_smaller_than_the_patch_and_case_without_foreground_work(altered, 
 
 BAD_SETTINGS = [
     ({"start_stepp": 300}, r"Unknown key diffusion\.start_stepp \(value 300\).*start_step"),
-    ({"start_step": "300"}, r"diffusion\.start_step must be of type int, got '300'"),
-    ({"start_step": 1001}, r"diffusion\.start_step is 1001, more than diffusion\.timesteps \(1000\)"),
-    ({"start_step": 5, "steps": 6}, r"diffusion\.steps is 6, more than diffusion\.start_step \(5\)"),
-    ({"sampler": "magic"}, r"diffusion\.sampler is 'magic'; legal: .*`ddim`"),
+    ({"start_step": "300"}, r"diffusion\.inference\.start_step must be of type int, got '300'"),
+    (
+        {"start_step": 1001},
+        r"diffusion\.inference\.start_step is 1001, more than diffusion\.process\.timesteps \(1000\)",
+    ),
+    (
+        {"start_step": 5, "steps": 6},
+        r"diffusion\.inference\.steps is 6, more than diffusion\.inference\.start_step \(5\)",
+    ),
+    ({"sampler": "magic"}, r"diffusion\.inference\.sampler is 'magic'; legal: .*`ddim`"),
     ({"features_per_stage": [8, 8]}, r"features_per_stage has 2 entries, the plans' network has 3 stages"),
 ]
 
@@ -195,7 +201,7 @@ def foreign(name):
 
 def test_plans_of_another_dataset_are_refused_naming_both(altered):
     place, _ = altered
-    with pytest.raises(ValueError, match="made for Dataset009_Absent, which has no .*nnUNetv2_plan_experiment"):
+    with pytest.raises(ValueError, match="made for Dataset009_Absent, which has no .*nnunet_diffusion plan -d ID"):
         place.trainer(DiffusionTrainer, change=foreign("Dataset009_Absent"))
     other = place.preprocessed.parent / "Dataset009_Other"
     other.mkdir()

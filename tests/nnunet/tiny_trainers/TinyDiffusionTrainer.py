@@ -1,4 +1,4 @@
-"""Trainers of 2 epochs of 2 + 1 iterations for tests; this folder stands beside `trainers/` in nnUNet_extTrainer."""
+"""Trainers of 2 (or 20) epochs of 2 + 1 iterations for tests; this folder stands beside `trainers/` in nnUNet_extTrainer."""
 
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -23,6 +23,20 @@ class TinynnUNetTrainer(Tiny, nnUNetTrainer):
 
 class TinyDiffusionTrainer(Tiny, DiffusionTrainer):
     presegmentor_trainer = "TinynnUNetTrainer"
+
+
+class LongTinynnUNetTrainer(TinynnUNetTrainer):
+    def __init__(self, plans, configuration, fold, dataset_json, device=CUDA):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.num_epochs = 20
+
+
+class LongTinyDiffusionTrainer(TinyDiffusionTrainer):
+    presegmentor_trainer = "LongTinynnUNetTrainer"
+
+    def __init__(self, plans, configuration, fold, dataset_json, device=CUDA):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.num_epochs = 20
 
 
 class TinynnUNetTrainerNoMirroring(Tiny, nnUNetTrainerNoMirroring):
