@@ -14,8 +14,7 @@ from nnunet_diffusion.cli.devices import DEVICES, check_device
 from nnunet_diffusion.cli.errors import CommandError, named_for_the_user
 from nnunet_diffusion.cli.models import finished_folds, model_folder
 from nnunet_diffusion.cli.trainers_directory import with_trainers
-from nnunet_diffusion.files import read_dictionary
-from nnunet_diffusion.inference.input_files import find_images, refuse_overwriting
+from nnunet_diffusion.files import find_images, read_dictionary, refuse_overwriting
 from nnunet_diffusion.jobs.signals import EXIT_INTERRUPTED, EXIT_TERMINATED, Terminated, stopped
 
 # what diffusion.samplers and inference.fusion know, without their imports: help must not wait for torch

@@ -15,6 +15,7 @@ from nnunetv2.configuration import default_num_processes
 from nnunetv2.inference.data_iterators import PreprocessAdapterFromNpy
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
+from nnunet_diffusion.files import find_images, refuse_overwriting
 from nnunet_diffusion.inference.cases import (
     CaseFiles,
     FailedCases,
@@ -25,7 +26,6 @@ from nnunet_diffusion.inference.cases import (
 )
 from nnunet_diffusion.inference.ensemble import VolumePrediction
 from nnunet_diffusion.inference.finished import hash_of_json, hash_of_weights, is_finished, why_not_kept
-from nnunet_diffusion.inference.input_files import find_images, refuse_overwriting
 from nnunet_diffusion.inference.output import Managers, PredictedCase, mask_of, remove_case, write_case
 from nnunet_diffusion.inference.progress import Progress
 from nnunet_diffusion.inference.staging import not_writable, staging_folders

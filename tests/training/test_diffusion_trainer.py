@@ -13,7 +13,8 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerDA5 import nnUNetTrainerDA5
 from torch.nn.functional import interpolate
 
-from nnunet_diffusion.training import DiffusionTrainer, diffusion_trainer
+from nnunet_diffusion.training import DiffusionTrainer
+from nnunet_diffusion.training.presegmentor import embed
 from nnunet_diffusion.training.presegmentor.lock import FOLD_LOCK_NAME
 from nnunet_diffusion.training.replacing import what_happens_to_finished
 from nnunet_diffusion.training.steps import SKIPPED_IN_A_ROW, take_step
@@ -205,7 +206,7 @@ def test_pretrained_weights_reach_the_denoiser_and_its_average_but_not_the_prese
     with pytest.raises(AssertionError, match="missing in the pretrained model"):
         load_pretrained_weights(trainer.network, str(tmp_path / "own.pth"))
     load_pretrained_weights(trainer.network, str(tmp_path / "pretrained.pth"))
-    monkeypatch.setattr(diffusion_trainer, "ensure_presegmentor", lambda *_: tmp_path / "own.pth")
+    monkeypatch.setattr(embed, "ensure_presegmentor", lambda *_: tmp_path / "own.pth")
     trainer._embed_presegmentor()
     for key, value in own.network.state_dict().items():
         assert torch.equal(trainer.segmenter.presegmentor.state_dict()[key], value), key

@@ -484,7 +484,7 @@ def test_the_lock_ends_with_its_job_though_a_worker_lives_on(tmp_path):
     "name, kind, message",
     [
         ("NoSuchTrainer", RuntimeError, "NoSuchTrainer"),
-        ("DiffusionTrainer", ValueError, "presegmentor_trainer is 'DiffusionTrainer', itself a diffusion trainer"),
+        ("DiffusionTrainer", ValueError, "presegmentor.trainer is 'DiffusionTrainer', itself a diffusion trainer"),
     ],
 )
 def test_impossible_presegmentor_is_refused_by_name(workplace, name, kind, message):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from nnunet_diffusion.inference.input_files import find_images, refuse_overwriting
+from nnunet_diffusion.files import find_images, refuse_overwriting
 
 
 @pytest.fixture
