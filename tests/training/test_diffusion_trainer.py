@@ -1,6 +1,8 @@
 """The trainer in this process: steps, moving average, resuming, and what it refuses by name."""
 
 import copy
+import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerDA5
 from torch.nn.functional import interpolate
 
 from nnunet_diffusion.training import DiffusionTrainer
+from nnunet_diffusion.training.checkpoints import read_checkpoint
 from nnunet_diffusion.training.presegmentor import embed
 from nnunet_diffusion.training.presegmentor.lock import FOLD_LOCK_NAME
 from nnunet_diffusion.training.replacing import what_happens_to_finished
@@ -216,6 +219,21 @@ def test_pretrained_weights_reach_the_denoiser_and_its_average_but_not_the_prese
     trainer.train_step(make_batch())
     for key, value in trainer.segmenter.denoiser.state_dict().items():
         assert torch.equal(trainer.ema.module.state_dict()[key], value), key
+
+
+def test_a_training_goes_on_from_a_checkpoint_of_the_layout_without_sections(workplace, tmp_path):
+    first = started(workplace, start_step=70, presegmentor_trainer="nnUNetTrainer")
+    first.train_step(make_batch())
+    first.save_checkpoint(str(tmp_path / "a.pth"))
+    checkpoint = read_checkpoint(tmp_path / "a.pth")
+    planned = checkpoint["init_args"]["plans"]["configurations"]["2d"]
+    planned["diffusion"] = {**json.loads(json.dumps(dataclasses.asdict(first.settings))), "version": 2}
+    torch.save(checkpoint, tmp_path / "a.pth")
+    second = workplace.trainer(DiffusionTrainer)
+    second.load_checkpoint(str(tmp_path / "a.pth"))
+    assert second.settings == first.settings and second.settings.start_step == 70
+    for key, value in first.ema.module.state_dict().items():
+        assert torch.equal(second.ema.module.state_dict()[key], value), key
 
 
 def test_each_epoch_has_noise_of_its_own_from_the_settings_seed(workplace):
