@@ -33,6 +33,10 @@ def ended_at(place, results, moment, send, arguments=()):
                 sent = time.monotonic()
     assert sent is not None, "".join(lines[-40:])
     assert time.monotonic() - sent < 30
+    # multiprocessing's resource tracker ends when it notices that its parent has
+    end = time.monotonic() + 10
+    while processes_of(job.pid) and time.monotonic() < end:
+        time.sleep(0.1)
     assert processes_of(job.pid) == []
     return job.returncode, lines
 
