@@ -1,10 +1,12 @@
-"""The denoiser that settings and nnU-Net's topology describe (layer 2)."""
+"""The denoiser that settings and nnU-Net's topology describe, and the objective of its training (layer 2)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from nnunet_diffusion.model.objective import Objective, PGDiffSegObjective
+from nnunet_diffusion.model.segmenter import DiffusionSegmenter
 from nnunet_diffusion.model.settings import DiffusionSettings, topology_of
 from nnunet_diffusion.networks.pgdiffseg import PGDiffSeg
 
@@ -48,3 +50,8 @@ def build_denoiser(
         norm=settings.norm,
         time_in_condition_flow=settings.time_in_condition_flow,
     )
+
+
+def build_objective(segmenter: DiffusionSegmenter) -> Objective:
+    """Return what the training of a segmenter minimises: trainer and planning ask here and know no method."""
+    return PGDiffSegObjective(segmenter)

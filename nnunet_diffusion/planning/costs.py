@@ -22,14 +22,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from nnunet_diffusion.model.build import build_denoiser
-from nnunet_diffusion.model.losses import squared_error
-from nnunet_diffusion.model.objective import evaluate_pgdiffseg
+from nnunet_diffusion.model.build import build_denoiser, build_objective
+from nnunet_diffusion.model.segmenter import DiffusionSegmenter
 from nnunet_diffusion.model.settings import DiffusionSettings
 from nnunet_diffusion.networks.attention import ParameterSharedAttention, SelfAttention
-from nnunet_diffusion.networks.pgdiffseg import PGDiffSeg
 from nnunet_diffusion.planning.flops import CPU_ATTENTION_FLOPS
-from nnunet_diffusion.planning.steps import build_nnunet, nnunet_step
+from nnunet_diffusion.planning.steps import build_nnunet, nnunet_loss, nnunet_step
 
 FLOAT_BYTES = 4
 ALLOCATION_BYTES = 512
@@ -47,7 +45,7 @@ class Cost:
         gradients: gradients of the trained network that exist at the peak.
         optimizer: optimiser state: two values per weight for AdamW, one for SGD.
         average: moving average of the weights (EMA); 0 for nnU-Net.
-        data: image, target and diffusion states.
+        data: image and target.
         activations: tensors saved by autograd for the backward pass, without those of attention.
         attention: tensors saved for the backward pass inside attention.
         transient: other tensors that exist at the peak.
@@ -135,13 +133,25 @@ def denoiser_cost(
 @lru_cache(maxsize=512)
 def _denoiser_cost(plan: str, section: str, channels: int, heads: int, batch: int, amp: bool, gpu: bool) -> Cost:
     configuration, settings = json.loads(plan), DiffusionSettings(**json.loads(section))
-    with FakeTensorMode():
-        frozen = build_nnunet(configuration, channels, heads).requires_grad_(False)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)  # the table of the noise schedule is real
+    with mode:
+        frozen = build_nnunet(configuration, channels, heads)
         denoiser = build_denoiser(settings, configuration, channels, heads)
-        denoiser.train()
-        trace = _Trace(nn.ModuleList([frozen, denoiser]), denoiser)
+    # outside: a noise schedule looks at its values when it is made
+    segmenter = DiffusionSegmenter(frozen, denoiser, settings).train()
+    objective, loss, generator = build_objective(segmenter), nnunet_loss(settings.regions), torch.Generator()
+
+    def step() -> None:
+        turns = objective.turns(image, target, loss, generator, precision=lambda: _autocast(amp))
+        for _, terms in turns:
+            torch.stack(list(terms.values())).sum().backward()
+
+    with mode:
+        trace = _Trace(segmenter, segmenter.denoiser)
         with trace.recording():
-            step = _denoiser_step(denoiser, settings, channels, heads, batch, configuration["patch_size"], amp)
+            image = torch.zeros(batch, channels, *configuration["patch_size"])
+            maps = heads if settings.regions else 1
+            target = torch.zeros(batch, maps, *configuration["patch_size"], dtype=torch.int16)
             trace.data_is_there()
             trace.run(step)
     return trace.cost(optimizer_values=2, average=True, gpu=gpu)
@@ -150,37 +160,6 @@ def _denoiser_cost(plan: str, section: str, channels: int, heads: int, batch: in
 def _frozen(configuration: Mapping[str, Any]) -> str:
     """Return the entries that determine a configuration's cost, as a cache key."""
     return json.dumps({key: configuration[key] for key in ("architecture", "patch_size")}, default=int)
-
-
-def _denoiser_step(
-    denoiser: PGDiffSeg,
-    settings: DiffusionSettings,
-    channels: int,
-    heads: int,
-    batch: int,
-    patch: tuple[int, ...],
-    amp: bool,
-) -> Callable[[], None]:
-    """Return the step of `PGDiffSegObjective` without operations that depend on values, which fake tensors do not have."""
-    image = torch.zeros(batch, channels, *patch)
-    target = torch.zeros(batch, 1, *patch, dtype=torch.int16)
-    clean, start, noise = (torch.zeros(batch, heads, *patch) for _ in range(3))
-    timestep = torch.zeros(batch, dtype=torch.long)
-
-    def step() -> None:
-        noisy = start + noise
-        seen = torch.cat((image, start), 1) if settings.condition_on_presegmentation else image
-        with _autocast(amp):
-            prediction, presence, location = evaluate_pgdiffseg(denoiser, noisy, seen, timestep)
-        if settings.prediction_type == "logits":
-            denoising = nn.functional.cross_entropy(prediction.float(), target[:, 0].long())
-            denoising = denoising + prediction.float().softmax(1).square().mean()
-        else:
-            denoising = squared_error(prediction, clean)
-        del prediction
-        (denoising + presence.float().square().mean() + location.float().square().mean()).backward()
-
-    return step
 
 
 def _autocast(amp: bool) -> contextlib.AbstractContextManager:

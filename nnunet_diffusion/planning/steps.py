@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
+from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_loss
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import Tensor, nn
 
-from nnunet_diffusion.model.objective import PGDiffSegObjective
+from nnunet_diffusion.model.build import build_objective
 from nnunet_diffusion.model.precision import training_precision
 from nnunet_diffusion.model.segmenter import DiffusionSegmenter
 from nnunet_diffusion.networks.architectures import refuse_unknown_classes
@@ -98,7 +98,7 @@ def diffusion_step(
     """
     from nnunet_diffusion.training.learner import Learner, train_step  # the trainer imports planning
 
-    objective, fused = PGDiffSegObjective(network), image.device.type != "mps"
+    objective, fused = build_objective(network), image.device.type != "mps"
     learners = {}
     for name, evaluate in objective.evaluations.items():
         module = getattr(network, name)
@@ -106,7 +106,7 @@ def diffusion_step(
         learners[name] = Learner(module, evaluate, optimizer, network.settings.ema_decay)
         if compiled:
             learners[name].compile()
-    loss, generator = nnunet_loss(), torch.Generator(image.device)
+    loss, generator = nnunet_loss(network.settings.regions), torch.Generator(image.device)
 
     def step() -> None:
         network.train()
@@ -117,7 +117,9 @@ def diffusion_step(
     return step
 
 
-def nnunet_loss() -> nn.Module:
-    """Return nnU-Net's Dice + cross-entropy for label maps, as in its trainer for 2D."""
-    dice = {"batch_dice": True, "smooth": 1e-5, "do_bg": False, "ddp": False}
+def nnunet_loss(regions: bool = False) -> nn.Module:
+    """nnU-Net's Dice + cross-entropy, as its trainer makes it for 2D: of label maps, or of masks of regions."""
+    dice = {"batch_dice": True, "smooth": 1e-5, "do_bg": regions, "ddp": False}
+    if regions:
+        return DC_and_BCE_loss({}, dice, dice_class=MemoryEfficientSoftDiceLoss)
     return DC_and_CE_loss(dice, {}, dice_class=MemoryEfficientSoftDiceLoss)

@@ -18,7 +18,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from nnunet_diffusion.model.objective import PGDiffSegObjective
+from nnunet_diffusion.model.build import build_objective
 from nnunet_diffusion.model.precision import has_bfloat16, training_precision
 from nnunet_diffusion.model.segmenter import DiffusionSegmenter
 from nnunet_diffusion.model.settings import PLANS_KEY, VERSION, DiffusionSettings
@@ -168,7 +168,7 @@ class DiffusionTrainer(nnUNetTrainer):
         self.segmenter.ignore_label = self.label_manager.ignore_label
         # distributed training wraps the learners, whose evaluations have gradients; nnU-Net wraps the network
         self.network = self.segmenter
-        self.objective = PGDiffSegObjective(self.segmenter)
+        self.objective = build_objective(self.segmenter)
         (name,) = self.objective.evaluations
         self.learners = {
             name: Learner(
