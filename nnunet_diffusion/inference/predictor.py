@@ -29,7 +29,8 @@ from nnunet_diffusion.inference.finished import hash_of_json, hash_of_weights, i
 from nnunet_diffusion.inference.output import Managers, PredictedCase, mask_of, remove_case, write_case
 from nnunet_diffusion.inference.progress import Progress
 from nnunet_diffusion.inference.staging import not_writable, staging_folders
-from nnunet_diffusion.inference.volume_predictor import OVERRIDES, VolumePredictor
+from nnunet_diffusion.inference.volume_predictor import VolumePredictor
+from nnunet_diffusion.model.settings import inference_settings
 
 VERSIONS = ("nnunet-diffusion", "nnunetv2", "torch", "numpy", "SimpleITK")
 
@@ -276,7 +277,7 @@ class DiffusionPredictor(VolumePredictor):
         return {
             **self.identity,
             "folds": self.folds,
-            **{key: getattr(settings, key) for key in (*OVERRIDES, "eta", "from_noise", "start_from")},
+            **{key: getattr(settings, key) for key in (*inference_settings(), "start_from")},
             "fusion": self.fusion,
             "joint": self.joint,
             "tile_step_size": self.tile_step_size,

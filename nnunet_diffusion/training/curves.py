@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from nnunet_diffusion.training.diffusion_trainer import DiffusionTrainer
 
 
+def curves_of(trainer: DiffusionTrainer) -> dict[str, list]:
+    """Return what nnU-Net's logger has noted of each epoch, by name."""
+    return trainer.logger.local_logger.my_fantastic_logging
+
+
 def log_terms(trainer: DiffusionTrainer, outputs: Sequence[dict]) -> None:
     """Log the mean of each term over an epoch's steps, and over all ranks of a distributed training.
 
@@ -25,7 +30,7 @@ def log_terms(trainer: DiffusionTrainer, outputs: Sequence[dict]) -> None:
     """
     means = {key: _mean_of_ranks(values, trainer.is_ddp) for key, values in collate_outputs(list(outputs)).items()}
     terms = trainer.objective.terms
-    curves = trainer.logger.local_logger.my_fantastic_logging
+    curves = curves_of(trainer)
     for term in terms:
         curve = curves.setdefault(f"{term}_loss", [])
         curve.extend([float("nan")] * (trainer.current_epoch - len(curve)))
@@ -35,7 +40,7 @@ def log_terms(trainer: DiffusionTrainer, outputs: Sequence[dict]) -> None:
 
 def draw_curves(trainer: DiffusionTrainer) -> None:
     """Draw loss, terms and proxy Dice into `progress_diffusion.png` of the output folder."""
-    curves = trainer.logger.local_logger.my_fantastic_logging
+    curves = curves_of(trainer)
     shown = {key: curves[key] for key in ("train_losses", *(f"{term}_loss" for term in trainer.objective.terms))}
     curves_figure(
         {**shown, "proxy_dice": curves["mean_fg_dice"]}, Path(trainer.output_folder) / "progress_diffusion.png"

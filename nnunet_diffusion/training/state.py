@@ -11,6 +11,7 @@ from nnunet_diffusion.training.checkpoints import (
     refuse_foreign_checkpoint,
     refuse_unknown_networks,
 )
+from nnunet_diffusion.training.curves import curves_of
 
 if TYPE_CHECKING:
     from nnunet_diffusion.training.diffusion_trainer import DiffusionTrainer
@@ -73,8 +74,7 @@ def restore(trainer: DiffusionTrainer, checkpoint: dict[str, Any]) -> None:
     trainer.current_epoch = checkpoint["current_epoch"]
     trainer.logger.load_checkpoint(checkpoint["logging"])
     # nnU-Net saves before it notes the epoch's own value: a worse epoch would then overwrite checkpoint_best
-    values = trainer.logger.local_logger.my_fantastic_logging["ema_fg_dice"]
-    trainer._best_ema = max(values, default=checkpoint["_best_ema"])
+    trainer._best_ema = max(curves_of(trainer)["ema_fg_dice"], default=checkpoint["_best_ema"])
     trainer.inference_allowed_mirroring_axes = checkpoint["inference_allowed_mirroring_axes"]
     own = checkpoint[DIFFUSION_KEY]
     trainer.learners["denoiser"].load_state_dict(
