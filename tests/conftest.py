@@ -1,13 +1,11 @@
 """Small nnU-Net workplaces made from real cases, shared by all tests that run nnU-Net."""
 
 import contextlib
-import functools
 import json
 import multiprocessing
 import os
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -22,75 +20,10 @@ REPOSITORY = Path(__file__).parents[1]
 DATA = Path(os.environ.get("NNUNET_DIFFUSION_TEST_DATA", REPOSITORY / "../shared/data")).resolve()
 TINY_TRAINERS = REPOSITORY / "tests" / "nnunet" / "tiny_trainers"
 TRAINERS = REPOSITORY / "trainers"
-POOLS_OF_THREADS = REPOSITORY / "tests" / "nnunet" / "pools_of_threads"
 SMALL_FIGURES = REPOSITORY / "tests" / "nnunet" / "matplotlibrc"
-COMMAND_SERVER = REPOSITORY / "tests" / "command_server.py"
 COMMAND_SECONDS = 800
 TEST_SLICES = 12
 """Of a test case: in 2D each takes an evaluation for every tile and mirror."""
-
-
-def with_pools_of_threads(variables):
-    """Return environment variables with which nnU-Net's pools of processes become threads."""
-    folders = (str(POOLS_OF_THREADS), variables.get("PYTHONPATH"))
-    return {**variables, "PYTHONPATH": os.pathsep.join(filter(None, folders))}
-
-
-class CommandServer:
-    """The process that runs console commands (see tests/command_server.py)."""
-
-    def __init__(self):
-        own = {"OMP_NUM_THREADS": "1", "MATPLOTLIBRC": str(SMALL_FIGURES)}
-        self.process = subprocess.Popen(
-            [sys.executable, str(COMMAND_SERVER)],
-            env=with_pools_of_threads({**os.environ, **own}),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.asked = 0
-
-    def ask(self, **request):
-        """Send a request; return the number that is the answer."""
-        self.asked += 1
-        self.process.stdin.write(json.dumps([self.asked, request]) + "\n")
-        self.process.stdin.flush()
-        # a test that ran out of time left the answer to its own request unread
-        for line in self.process.stdout:
-            number, answer = map(int, line.split())
-            if number == self.asked:
-                return answer
-        pytest.fail(f"{COMMAND_SERVER.name} ended with {self.process.wait()}; its own output says why")
-
-
-@functools.cache
-def command_server():
-    """The one of this process, which ends with it."""
-    return CommandServer()
-
-
-class Command:
-    """A console command that runs in the background."""
-
-    def __init__(self, words, variables, stdout, stderr):
-        self.server = command_server()
-        self.number = self.server.ask(
-            start={
-                "words": words,
-                "environment": variables,
-                "stdout": str(stdout),
-                "stderr": str(stderr),
-                "seconds": COMMAND_SECONDS,
-            }
-        )
-
-    def send_signal(self, which):
-        """As Popen's."""
-        os.kill(self.number, which)
-
-    def wait(self):
-        """Wait for its end; return the exit code."""
-        return self.server.ask(wait=self.number)
 
 
 @dataclass(frozen=True)
@@ -126,45 +59,33 @@ class Workplace:
 
     @staticmethod
     def words(command, *arguments):
-        """Return the file of one of nnU-Net's console commands, and its arguments."""
+        """Return the path of a console command of this environment, and its arguments."""
         return [str(Path(sys.executable).parent / command), *map(str, arguments)]
 
-    def variables(self, as_users_do, **changes):
-        """Return the environment of a command of nnU-Net's.
+    def variables(self, **changes):
+        """Return the environment of a command; `changes` are variables that differ."""
+        return {**os.environ, "MATPLOTLIBRC": str(SMALL_FIGURES), **self.environment, **changes}
 
-        Args:
-            as_users_do: keep nnU-Net's pools of processes; they become threads otherwise, to save time.
-            changes: variables that differ.
-        """
-        variables = {**os.environ, **self.environment, **changes}
-        return variables if as_users_do else with_pools_of_threads(variables)
-
-    def start(self, command, *arguments, log, **variables):
-        """Start one of nnU-Net's console commands, both outputs in a file; return the running `Command`."""
-        return Command(self.words(command, *arguments), self.variables(False, **variables), log, log)
-
-    def start_as_users_do(self, command, *arguments, **variables):
-        """Start a command in a process and session of its own, with nnU-Net's pools; return it, both outputs in a pipe."""
+    def start(self, command, *arguments, stdout=subprocess.PIPE, **variables):
+        """Start a command in a session of its own; return the process, whose two outputs go to `stdout`."""
         return subprocess.Popen(
-            [sys.executable, *self.words(command, *arguments)],
-            env=self.variables(True, **variables),
-            stdout=subprocess.PIPE,
+            self.words(command, *arguments),
+            env=self.variables(**variables),
+            stdout=stdout,
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
         )
 
-    def run(self, command, *arguments, check=True, as_users_do=False, **variables):
-        """Run one of nnU-Net's console commands on the CPU; return the finished process."""
-        words, given = self.words(command, *arguments), self.variables(as_users_do, **variables)
-        if as_users_do:
-            words = [sys.executable, *words]
-            done = subprocess.run(words, env=given, capture_output=True, text=True, timeout=COMMAND_SECONDS)
-        else:
-            with tempfile.TemporaryDirectory() as folder:
-                outputs = Path(folder, "stdout"), Path(folder, "stderr")
-                code = Command(words, given, *outputs).wait()
-                done = subprocess.CompletedProcess(words, code, *(path.read_text() for path in outputs))
+    def run(self, command, *arguments, check=True, **variables):
+        """Run a console command, as a user types it; return the finished process."""
+        done = subprocess.run(
+            self.words(command, *arguments),
+            env=self.variables(**variables),
+            capture_output=True,
+            text=True,
+            timeout=COMMAND_SECONDS,
+        )
         if check and done.returncode != 0:
             pytest.fail(
                 f"{command} {arguments} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
@@ -341,7 +262,7 @@ def hippocampus(hippocampus_data, tmp_path_factory):
 def trained_2d(hippocampus):
     """The 2d model trained by the one command a user types; its pre-segmentor is trained by it too."""
     words = [4, "2d", 0, "-tr", "TinyDiffusionTrainer", "-p", "Tiny", "-device", "cpu"]
-    done = hippocampus.run("nnUNetv2_train", *words, as_users_do=True)
+    done = hippocampus.run("nnUNetv2_train", *words)
     return hippocampus, done.stdout
 
 

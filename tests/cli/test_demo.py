@@ -14,7 +14,6 @@ from nnunet_diffusion.cli.errors import CommandError
 from nnunet_diffusion.cli.trainers_directory import VARIABLE, trainers_directory
 
 TINY_TRAINERS = Path(__file__).parents[1] / "nnunet" / "tiny_trainers"
-POOLS_OF_THREADS = TINY_TRAINERS.with_name("pools_of_threads")
 TINY = demo.Recipe(
     training_images=10,
     test_images=4,
@@ -32,7 +31,6 @@ def test_demo_runs_end_to_end_and_a_second_run_reuses_it(tmp_path, monkeypatch, 
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         monkeypatch.setenv(name, str(tmp_path / "the_users_own"))
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
-    monkeypatch.setenv("PYTHONPATH", str(POOLS_OF_THREADS), prepend=os.pathsep)
     before = dict(os.environ)
     folder = tmp_path / "demo"
     report = demo.run_recipe(folder, "cpu", TINY)

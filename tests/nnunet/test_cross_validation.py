@@ -19,9 +19,9 @@ FOLDS = (0, 1, 2, 3, 4)
 
 def submit(place, results, fold, trainer, log):
     """Start nnUNetv2_train in the background, its output in a file."""
-    log.touch()
     words = [4, "2d", fold, "-tr", trainer, "-p", "Tiny", "-device", "cpu", "--npz"]
-    return place.start("nnUNetv2_train", *words, log=log, nnUNet_results=str(results))
+    with log.open("w") as output:
+        return place.start("nnUNetv2_train", *words, stdout=output, nnUNet_results=str(results))
 
 
 def wait_until(happened, log):

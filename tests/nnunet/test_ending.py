@@ -25,7 +25,7 @@ def ended_at(place, results, moment, send, arguments=()):
     """Start the training, send a signal at the first line that `moment` is true of; return exit code and all lines."""
     variables = {"nnUNet_results": str(results), "PYTHONUNBUFFERED": "1", "nnUNet_n_proc_DA": "2"}
     lines, sent = [], None
-    with place.start_as_users_do("nnUNetv2_train", *TRAIN, *arguments, **variables) as job:
+    with place.start("nnUNetv2_train", *TRAIN, *arguments, **variables) as job:
         for line in job.stdout:
             lines.append(line)
             if sent is None and moment(lines):

@@ -16,7 +16,7 @@ def killed_at(place, results, moment, arguments=()):
     """Start the training and kill it, workers included, at the first line that `moment` is true of."""
     variables = {"nnUNet_results": str(results), "PYTHONUNBUFFERED": "1"}
     words, lines = [*TRAIN, *arguments], []
-    with place.start_as_users_do("nnUNetv2_train", *words, **variables) as job:
+    with place.start("nnUNetv2_train", *words, **variables) as job:
         for line in job.stdout:
             lines.append(line)
             if moment(lines):

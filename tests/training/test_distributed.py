@@ -34,7 +34,7 @@ def results(request, hippocampus, tmp_path_factory):
         "noise": torch.randn(2, 3, 32, 32),
     }
     torch.save(given, folder / "given.pt")
-    variables = hippocampus.variables(as_users_do=False, nnUNet_results=str(folder / "results"))
+    variables = hippocampus.variables(nnUNet_results=str(folder / "results"))
     ranks = [
         subprocess.Popen([sys.executable, str(SCRIPT), rank, str(folder)], env=variables)
         for rank in ("0", "1", "alone")
@@ -66,7 +66,7 @@ def test_ranks_draw_different_noise(results):
 
 def test_whole_job_on_two_ranks(hippocampus, tmp_path):
     """Pre-segmentor and denoiser from nothing to validation; the validation cases are shared out, all are measured."""
-    variables = hippocampus.variables(as_users_do=False, nnUNet_results=str(tmp_path / "results"))
+    variables = hippocampus.variables(nnUNet_results=str(tmp_path / "results"))
     logs = [tmp_path / f"{rank}.txt" for rank in (0, 1)]
     ranks = [
         subprocess.Popen(

@@ -1,17 +1,13 @@
 """Python imports this at its start where the folder is in PYTHONPATH: every training is one epoch of two steps.
 
-So the commands of the documentation can be run as they are typed. Pools of processes become threads, too.
+So the commands of the documentation can be run as they are typed.
 """
 
 import importlib.abc
 import importlib.machinery
-import runpy
 import sys
-from pathlib import Path
 
 MODULE = "nnunetv2.training.nnUNetTrainer.nnUNetTrainer"
-
-runpy.run_path(str(Path(__file__).parents[1] / "pools_of_threads" / "sitecustomize.py"))
 
 
 class ShortTrainings(importlib.machinery.SourceFileLoader):
