@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,45 +10,23 @@ import torch
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as nnunet_trainer
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from nnunetv2.utilities.file_path_utilities import get_output_folder
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 
 from nnunet_diffusion.model.build import build_objective
 from nnunet_diffusion.model.precision import has_bfloat16, training_precision
 from nnunet_diffusion.model.segmenter import DiffusionSegmenter
-from nnunet_diffusion.model.settings import PLANS_KEY, VERSION, DiffusionSettings
-from nnunet_diffusion.planning.memory_warning import memory_warning
-from nnunet_diffusion.planning.record import PlanRecord
-from nnunet_diffusion.training.cascade import (
-    previous_stage_folder,
-    refuse_impossible_start,
-    refuse_incomplete_previous_stage,
-)
-from nnunet_diffusion.training.checkpoints import (
-    refuse_unknown_networks,
-    remove_what_killed_jobs_left,
-    write_checkpoint,
-)
-from nnunet_diffusion.training.checks import (
-    check_batch,
-    explained,
-    refuse_foreign_plans,
-    refuse_other_folds_settings,
-    refuse_unusable_folders,
-)
+from nnunet_diffusion.model.settings import DiffusionSettings
+from nnunet_diffusion.training import job
+from nnunet_diffusion.training.cascade import refuse_incomplete_previous_stage
+from nnunet_diffusion.training.checkpoints import remove_what_killed_jobs_left, write_checkpoint
+from nnunet_diffusion.training.checks import check_batch, refuse_other_folds_settings, refuse_unusable_folders
 from nnunet_diffusion.training.curves import draw_curves, log_terms
-from nnunet_diffusion.training.ending import end_loaders, tidy_end, what_goes_on
-from nnunet_diffusion.training.learner import Learner, train_step
+from nnunet_diffusion.training.learner import Learner, averaged_weights, compile_and_distribute, train_step
 from nnunet_diffusion.training.network import build_segmenter
-from nnunet_diffusion.training.outlook import announce, two_networks
-from nnunet_diffusion.training.presegmentor import (
-    given_presegmentor,
-    presegmentor_state,
-    presegmentor_weights,
-)
-from nnunet_diffusion.training.presegmentor.lock import only_job_in
+from nnunet_diffusion.training.outlook import announce
+from nnunet_diffusion.training.plans import adopt, notes_on_version, planned_settings, with_presegmentor
+from nnunet_diffusion.training.presegmentor import given_presegmentor, presegmentor_weights
 from nnunet_diffusion.training.replacing import keep_finished, what_happens_to_finished
 from nnunet_diffusion.training.state import checkpoint_of, own_checkpoint, restore
 from nnunet_diffusion.training.steps import SkippedSteps
@@ -74,6 +49,7 @@ class DiffusionTrainer(nnUNetTrainer):
     """
 
     network: Any
+    settings: DiffusionSettings
     epochs: int | None = None  # of the length variants; None: nnU-Net's 1000
     presegmentor_trainer = "nnUNetTrainer"
 
@@ -87,56 +63,22 @@ class DiffusionTrainer(nnUNetTrainer):
     ) -> None:
         """Set nnU-Net up, read the settings and write them into the plans."""
         refuse_unusable_folders()
-        refuse_foreign_plans(plans["dataset_name"], dataset_json)
-        refuse_unknown_networks(plans, f"{plans.get('plans_name')}.json")
         # before nnU-Net makes the output folder
-        manager = PlansManager(plans)
-        planned = manager.get_configuration(configuration)
-        self.settings = dataclasses.replace(
-            DiffusionSettings.from_plans(planned.configuration),
-            regions=manager.get_label_manager(dataset_json).has_regions,
-        )
-        PlanRecord.from_plans(planned.configuration)
-        refuse_impossible_start(self.settings, planned.previous_stage_name, configuration)
+        settings = planned_settings(plans, configuration, dataset_json)
         # else Weights & Biases puts the pre-segmentor's curves into this network's run
         os.environ.setdefault("WANDB_REINIT", "create_new")
         super().__init__(plans, configuration, fold, dataset_json, device)
-        version = planned.configuration.get(PLANS_KEY, {}).get("version", VERSION)
-        if version < VERSION:
-            self.print_to_log_file(
-                f"The plans' {PLANS_KEY} section has version {version}; it is read as version {VERSION}, in which it means "
-                "the same, and written so into the model's plans.json."
-            )
-        self._given = given_presegmentor(fold, self.configuration_manager.patch_size)
-        if self._given is not None:
-            self.settings = dataclasses.replace(
-                self.settings,
-                presegmentor_trainer=self._given.trainer_name,
-                presegmentor_architecture=self._given.architecture,
-            )
-        self.settings = dataclasses.replace(
-            self.settings, presegmentor_trainer=self.settings.presegmentor_trainer or self.presegmentor_trainer
-        )
+        for line in notes_on_version(self.configuration_manager.configuration):
+            self.print_to_log_file(line)
+        self.given_presegmentor = given_presegmentor(fold, self.configuration_manager.patch_size)
+        adopt(self, with_presegmentor(settings, self.given_presegmentor, self.presegmentor_trainer))
         if self.epochs is not None:
             self.num_epochs = self.epochs
         self.enable_deep_supervision = False
         self.save_every = 1
         self.learners: dict[str, Learner] = {}
-        self._resumed = False
-        self._saved = False
+        self.resumed = self.saved = False
         self._skipped = SkippedSteps()
-        self._adopt(self.settings)
-
-    def _adopt(self, settings: DiffusionSettings) -> None:
-        """Use `settings` and write them where inference finds them (get_configuration returns cached copies)."""
-        self.settings = settings
-        self.initial_lr, self.weight_decay = settings.learning_rate, settings.weight_decay
-        self.plans_manager.plans["configurations"][self.configuration_name][PLANS_KEY] = settings.to_plans()
-        self.configuration_manager.configuration[PLANS_KEY] = settings.to_plans()
-        if self.is_cascaded:
-            self.folder_with_segs_from_previous_stage = str(
-                previous_stage_folder(self.plans_manager, self.configuration_name, settings.presegmentor_trainer)
-            )
 
     # the network -----------------------------------------------------------------------------------------------------
 
@@ -149,13 +91,8 @@ class DiffusionTrainer(nnUNetTrainer):
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
         """Build the segmenter from the plans alone, as inference must; deep supervision makes no difference."""
-        return build_segmenter(
-            plans_manager,
-            configuration_manager,
-            num_input_channels,
-            num_output_channels,
-            DiffusionTrainer.presegmentor_trainer,
-        )
+        channels = num_input_channels, num_output_channels
+        return build_segmenter(plans_manager, configuration_manager, *channels, DiffusionTrainer.presegmentor_trainer)
 
     @property
     def segmenter(self) -> DiffusionSegmenter:
@@ -169,28 +106,11 @@ class DiffusionTrainer(nnUNetTrainer):
         # distributed training wraps the learners, whose evaluations have gradients; nnU-Net wraps the network
         self.network = self.segmenter
         self.objective = build_objective(self.segmenter)
-        (name,) = self.objective.evaluations
-        self.learners = {
-            name: Learner(
-                self.segmenter.denoiser, self.objective.evaluations[name], self.optimizer, self.settings.ema_decay
-            )
-        }
-        self._compile_and_distribute()
-
-    def _compile_and_distribute(self) -> None:
-        split = any(isinstance(module, nn.SyncBatchNorm) for module in self.segmenter.denoiser.modules())
-        wanted = super()._do_i_compile()
-        if wanted and split:
-            self.print_to_log_file(
-                "The denoiser is not compiled: torch.compile breaks at each synchronised batch norm."
-            )
-        elif wanted:
-            self.print_to_log_file("Using torch.compile for the denoiser's training step...")
-            for learner in self.learners.values():
-                learner.compile()
-        if self.is_ddp:
-            for learner in self.learners.values():
-                learner.distribute(lambda module: nnunet_trainer.DDP(module, device_ids=[self.local_rank]))
+        ((name, evaluate),) = self.objective.evaluations.items()
+        module = getattr(self.segmenter, name)
+        self.learners = {name: Learner(module, evaluate, self.optimizer, self.settings.ema_decay)}
+        wrap = (lambda module: nnunet_trainer.DDP(module, device_ids=[self.local_rank])) if self.is_ddp else None
+        compile_and_distribute(self.learners, super()._do_i_compile(), wrap, self.print_to_log_file)
         if has_bfloat16(self.device):
             self.grad_scaler = None  # bfloat16 has float32's range
 
@@ -214,58 +134,15 @@ class DiffusionTrainer(nnUNetTrainer):
         )
         return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
 
-    # the moving average ----------------------------------------------------------------------------------------------
-
-    @property
-    def ema(self) -> AveragedModel:
-        """The moving average of the denoiser's weights."""
-        return self.learners["denoiser"].average
-
-    @contextlib.contextmanager
-    def _averaged_weights(self) -> Iterator[None]:
-        """Put the averaged weights into the network for a `with` block."""
-        for name, learner in self.learners.items():
-            setattr(self.segmenter, name, learner.average.module)
-        try:
-            yield
-        finally:
-            for name, learner in self.learners.items():
-                setattr(self.segmenter, name, learner.module)
-
     # training --------------------------------------------------------------------------------------------------------
 
     def run_training(self) -> None:
         """Train both networks as nnU-Net does; say what to do where cases cannot be loaded any more."""
-        with self._alone_and_tidy():
-            for line in what_happens_to_finished(self, self._resumed):
+        with job.alone_and_tidy(self):
+            for line in what_happens_to_finished(self, self.resumed):
                 self.print_to_log_file(line)
-            try:
+            with job.lost_data_explained(self):
                 super().run_training()
-            except (OSError, RuntimeError) as error:
-                told = explained(error, Path(self.preprocessed_dataset_folder), self.current_epoch)
-                if told is None:
-                    raise
-                raise told from error
-
-    @contextlib.contextmanager
-    def _alone_and_tidy(self) -> Iterator[None]:
-        """Keep other jobs out of the output folder for a `with` block, and end it tidily by Ctrl-C and SIGTERM.
-
-        Raises:
-            RuntimeError: another job is at work there.
-            SystemExit: the block was ended by a signal.
-        """
-
-        def tell(cause: str) -> None:
-            saved = self._saved or self._resumed
-            self.print_to_log_file(f"{cause}: {what_goes_on(self, self.settings.presegmentor_trainer, saved)}")
-
-        with only_job_in(Path(self.output_folder), self.print_to_log_file), tidy_end(tell):
-            try:
-                yield
-            except (KeyboardInterrupt, SystemExit):
-                end_loaders(self)
-                raise
 
     def on_train_start(self) -> None:
         """Have the pre-segmentor trained, embed it, then start as nnU-Net does."""
@@ -275,46 +152,16 @@ class DiffusionTrainer(nnUNetTrainer):
         refuse_other_folds_settings(shared, self.configuration_name, self.settings)
         if self.is_cascaded:
             refuse_incomplete_previous_stage(self, [case for part in self.do_split() for case in part])
-        self._say_what_will_happen()
-        if not self._resumed:
+        job.describe(self)
+        if not self.resumed:
             self._embed_presegmentor()
-        self._warn()
+        job.warn(self)
         remove_what_killed_jobs_left(Path(self.output_folder))
         super().on_train_start()
         announce(self, "denoiser", self.print_to_log_file)
 
-    @property
-    def presegmentor_folder(self) -> Path:
-        """Folder of the pre-segmentor's fold; a resumed training needs it no more, and it may be gone."""
-        if self._given is not None:
-            return self._given.checkpoint.parent
-        manager, trainer = self.plans_manager, self.settings.presegmentor_trainer
-        names = manager.dataset_name, trainer, manager.plans_name, self.configuration_name, self.fold
-        return Path(get_output_folder(*names))
-
-    def _say_what_will_happen(self) -> None:
-        if self._resumed:
-            state = "trained already, its weights are in this model's checkpoint"
-        else:
-            state = presegmentor_state(self.presegmentor_folder, given=self._given is not None)
-        names = self.settings.presegmentor_trainer, state, type(self).__name__
-        self.print_to_log_file(two_networks(*names, self.num_epochs, self.current_epoch))
-
     def _embed_presegmentor(self) -> None:
-        self.segmenter.presegmentor.load_state_dict(presegmentor_weights(self, self._given))
-
-    def _warn(self) -> None:
-        settings, heads = self.settings, self.segmenter.denoiser.state_channels
-        if settings.presegmentation_start_probability > 0:
-            self.print_to_log_file(
-                "WARNING: diffusion.training.presegmentation_start_probability shows the denoiser the pre-segmentor's output "
-                "on cases that network was trained on. It makes fewer mistakes there than on new cases."
-            )
-        # in distributed training each GPU has a part of the batch
-        own = {**self.configuration_manager.configuration, "batch_size": self.batch_size}
-        told = memory_warning(self.plans_manager.plans, own, settings, self.num_input_channels, heads)
-        if told is not None:
-            self.print_to_log_file(told)
+        self.segmenter.presegmentor.load_state_dict(presegmentor_weights(self))
 
     def on_train_epoch_start(self) -> None:
         """Seed the epoch's noise, so that a resumed training draws what an uninterrupted one does."""
@@ -328,16 +175,12 @@ class DiffusionTrainer(nnUNetTrainer):
         check_batch(batch, self)
         image = batch["data"].to(self.device, non_blocking=True)
         target = batch["target"].to(self.device, non_blocking=True)
-        found, taken = train_step(
-            self.objective, self.learners, image, target, self.loss, self._generator, self._autocast, self.grad_scaler
-        )
+        found, taken = train_step(self.objective, self.learners, image, target, self.loss, self._generator,
+                                  lambda: training_precision(self.device), self.grad_scaler)  # fmt: skip
         self._skipped.note(taken, self.current_epoch, batch.get("keys"))
         # all at once, and last: each look at a value waits for the GPU
         values = dict(zip(found, torch.stack(list(found.values())).detach().tolist(), strict=True))
         return {**values, "taken": taken}
-
-    def _autocast(self) -> contextlib.AbstractContextManager:
-        return training_precision(self.device)
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         """Log the loss as nnU-Net does, and each of its terms, both without skipped steps, and the number of these."""
@@ -352,7 +195,8 @@ class DiffusionTrainer(nnUNetTrainer):
     def validation_step(self, batch: dict) -> dict:
         """nnU-Net's own step on the proxy: averaged weights, one sample, one step, no pre-segmentation mixed in."""
         check_batch(batch, self)
-        with self._averaged_weights(), self.segmenter.overridden(steps=1, samples=1, presegmentation_weight=0.0):
+        proxy = self.segmenter.overridden(steps=1, samples=1, presegmentation_weight=0.0)
+        with averaged_weights(self.segmenter, self.learners), proxy:
             return super().validation_step(batch)
 
     def on_epoch_end(self) -> None:
@@ -364,7 +208,7 @@ class DiffusionTrainer(nnUNetTrainer):
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """nnU-Net's own validation, by the averaged weights at the settings of inference; then compared with nnU-Net's."""
-        with self._alone_and_tidy(), self._averaged_weights():
+        with job.alone_and_tidy(self), averaged_weights(self.segmenter, self.learners):
             super().perform_actual_validation(save_probabilities)
             if self.local_rank == 0:
                 give_verdict(self)
@@ -378,12 +222,10 @@ class DiffusionTrainer(nnUNetTrainer):
         if self.disable_checkpointing:
             self.print_to_log_file("No checkpoint written, checkpointing is disabled")
             return
-        with self._averaged_weights():
-            weights = self.segmenter.state_dict()
-        if not (self._saved or self._resumed):
+        if not (self.saved or self.resumed):
             keep_finished(Path(self.output_folder))
-        write_checkpoint(checkpoint_of(self, weights), filename)
-        self._saved = True
+        write_checkpoint(checkpoint_of(self), filename)
+        self.saved = True
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str | Path) -> None:
         """Restore everything a training needs to go on; settings come from the checkpoint.
@@ -395,9 +237,7 @@ class DiffusionTrainer(nnUNetTrainer):
         checkpoint = own_checkpoint(self, filename_or_checkpoint)
         if not self.was_initialized:
             saved = PlansManager(checkpoint["init_args"]["plans"]).get_configuration(self.configuration_name)
-            self._adopt(DiffusionSettings.from_plans(saved.configuration))
+            adopt(self, DiffusionSettings.from_plans(saved.configuration))
             self.initialize()
-        with self._averaged_weights():
-            self.segmenter.load_state_dict(checkpoint["network_weights"])
         restore(self, checkpoint)
-        self._resumed = True
+        self.resumed = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -126,6 +126,42 @@ def train_step(
         taken &= learners[name].step(loss, scaler)
         found = {**found, "loss": found["loss"] + loss, **terms}
     return found, taken
+
+
+def compile_and_distribute(
+    learners: Mapping[str, Learner],
+    wanted: bool,
+    wrap: Callable[[nn.Module], nn.Module] | None,
+    log: Callable[[str], None],
+) -> None:
+    """Compile the learners' training steps, and wrap them for distributed training.
+
+    Args:
+        learners: by the name of their module.
+        wanted: whether nnU-Net would compile its network here.
+        wrap: module -> the same as torch's DistributedDataParallel; None on a single GPU.
+        log: takes one line.
+    """
+    for name, learner in learners.items():
+        if wanted and any(isinstance(module, nn.SyncBatchNorm) for module in learner.module.modules()):
+            log(f"The {name} is not compiled: torch.compile breaks at each synchronised batch norm.")
+        elif wanted:
+            log(f"Using torch.compile for the {name}'s training step...")
+            learner.compile()
+        if wrap is not None:
+            learner.distribute(wrap)
+
+
+@contextlib.contextmanager
+def averaged_weights(segmenter: nn.Module, learners: Mapping[str, Learner]) -> Iterator[None]:
+    """Put the learners' averaged modules into a segmenter for a `with` block."""
+    for name, learner in learners.items():
+        setattr(segmenter, name, learner.average.module)
+    try:
+        yield
+    finally:
+        for name, learner in learners.items():
+            setattr(segmenter, name, learner.module)
 
 
 class _Evaluation(nn.Module):

@@ -12,18 +12,19 @@ from nnunet_diffusion.training.checkpoints import (
     refuse_unknown_networks,
 )
 from nnunet_diffusion.training.curves import curves_of
+from nnunet_diffusion.training.learner import averaged_weights
 
 if TYPE_CHECKING:
     from nnunet_diffusion.training.diffusion_trainer import DiffusionTrainer
 
 
-def checkpoint_of(trainer: DiffusionTrainer, averaged: dict[str, Any]) -> dict[str, Any]:
+def checkpoint_of(trainer: DiffusionTrainer) -> dict[str, Any]:
     """Return the checkpoint of a trainer, in nnU-Net's layout with a section of ours.
 
-    Args:
-        trainer: of any epoch.
-        averaged: the network's state with the averaged weights, which inference uses.
+    The network's weights are the averaged ones, which inference uses.
     """
+    with averaged_weights(trainer.segmenter, trainer.learners):
+        averaged = trainer.segmenter.state_dict()
     learner = trainer.learners["denoiser"].state_dict()
     return {
         "network_weights": averaged,
@@ -64,12 +65,9 @@ def own_checkpoint(trainer: DiffusionTrainer, given: dict | str | Path) -> dict[
 
 
 def restore(trainer: DiffusionTrainer, checkpoint: dict[str, Any]) -> None:
-    """Put everything but the averaged weights back into an initialised trainer.
-
-    Args:
-        trainer: whose network holds the averaged weights already.
-        checkpoint: of `own_checkpoint`.
-    """
+    """Put a checkpoint of `own_checkpoint` into an initialised trainer."""
+    with averaged_weights(trainer.segmenter, trainer.learners):
+        trainer.segmenter.load_state_dict(checkpoint["network_weights"])
     trainer.my_init_kwargs = checkpoint["init_args"]
     trainer.current_epoch = checkpoint["current_epoch"]
     trainer.logger.load_checkpoint(checkpoint["logging"])

@@ -15,6 +15,7 @@ import torch
 from nnunet_diffusion.evaluation.comparison import PairedComparison, compare_paired
 from nnunet_diffusion.files import PRESEGMENTOR_FOLDER, read_dictionary
 from nnunet_diffusion.training.checkpoints import read_checkpoint
+from nnunet_diffusion.training.presegmentor import presegmentor_folder
 from nnunet_diffusion.training.presegmentor.lock import SUMMARY
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def _compare_networks(trainer: DiffusionTrainer) -> dict[str, Any]:
 
 def _dice_of_presegmentor(trainer: DiffusionTrainer, file_ending: str) -> dict[str, float]:
     """Read the validation of the embedded pre-segmentor; raise OSError or ValueError if there is none of that network."""
-    folder = trainer.presegmentor_folder
+    folder = presegmentor_folder(trainer)
     cure = (
         f"validate that nnU-Net, or name its model folder by {PRESEGMENTOR_FOLDER} if this training did, then give this "
         "command with --val"

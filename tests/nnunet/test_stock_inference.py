@@ -53,7 +53,7 @@ def trained(whole_volumes, tmp_path_factory):
         for step in range(150):
             batch = batches[step % 50]
             trainer.train_step({**batch, "target": batch["target"][0]})
-        trainer.segmenter.denoiser = trainer.ema.module
+        trainer.segmenter.denoiser = trainer.learners["denoiser"].average.module
         trainer.segmenter.eval()
         yield trainer
 

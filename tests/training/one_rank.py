@@ -33,7 +33,7 @@ def take_step(folder: Path, rows: slice) -> dict:
     denoiser, presegmentor = trainer.segmenter.denoiser, trainer.segmenter.presegmentor
     return {
         "gradients": {name: parameter.grad for name, parameter in denoiser.named_parameters()},
-        "average": trainer.ema.module.state_dict(),
+        "average": trainer.learners["denoiser"].average.module.state_dict(),
         "presegmentor": presegmentor.state_dict(),
         "losses": {key: float(value) for key, value in losses.items()},
         "seed": drawn,

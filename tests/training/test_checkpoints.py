@@ -358,7 +358,7 @@ def test_network_that_is_not_finite_replaces_no_good_checkpoint(workplace, tmp_p
     trainer.save_checkpoint(str(path))
     before = path.read_bytes()
     with torch.no_grad():
-        next(trainer.ema.module.parameters()).view(-1)[0] = value
+        next(trainer.learners["denoiser"].average.module.parameters()).view(-1)[0] = value
     with pytest.raises(
         FloatingPointError, match=r"checkpoint_latest.pth was not written: the network's denoiser\..*kept"
     ):

@@ -47,6 +47,10 @@ def started(place, epoch=0, **arguments):
     return trainer
 
 
+def average_of(trainer):
+    return trainer.learners["denoiser"].average
+
+
 def copy_of(module):
     return {key: value.clone() for key, value in module.state_dict().items()}
 
@@ -117,7 +121,7 @@ def test_moving_average_equals_the_hand_computed_one(workplace, ema_decay):
             if expected is not None and value.is_floating_point():
                 raw[key] = decay * expected[key].double() + (1 - decay) * value.double()
         expected = raw
-    averaged = trainer.ema.module.state_dict()
+    averaged = average_of(trainer).module.state_dict()
     assert any("running_var" in key for key in averaged)
     for key, value in expected.items():
         torch.testing.assert_close(averaged[key].double(), value.double(), rtol=1e-5, atol=1e-7)
@@ -135,7 +139,7 @@ def test_validation_uses_the_average_in_one_step_and_leaves_the_weights_in_place
     assert (trainer.settings.steps, trainer.segmenter.settings.steps) == (3, 3)
 
     losses = {}
-    for name, weights in (("average", trainer.ema.module), ("raw", denoiser)):
+    for name, weights in (("average", average_of(trainer).module), ("raw", denoiser)):
         segmenter = copy.deepcopy(trainer.segmenter)
         segmenter.denoiser.load_state_dict(weights.state_dict())
         with torch.no_grad(), segmenter.eval().overridden(steps=1, samples=1, presegmentation_weight=0.0):
@@ -150,7 +154,7 @@ def test_checkpoint_holds_the_average_for_inference_and_the_weights_for_resuming
         trainer.train_step(make_batch(seed=seed))
     trainer.save_checkpoint(str(tmp_path / "a.pth"))
     saved = torch.load(tmp_path / "a.pth", weights_only=False)
-    for key, value in trainer.ema.module.state_dict().items():
+    for key, value in average_of(trainer).module.state_dict().items():
         assert torch.equal(saved["network_weights"][f"denoiser.{key}"], value)
     for key, value in trainer.segmenter.denoiser.state_dict().items():
         assert torch.equal(saved["diffusion"]["denoiser_weights"][key], value)
@@ -182,7 +186,7 @@ def test_resumed_training_takes_the_same_next_step(workplace, tmp_path):
         one = first.train_step(make_batch(seed=seed))
         torch.manual_seed(seed + 100)
         assert one == second.train_step(make_batch(seed=seed))
-    for mine, other in ((first.network, second.network), (first.ema, second.ema)):
+    for mine, other in ((first.network, second.network), (average_of(first), average_of(second))):
         theirs = other.state_dict()
         assert all(torch.equal(value, theirs[key]) for key, value in mine.state_dict().items())
     ours, theirs = first.optimizer.state_dict(), second.optimizer.state_dict()
@@ -213,12 +217,12 @@ def test_pretrained_weights_reach_the_denoiser_and_its_average_but_not_the_prese
     trainer._embed_presegmentor()
     for key, value in own.network.state_dict().items():
         assert torch.equal(trainer.segmenter.presegmentor.state_dict()[key], value), key
-    for key, value in pretrained.ema.module.state_dict().items():
+    for key, value in average_of(pretrained).module.state_dict().items():
         assert torch.equal(trainer.segmenter.denoiser.state_dict()[key], value), key
     trainer.on_train_epoch_start()
     trainer.train_step(make_batch())
     for key, value in trainer.segmenter.denoiser.state_dict().items():
-        assert torch.equal(trainer.ema.module.state_dict()[key], value), key
+        assert torch.equal(average_of(trainer).module.state_dict()[key], value), key
 
 
 def test_a_training_goes_on_from_a_checkpoint_of_the_layout_without_sections(workplace, tmp_path):
@@ -232,8 +236,8 @@ def test_a_training_goes_on_from_a_checkpoint_of_the_layout_without_sections(wor
     second = workplace.trainer(DiffusionTrainer)
     second.load_checkpoint(str(tmp_path / "a.pth"))
     assert second.settings == first.settings and second.settings.start_step == 70
-    for key, value in first.ema.module.state_dict().items():
-        assert torch.equal(second.ema.module.state_dict()[key], value), key
+    for key, value in average_of(first).module.state_dict().items():
+        assert torch.equal(average_of(second).module.state_dict()[key], value), key
 
 
 def test_each_epoch_has_noise_of_its_own_from_the_settings_seed(workplace):
@@ -283,17 +287,17 @@ def test_steps_that_are_not_finite_are_skipped_counted_and_end_the_training_at_l
             for key, value in network.state_dict().items()
             if "running" not in key and "batches" not in key
         }
-        for network in (trainer.segmenter.denoiser, trainer.ema.module)
+        for network in (trainer.segmenter.denoiser, average_of(trainer).module)
     ]
-    steps = int(trainer.ema.n_averaged)
+    steps = int(average_of(trainer).n_averaged)
     trainer.loss = lambda logits, target: logits.sum() * float("inf")
     outputs = [trainer.train_step(make_batch()) for _ in range(2)]
-    for network, old in zip((trainer.segmenter.denoiser, trainer.ema.module), before, strict=True):
+    for network, old in zip((trainer.segmenter.denoiser, average_of(trainer).module), before, strict=True):
         assert all(torch.equal(value, network.state_dict()[key]) for key, value in old.items())
-    assert trainer.ema.n_averaged == steps
+    assert average_of(trainer).n_averaged == steps
     trainer.loss = good
     outputs.append(trainer.train_step(make_batch()))
-    assert trainer.ema.n_averaged == steps + 1
+    assert average_of(trainer).n_averaged == steps + 1
     trainer.on_train_epoch_end(outputs)
     assert "2 of 3 training steps were skipped" in lines[0]
     assert np.isfinite(trainer.logger.get_value("train_losses", -1))  # without the skipped ones
@@ -324,7 +328,7 @@ def test_a_second_training_of_a_fold_is_refused(workplace, resume):
     trainer = started(workplace)
     folder = Path(trainer.output_folder)
     folder.mkdir(parents=True, exist_ok=True)
-    trainer._resumed = resume
+    trainer.resumed = resume
     held = "import sys, time\nfrom nnunet_diffusion.jobs.locks import HeldLock\nlock = HeldLock(sys.argv[1])\n"
     held += "assert lock.acquire()\nprint('held', flush=True)\ntime.sleep(60)"
     job = subprocess.Popen(

@@ -3,6 +3,7 @@
 import pytest
 
 from nnunet_diffusion.training import DiffusionTrainer, outlook
+from nnunet_diffusion.training.job import describe
 from nnunet_diffusion.training.outlook import announce, remaining_time, two_networks
 
 pytestmark = pytest.mark.nnunet
@@ -87,9 +88,9 @@ def test_block_names_both_networks_and_what_is_done():
 )
 def test_a_training_begins_with_the_block(workplace, monkeypatch, resumed, words):
     trainer, lines = workplace.trainer(DiffusionTrainer), []
-    trainer._resumed, trainer.current_epoch = resumed, 3 * resumed
+    trainer.resumed, trainer.current_epoch = resumed, 3 * resumed
     monkeypatch.setattr(trainer, "print_to_log_file", lines.append)
-    trainer._say_what_will_happen()
+    describe(trainer)
     (block,) = lines
     assert "(nnUNetTrainer): " in block
     assert words in block

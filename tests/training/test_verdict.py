@@ -8,6 +8,7 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_diffusion.training import DiffusionTrainer, diffusion_trainer, verdict
+from nnunet_diffusion.training.presegmentor import presegmentor_folder
 from nnunet_diffusion.training.verdict import (
     comparison_content,
     dice_of_cases,
@@ -180,9 +181,9 @@ def finished(workplace, monkeypatch):
     stock.configure_rotation_dummyDA_mirroring_and_inital_patch_size()  # as a training does, before it saves
     trainer = workplace.trainer(DiffusionTrainer)
     trainer.initialize()
-    stock.save_checkpoint(str(trainer.presegmentor_folder / "checkpoint_final.pth"))
+    stock.save_checkpoint(str(presegmentor_folder(trainer) / "checkpoint_final.pth"))
     trainer.segmenter.presegmentor.load_state_dict(stock.network.state_dict())
-    for fold, dice in zip((trainer.presegmentor_folder, workplace_fold(trainer)), rising(8), strict=True):
+    for fold, dice in zip((presegmentor_folder(trainer), workplace_fold(trainer)), rising(8), strict=True):
         write_summary(fold, {case: [value] for case, value in dice.items()})
     lines = []
     monkeypatch.setattr(trainer, "print_to_log_file", lambda *words: lines.append(" ".join(map(str, words))))
@@ -191,7 +192,7 @@ def finished(workplace, monkeypatch):
 
 
 def workplace_fold(trainer):
-    return trainer.presegmentor_folder.parents[1] / "DiffusionTrainer__Tiny__2d" / "fold_0"
+    return presegmentor_folder(trainer).parents[1] / "DiffusionTrainer__Tiny__2d" / "fold_0"
 
 
 def written(trainer):
@@ -247,7 +248,7 @@ def retrained(checkpoint):
 )  # fmt: skip
 def test_without_the_embedded_networks_validation_there_is_nothing_to_compare_with(finished, spoil, words):
     trainer, lines = finished
-    spoil(trainer.presegmentor_folder)
+    spoil(presegmentor_folder(trainer))
     give_verdict(trainer)
     assert lines[0].startswith("PD-DDPM has no nnU-Net to be compared with: ")
     assert words in lines[0]
@@ -265,7 +266,9 @@ def test_verdict_comes_after_the_validation_with_the_averaged_weights_on_one_ran
     trainer.local_rank, happened = rank, []
     monkeypatch.setattr(nnUNetTrainer, "perform_actual_validation", lambda *_: happened.append("validation"))
     monkeypatch.setattr(
-        diffusion_trainer, "give_verdict", lambda given: happened.append(given.segmenter.denoiser is given.ema.module)
+        diffusion_trainer,
+        "give_verdict",
+        lambda given: happened.append(given.segmenter.denoiser is given.learners["denoiser"].average.module),
     )
     trainer.perform_actual_validation()
     assert happened == expected

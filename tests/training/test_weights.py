@@ -8,7 +8,8 @@ import torch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunet_diffusion.inference.volume_predictor import VolumePredictor
-from nnunet_diffusion.training import DiffusionTrainer, diffusion_trainer
+from nnunet_diffusion.training import DiffusionTrainer
+from nnunet_diffusion.training import plans as plans_of_trainings
 from nnunet_diffusion.training.weights import dice_by_weight, mean_dice
 
 pytestmark = pytest.mark.nnunet
@@ -28,7 +29,7 @@ def test_dice_at_each_weight_is_that_of_predictions_with_this_weight(
     workplace, monkeypatch, configuration, plans, changes
 ):
     torch.manual_seed(0)
-    monkeypatch.setattr(diffusion_trainer, "refuse_foreign_plans", lambda *_: None)  # other labels, same data
+    monkeypatch.setattr(plans_of_trainings, "refuse_foreign_plans", lambda *_: None)  # other labels, same data
     description = json.loads((workplace.preprocessed / "dataset.json").read_text()) | changes
     trainer = workplace.trainer(
         DiffusionTrainer, configuration=configuration, plans=plans, description=description, presegmentation_weight=0.4

@@ -1,6 +1,6 @@
 """The pre-segmentor: a normal nnU-Net of the same dataset, plans, configuration and fold, found or trained first."""
 
-from nnunet_diffusion.training.presegmentor.embed import presegmentor_weights
+from nnunet_diffusion.training.presegmentor.embed import presegmentor_folder, presegmentor_weights
 from nnunet_diffusion.training.presegmentor.fit import (
     build_presegmentor,
     given_presegmentor,
@@ -14,6 +14,7 @@ __all__ = [
     "ensure_presegmentor",
     "given_presegmentor",
     "load_presegmentor_weights",
+    "presegmentor_folder",
     "presegmentor_state",
     "presegmentor_weights",
     "trainer_class",

@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nnunetv2.utilities.file_path_utilities import get_output_folder
 from torch import Tensor
 
 from nnunet_diffusion.files import PRESEGMENTOR_FOLDER
-from nnunet_diffusion.training.presegmentor.fit import GivenPresegmentor, load_presegmentor_weights
+from nnunet_diffusion.training.presegmentor.fit import load_presegmentor_weights
 from nnunet_diffusion.training.presegmentor.train import ensure_presegmentor
 
 if TYPE_CHECKING:
     from nnunet_diffusion.training.diffusion_trainer import DiffusionTrainer
 
 
-def presegmentor_weights(trainer: DiffusionTrainer, given: GivenPresegmentor | None) -> dict[str, Tensor]:
+def presegmentor_folder(trainer: DiffusionTrainer) -> Path:
+    """Return the folder of the pre-segmentor's fold; a resumed training does not need it, and it may be gone."""
+    if trainer.given_presegmentor is not None:
+        return trainer.given_presegmentor.checkpoint.parent
+    manager, name = trainer.plans_manager, trainer.settings.presegmentor_trainer
+    return Path(
+        get_output_folder(manager.dataset_name, name, manager.plans_name, trainer.configuration_name, trainer.fold)
+    )
+
+
+def presegmentor_weights(trainer: DiffusionTrainer) -> dict[str, Tensor]:
     """Return the weights of the pre-segmentor of a training, trained first where it does not exist.
 
     Args:
         trainer: of the denoiser.
-        given: the trained nnU-Net that the user names, if any.
 
     Raises:
         ValueError: it does not fit; see `load_presegmentor_weights`.
     """
+    given = trainer.given_presegmentor
     manager, configuration, fold = trainer.plans_manager, trainer.configuration_name, trainer.fold
     if given is not None:
         checkpoint = given.checkpoint

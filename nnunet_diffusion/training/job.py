@@ -1,0 +1,76 @@
+"""A training job of a diffusion trainer: what it says before it starts, alone in its folder, ended tidily."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nnunet_diffusion.planning.memory_warning import memory_warning
+from nnunet_diffusion.training.checks import explained
+from nnunet_diffusion.training.ending import end_loaders, tidy_end, what_goes_on
+from nnunet_diffusion.training.outlook import two_networks
+from nnunet_diffusion.training.presegmentor import presegmentor_folder, presegmentor_state
+from nnunet_diffusion.training.presegmentor.lock import only_job_in
+
+if TYPE_CHECKING:
+    from nnunet_diffusion.training.diffusion_trainer import DiffusionTrainer
+
+
+@contextlib.contextmanager
+def alone_and_tidy(trainer: DiffusionTrainer) -> Iterator[None]:
+    """Keep other jobs out of the output folder for a `with` block, and end it tidily by Ctrl-C and SIGTERM.
+
+    Raises:
+        RuntimeError: another job is at work there.
+        SystemExit: the block was ended by a signal.
+    """
+
+    def tell(cause: str) -> None:
+        rest = what_goes_on(trainer, trainer.settings.presegmentor_trainer, trainer.saved or trainer.resumed)
+        trainer.print_to_log_file(f"{cause}: {rest}")
+
+    with only_job_in(Path(trainer.output_folder), trainer.print_to_log_file), tidy_end(tell):
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit):
+            end_loaders(trainer)
+            raise
+
+
+@contextlib.contextmanager
+def lost_data_explained(trainer: DiffusionTrainer) -> Iterator[None]:
+    """Say what to do where cases cannot be loaded any more in a `with` block."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        told = explained(error, Path(trainer.preprocessed_dataset_folder), trainer.current_epoch)
+        if told is None:
+            raise
+        raise told from error
+
+
+def describe(trainer: DiffusionTrainer) -> None:
+    """Log which two networks are trained, and what is there of them already."""
+    if trainer.resumed:
+        state = "trained already, its weights are in this model's checkpoint"
+    else:
+        state = presegmentor_state(presegmentor_folder(trainer), given=trainer.given_presegmentor is not None)
+    names = trainer.settings.presegmentor_trainer, state, type(trainer).__name__
+    trainer.print_to_log_file(two_networks(*names, trainer.num_epochs, trainer.current_epoch))
+
+
+def warn(trainer: DiffusionTrainer) -> None:
+    """Log warnings about settings that make a training worse, and about its memory."""
+    settings, heads = trainer.settings, trainer.segmenter.denoiser.state_channels
+    if settings.presegmentation_start_probability > 0:
+        trainer.print_to_log_file(
+            "WARNING: diffusion.training.presegmentation_start_probability shows the denoiser the pre-segmentor's output "
+            "on cases that network was trained on. It makes fewer mistakes there than on new cases."
+        )
+    # in distributed training each GPU has a part of the batch
+    own = {**trainer.configuration_manager.configuration, "batch_size": trainer.batch_size}
+    told = memory_warning(trainer.plans_manager.plans, own, settings, trainer.num_input_channels, heads)
+    if told is not None:
+        trainer.print_to_log_file(told)

@@ -1,0 +1,80 @@
+"""The settings of a training in its plans: read and checked before nnU-Net makes a folder, and written for inference."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunet_diffusion.model.settings import PLANS_KEY, VERSION, DiffusionSettings
+from nnunet_diffusion.planning.record import PlanRecord
+from nnunet_diffusion.training.cascade import previous_stage_folder, refuse_impossible_start
+from nnunet_diffusion.training.checkpoints import refuse_unknown_networks
+from nnunet_diffusion.training.checks import refuse_foreign_plans
+from nnunet_diffusion.training.presegmentor.fit import GivenPresegmentor
+
+if TYPE_CHECKING:
+    from nnunet_diffusion.training.diffusion_trainer import DiffusionTrainer
+
+
+def planned_settings(
+    plans: Mapping[str, Any], configuration: str, dataset_json: Mapping[str, Any]
+) -> DiffusionSettings:
+    """Return the settings of a configuration, with `regions` from the dataset.
+
+    Raises:
+        NotImplementedError: the reverse process is to start from the previous stage, and the labels are regions.
+        ValueError: the plans are those of another dataset, or their `diffusion` section is wrong.
+    """
+    refuse_foreign_plans(plans["dataset_name"], dataset_json)
+    refuse_unknown_networks(plans, f"{plans.get('plans_name')}.json")
+    manager = PlansManager(dict(plans))
+    planned = manager.get_configuration(configuration)
+    regions = manager.get_label_manager(dict(dataset_json)).has_regions
+    settings = dataclasses.replace(DiffusionSettings.from_plans(planned.configuration), regions=regions)
+    PlanRecord.from_plans(planned.configuration)
+    refuse_impossible_start(settings, planned.previous_stage_name, configuration)
+    return settings
+
+
+def with_presegmentor(
+    settings: DiffusionSettings, given: GivenPresegmentor | None, default_trainer: str
+) -> DiffusionSettings:
+    """Return the settings with the pre-segmentor that this training starts from.
+
+    Args:
+        settings: those of the plans.
+        given: the model that the user named; None for an nnU-Net of the same plans.
+        default_trainer: trainer of the pre-segmentor where neither the user nor the plans name one.
+    """
+    if given is not None:
+        settings = dataclasses.replace(
+            settings, presegmentor_trainer=given.trainer_name, presegmentor_architecture=given.architecture
+        )
+    return dataclasses.replace(settings, presegmentor_trainer=settings.presegmentor_trainer or default_trainer)
+
+
+def notes_on_version(configuration: Mapping[str, Any]) -> list[str]:
+    """Return a line for the log if a configuration's settings have an older layout."""
+    version = configuration.get(PLANS_KEY, {}).get("version", VERSION)
+    if version >= VERSION:
+        return []
+    return [
+        f"The plans' {PLANS_KEY} section has version {version}; it is read as version {VERSION}, in which it means the same, "
+        "and written so into the model's plans.json."
+    ]
+
+
+def adopt(trainer: DiffusionTrainer, settings: DiffusionSettings) -> None:
+    """Have a trainer use these settings, and write them into its plans, where inference finds them."""
+    trainer.settings = settings
+    trainer.initial_lr, trainer.weight_decay = settings.learning_rate, settings.weight_decay
+    # both: the manager of a configuration holds a copy
+    trainer.plans_manager.plans["configurations"][trainer.configuration_name][PLANS_KEY] = settings.to_plans()
+    trainer.configuration_manager.configuration[PLANS_KEY] = settings.to_plans()
+    if trainer.is_cascaded:
+        trainer.folder_with_segs_from_previous_stage = str(
+            previous_stage_folder(trainer.plans_manager, trainer.configuration_name, settings.presegmentor_trainer)
+        )
