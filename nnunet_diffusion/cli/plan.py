@@ -169,9 +169,9 @@ def plan(dataset: str, options: argparse.Namespace) -> tuple[dict[str, Any], str
 
     import torch
 
+    from nnunet_diffusion.planning.budgets import TimeBudget
     from nnunet_diffusion.planning.explain import explanation
     from nnunet_diffusion.planning.summary import next_commands, summary
-    from nnunet_diffusion.planning.time_budget import TimeBudget
 
     check_preprocessor(options.preprocessor_name)
     planner_class = getattr(importlib.import_module(f"nnunet_diffusion.planners.{options.pl}"), options.pl)
@@ -187,7 +187,7 @@ def plan(dataset: str, options: argparse.Namespace) -> tuple[dict[str, Any], str
             dataset,
             preprocessor_name=options.preprocessor_name,
             overwrite_target_spacing=options.overwrite_target_spacing,
-            time_budget=budget,
+            budget=budget,
             **{key: value for key, value in keywords.items() if value is not None},
         )
         earlier = Path(os.environ[PREPROCESSED]) / dataset / f"{planner.plans_identifier}.json"

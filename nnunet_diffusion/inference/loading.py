@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_diffusion.files import read_dictionary, read_plans
 from nnunet_diffusion.networks.architectures import trusting
 from nnunet_diffusion.training.checkpoints import DIFFUSION_KEY, read_checkpoint, refuse_unknown_networks
+from nnunet_diffusion.training.presegmentor import trainer_class
 
 CURE = "bring it back from where the model was trained, nnU-Net writes it when a training begins."
 
@@ -80,6 +85,29 @@ def read_model(folder: Path, folds: Sequence[int | str] | None, checkpoint_name:
         [checkpoint["network_weights"] for checkpoint in checkpoints],
         wanted,
     )
+
+
+def build_network(model: TrainedModel, folder: str, trust: bool) -> Any:
+    """Build a model's network with the weights of its first fold, as its trainer builds it.
+
+    Args:
+        model: content of the folder.
+        folder: its path, for messages.
+        trust: allow any class in the plans.
+    """
+    plans = PlansManager(model.plans)
+    configuration = plans.get_configuration(model.configuration)
+    # nnU-Net prints the folders in which it searches for trainers
+    with contextlib.redirect_stdout(io.StringIO()), trusting(trust):
+        network = trainer_class(model.trainer_name, folder).build_network_architecture(
+            plans,
+            configuration,
+            determine_num_input_channels(plans, configuration, model.dataset_json),
+            plans.get_label_manager(model.dataset_json).num_segmentation_heads,
+            enable_deep_supervision=False,
+        )
+    network.load_state_dict(model.weights[0])
+    return network
 
 
 class NoDiffusionModel(ValueError):

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
-import importlib.metadata
+import io
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from batchgenerators.utilities.file_and_folder_operations import save_json
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.inference.data_iterators import PreprocessAdapterFromNpy
-from nnunetv2.utilities.json_export import recursive_fix_for_json_export
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch import Tensor
 
-from nnunet_diffusion.files import find_images, refuse_overwriting
 from nnunet_diffusion.inference.cases import (
     CaseFiles,
     FailedCases,
@@ -25,26 +28,191 @@ from nnunet_diffusion.inference.cases import (
     worker_numbers,
 )
 from nnunet_diffusion.inference.ensemble import VolumePrediction
-from nnunet_diffusion.inference.finished import hash_of_json, hash_of_weights, is_finished, why_not_kept
+from nnunet_diffusion.inference.finished import is_finished, why_not_kept
+from nnunet_diffusion.inference.fusion import FUSIONS
+from nnunet_diffusion.inference.loading import build_network, read_model
 from nnunet_diffusion.inference.output import Managers, PredictedCase, mask_of, remove_case, write_case
+from nnunet_diffusion.inference.presegmentation import Presegmentation
 from nnunet_diffusion.inference.progress import Progress
+from nnunet_diffusion.inference.report import case_report, deciding_settings, write_description
+from nnunet_diffusion.inference.reproducible import ask_cublas, threads_of
+from nnunet_diffusion.inference.request import Request
 from nnunet_diffusion.inference.staging import not_writable, staging_folders
-from nnunet_diffusion.inference.volume_predictor import VolumePredictor
-from nnunet_diffusion.model.settings import inference_settings
+from nnunet_diffusion.inference.volume_run import VolumeRun
+from nnunet_diffusion.model.segmenter import DiffusionSegmenter
 
-VERSIONS = ("nnunet-diffusion", "nnunetv2", "torch", "numpy", "SimpleITK")
+Folds = Sequence[int | str] | None
+OVERRIDES = ("sampler", "steps", "start_step", "samples", "seed", "presegmentation_weight")
+COMPILE = "nnUNet_compile"
 
 
-class DiffusionPredictor(VolumePredictor):
-    """nnU-Net's predictor for models of `DiffusionTrainer`, with the same interface as nnU-Net's.
+class DiffusionPredictor(nnUNetPredictor):
+    """nnU-Net's predictor for models of `DiffusionTrainer`, with the same interface as nnU-Net's, and PD-DDPM.
 
-    For the settings of the reverse process see `VolumePredictor`.
+    The embedded nnU-Net segments the whole volume with nnU-Net's own sliding window and mirroring. From its probabilities (or
+    from given ones) one reverse process per sample runs on the whole volume; tiles are blended after each step. The result is
+    the mean of the probabilities over samples, folds and, with `presegmentation_weight`, the pre-segmentor.
+
+    Args:
+        tile_step_size: as in nnU-Net, as a fraction of the patch.
+        use_gaussian: as in nnU-Net, also for the tiles of the reverse process.
+        use_mirroring: mirroring for the pre-segmentor; the denoiser is never mirrored.
+        perform_everything_on_device: keep the volume on the GPU if it fits.
+        device: device of the networks.
+        verbose: as in nnU-Net.
+        verbose_preprocessing: as in nnU-Net.
+        allow_tqdm: show a bar over tiles x steps.
+        sampler: name of the sampler. For this and the next five arguments, None means the model's setting.
+        steps: number of evaluations in one reverse process.
+        start_step: T' of PD-DDPM.
+        samples: number of reverse processes.
+        seed: seed of their noise.
+        presegmentation_weight: weight of the pre-segmentor's probabilities in the result, 0..1; in a vote, one vote if > 0.
+        fusion: "mean", "majority" or "staple". It affects the segmentation; the probabilities are always the mean.
+        joint: True for one reverse process per volume; False for one per tile, as in nnU-Net's own prediction.
+        keep_samples: keep the result of each sample.
+        trust_checkpoint: also load files that may run code.
+        state_memory_gb: limit of the device memory for a volume's state, in GiB; None for the free memory.
+        threads: number of CPU threads, on which the last bits depend. None for the default of `nnunet_diffusion predict`:
+            one per core, or one thread if the device is a GPU.
+        deterministic: use only GPU algorithms that return identical bits on each call.
 
     Attributes:
         progress: progress of the last call of `predict_from_files`; None before its first case begins.
+
+    Raises:
+        ValueError: the fusion is unknown, or `threads` is not positive. The settings are checked when a model is loaded.
     """
 
     progress: Progress | None = None
+
+    def __init__(
+        self,
+        tile_step_size: float = 0.5,
+        use_gaussian: bool = True,
+        use_mirroring: bool = True,
+        perform_everything_on_device: bool = True,
+        device: torch.device = torch.device("cuda"),  # noqa: B008  (nnU-Net's signature)
+        verbose: bool = False,
+        verbose_preprocessing: bool = False,
+        allow_tqdm: bool = True,
+        *,
+        sampler: str | None = None,
+        steps: int | None = None,
+        start_step: int | None = None,
+        samples: int | None = None,
+        seed: int | None = None,
+        presegmentation_weight: float | None = None,
+        fusion: str = "mean",
+        joint: bool = True,
+        keep_samples: bool = False,
+        trust_checkpoint: bool = False,
+        state_memory_gb: float | None = None,
+        threads: int | None = None,
+        deterministic: bool = False,
+    ) -> None:
+        on_device = perform_everything_on_device and device.type == "cuda"
+        with contextlib.redirect_stdout(
+            io.StringIO()
+        ):  # without a GPU, nnU-Net warns about perform_everything_on_device by default
+            super().__init__(tile_step_size, use_gaussian, use_mirroring, on_device, device, verbose, verbose_preprocessing,
+                             allow_tqdm)  # fmt: skip
+        self.allow_tqdm: bool = allow_tqdm
+        if fusion not in FUSIONS:
+            raise ValueError(f"fusion is {fusion!r}; known: {', '.join(FUSIONS)}")
+        given = (sampler, steps, start_step, samples, seed, presegmentation_weight)
+        self.overrides: dict[str, Any] = {
+            key: value for key, value in zip(OVERRIDES, given, strict=True) if value is not None
+        }
+        self.fusion, self.joint, self.keep_samples = fusion, joint, keep_samples
+        self.trust_checkpoint, self.state_memory_gb = trust_checkpoint, state_memory_gb
+        self.threads, self.deterministic = threads_of(device) if threads is None else threads, deterministic
+        if self.threads < 1:
+            raise ValueError(f"threads is {threads}, but must be 1 or more")
+        if deterministic:
+            ask_cublas()
+        self.folds: list[str] = []
+        self.identity: dict[str, Any] = {}  # identifies the model in each case's report
+        self.weight_hashes: list[str] = []  # one per fold, computed on first use
+
+    # loading ---------------------------------------------------------------------------------------------------------
+
+    def initialize_from_trained_model_folder(
+        self, model_training_output_dir: str, use_folds: Folds, checkpoint_name: str = "checkpoint_final.pth"
+    ) -> None:
+        """Load a model as nnU-Net does, without running code from its files.
+
+        Raises:
+            FileNotFoundError: the folder, a file or a fold is missing.
+            ValueError: a file is damaged or unsafe, the model is not from a diffusion trainer, or a setting is wrong.
+        """
+        folds = [use_folds] if isinstance(use_folds, (str, int)) else use_folds
+        model = read_model(Path(model_training_output_dir), folds, checkpoint_name, self.trust_checkpoint)
+        plans = PlansManager(model.plans)
+        configuration = plans.get_configuration(model.configuration)
+        network = build_network(model, model_training_output_dir, self.trust_checkpoint)
+        if os.environ.get(COMPILE, "").lower() in ("true", "1", "t"):  # as nnU-Net's own predictor reads it
+            network.compile_inference()
+        self.manual_initialization(
+            network, plans, configuration, model.weights, model.dataset_json, model.trainer_name, model.mirroring_axes
+        )
+        self.folds = model.folds
+        self.identity |= {"configuration": model.configuration, "checkpoint": checkpoint_name}
+
+    def manual_initialization(
+        self,
+        network: torch.nn.Module,
+        plans_manager: PlansManager,
+        configuration_manager: Any,
+        parameters: list[dict] | None,
+        dataset_json: dict,
+        trainer_name: str,
+        inference_allowed_mirroring_axes: Sequence[int] | None,
+    ) -> None:
+        """Use a network that has been built already.
+
+        Raises:
+            TypeError: it is not a DiffusionSegmenter.
+            ValueError: a setting given to the predictor is incompatible with the model.
+        """
+        if not isinstance(network, DiffusionSegmenter):
+            raise TypeError(
+                f"DiffusionPredictor predicts with a DiffusionSegmenter, got {type(network).__name__} of {trainer_name}."
+            )
+        network = copy.copy(network)  # shares the weights; the caller's network keeps its settings
+        network.settings = dataclasses.replace(network.settings, **self._fitting_overrides(network))
+        self.plans_manager, self.configuration_manager = plans_manager, configuration_manager
+        self.network, self.dataset_json, self.trainer_name = network, dataset_json, trainer_name
+        # nnU-Net passes None if the network has its weights already
+        self.list_of_parameters = parameters if parameters is not None else [network.state_dict()]
+        self.allowed_mirroring_axes = inference_allowed_mirroring_axes
+        self.label_manager = plans_manager.get_label_manager(dataset_json)
+        self.folds = [str(number) for number in range(len(self.list_of_parameters))]
+        self.identity = {"trainer": trainer_name, "plans": plans_manager.plans_name}
+        self.weight_hashes = []
+
+    def _fitting_overrides(self, network: DiffusionSegmenter) -> dict[str, Any]:
+        """Return the given settings. If `start_step` is given but `steps` is not, limit the model's steps to it."""
+        changes = dict(self.overrides)
+        if "start_step" in changes:
+            changes.setdefault("steps", min(network.settings.steps, changes["start_step"]))
+            changes["from_noise"] = False
+        return changes
+
+    # one volume ------------------------------------------------------------------------------------------------------
+
+    def predict_logits_from_preprocessed_data(self, data: Tensor) -> Tensor:
+        """Return logits (K, *volume) of the mean probabilities; `data` (C, *volume), as nnU-Net's method."""
+        return self.predict_volume(data).logits
+
+    def predict_volume(
+        self,
+        data: Tensor,
+        presegmentation: Presegmentation | None = None,
+        on_tiles: Callable[[int], object] | None = None,
+    ) -> VolumePrediction:
+        """Predict one preprocessed volume with all folds; see `VolumeRun` and its `predict` for arguments and errors."""
+        return VolumeRun(self, data, presegmentation).predict(on_tiles)
 
     # many cases ------------------------------------------------------------------------------------------------------
 
@@ -73,19 +241,14 @@ class DiffusionPredictor(VolumePredictor):
             OSError: nothing can be written to the output folder.
             ValueError: images or arguments are missing or incompatible, or finished cases have other settings.
         """
-        arguments = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
+        request = Request(**{key: value for key, value in locals().items() if key not in ("self", "__class__")})
         self.progress = None
-        self._check_arguments(arguments)
-        cases, left_out = self._find_cases(arguments)
+        request.check(self.network.settings, self.configuration_manager)
+        cases, left_out = request.find_cases(self.dataset_json["file_ending"])
         part = cases[part_id::num_parts]
         if not overwrite:
-            self._refuse_other_settings(cases, save_probabilities)
-            part = [
-                case
-                for case in part
-                if case.target is None or not is_finished(case.target, self._managers, save_probabilities)
-            ]
-        self._prepare_output(arguments, part)
+            part = self._unfinished(cases, part, save_probabilities)
+        self._prepare_output(request, part)
         numbers = num_processes_preprocessing, num_processes_segmentation_export
         try:
             results = self._run_cases(part, save_probabilities, numbers)
@@ -95,79 +258,32 @@ class DiffusionPredictor(VolumePredictor):
             raise FailedCases({}, len(part), left_out)
         return results
 
-    def _check_arguments(self, arguments: dict[str, Any]) -> None:
-        number, of = arguments["part_id"], arguments["num_parts"]
-        if not 0 <= number < of:
-            raise ValueError(f"part_id is {number}; it must be 0 to num_parts - 1 = {of - 1}")
-        given = arguments["presegmentation_folder"]
-        if given is not None and self.network.settings.from_noise:
-            raise ValueError(
-                f"The model starts from pure noise (from_noise in its plans), so what {given} holds would not be the start: "
-                "give a start step too (--start_step)."
-            )
-        previous, folder = (
-            self.configuration_manager.previous_stage_name,
-            arguments["folder_with_segs_from_prev_stage"],
-        )
-        if previous is not None and folder is None:
-            raise ValueError(f"This configuration needs the segmentations of {previous}: give their folder.")
-        if previous is None and folder is not None:
-            raise ValueError(
-                f"This configuration has no previous stage, whose segmentations {folder} would be: leave them out, or give "
-                "them as presegmentation_folder (--presegmentation) to start from."
-            )
+    def _unfinished(self, cases: list[CaseFiles], part: list[CaseFiles], save_probabilities: bool) -> list[CaseFiles]:
+        """Return the cases of a part that are not finished.
 
-    def _find_cases(self, arguments: dict[str, Any]) -> tuple[list[CaseFiles], dict[str, str]]:
-        """Return the cases of all parts, and the images left out with the reason for each."""
-        source = arguments["list_of_lists_or_source_folder"]
-        output = arguments["output_folder_or_list_of_truncated_output_files"]
-        previous, given = arguments["folder_with_segs_from_prev_stage"], arguments["presegmentation_folder"]
-        ending = self.dataset_json["file_ending"]
-        left_out: dict[str, str] = {}
-        if isinstance(source, list):
-            names, images = [Path(files[0]).name[: -len(f"_0000{ending}")] for files in source], source
-        else:
-            found = find_images(source, ending)
-            names, images, left_out = list(found.cases), list(found.cases.values()), found.left_out
-        targets = (
-            output if isinstance(output, list) else [str(Path(output, name)) for name in names] if output else None
-        )
-        if targets is not None:
-            folders = {"-i": None if isinstance(source, list) else source}
-            folders |= {"--presegmentation": given, "-prev_stage_predictions": previous}
-            refuse_overwriting([Path(target) for target in targets], ending, images, folders)
-        cases = [
-            CaseFiles(
-                Path(targets[number]).name if targets else names[number],
-                files,
-                targets[number] if targets else None,
-                None if previous is None else str(Path(previous, f"{names[number]}{ending}")),
-                given,
-            )
-            for number, files in enumerate(images)
-        ]
-        return cases, left_out
-
-    def _refuse_other_settings(self, cases: list[CaseFiles], save_probabilities: bool) -> None:
-        """Raise ValueError if a finished case was predicted with other settings than this run's."""
-        ending = self.dataset_json["file_ending"]
+        Raises:
+            ValueError: a finished case of any part was predicted with other settings than this run's.
+        """
+        ending, finished = self.dataset_json["file_ending"], set()
         for case in cases:
             if case.target is None or not mask_of(case.target, ending).is_file():
                 continue
-            reason = why_not_kept(case.target, ending, self._deciding(case, save_probabilities))
-            if reason and is_finished(case.target, self._managers, save_probabilities):
-                raise ValueError(reason)
+            if is_finished(case.target, self._managers, save_probabilities):
+                reason = why_not_kept(case.target, ending, deciding_settings(self, case, save_probabilities))
+                if reason:
+                    raise ValueError(reason)
+                finished.add(case.target)
+        return [case for case in part if case.target not in finished]
 
-    def _prepare_output(self, arguments: dict[str, Any], cases: list[CaseFiles]) -> None:
+    def _prepare_output(self, request: Request, cases: list[CaseFiles]) -> None:
         """Write the description of the run, and remove the cases' files of earlier runs."""
-        target = arguments["output_folder_or_list_of_truncated_output_files"]
-        if not target:
+        folder = request.output_folder
+        if folder is None:
             return
-        folder = Path(target[0]).parent if isinstance(target, list) else Path(target)
         try:
             for case in cases:
                 remove_case(str(case.target), self.dataset_json["file_ending"])
-            self._write_description(folder, arguments)
+            write_description(self, request, folder)
         except OSError as error:
             raise not_writable(folder, error) from error
 
@@ -265,64 +381,5 @@ class DiffusionPredictor(VolumePredictor):
             None if prediction.decision is None else prediction.decision.numpy(),
             prepared.properties,
             {name: logits.numpy() for name, logits in prediction.samples.items()},
-            {**self._deciding(case, save_probabilities), **self._report(case, prepared, prediction)},
+            {**deciding_settings(self, case, save_probabilities), **case_report(self, case, prepared, prediction)},
         )
-
-    def _deciding(self, case: CaseFiles, save_probabilities: bool) -> dict[str, Any]:
-        """Return all settings that determine the files of a case and their content, except its image."""
-        if not self.weight_hashes:
-            self.weight_hashes = [hash_of_weights(weights) for weights in self.list_of_parameters]
-        given, previous = case.presegmentation, case.previous_stage
-        settings = self.network.settings
-        return {
-            **self.identity,
-            "folds": self.folds,
-            **{key: getattr(settings, key) for key in (*inference_settings(), "start_from")},
-            "fusion": self.fusion,
-            "joint": self.joint,
-            "tile_step_size": self.tile_step_size,
-            "use_gaussian": self.use_gaussian,
-            "mirrored_presegmentation": bool(self.use_mirroring and self.allowed_mirroring_axes),
-            "presegmentation_folder": None if given is None else str(Path(given).resolve()),
-            "previous_stage_folder": None if previous is None else str(Path(previous).resolve().parent),
-            "save_probabilities": save_probabilities,
-            "keep_samples": self.keep_samples,
-            "weights_sha256": self.weight_hashes,
-            "plans_sha256": hash_of_json(self.plans_manager.plans),
-        }
-
-    def _report(self, case: CaseFiles, prepared: PreparedCase, prediction: VolumePrediction) -> dict[str, Any]:
-        settings, given = self.network.settings, prepared.presegmentation
-        own = "noise" if settings.from_noise else settings.start_from
-        return {
-            "case": case.name,
-            "images": [str(path) for path in case.images],
-            "voxels": list(prepared.data.shape[1:]),
-            "start": own if given is None else given.source,
-            "network_evaluations": dataclasses.asdict(prediction.evaluations),
-            "seconds": round(prediction.seconds, 3),
-            "peak_memory_bytes": prediction.peak_bytes,
-            "device": str(self.device),
-            "threads": self.threads,
-            "deterministic": self.deterministic,
-            "notes": [*prepared.notes, *prediction.notes],
-            "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
-        }
-
-    def _write_description(self, folder: Path, arguments: dict[str, Any]) -> None:
-        """Write the files next to the segmentations that nnU-Net writes and its other commands read."""
-        described = {
-            **arguments,
-            "diffusion": self.network.settings.to_plans(),
-            "fusion": self.fusion,
-            "joint": self.joint,
-        }
-        recursive_fix_for_json_export(described)
-        files = {
-            "predict_from_raw_data_args.json": described,
-            "dataset.json": self.dataset_json,
-            "plans.json": self.plans_manager.plans,
-        }
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            save_json(content, str(folder / name), sort_keys=False)

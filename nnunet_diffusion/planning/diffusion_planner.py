@@ -15,28 +15,19 @@ from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_en
 )
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-from nnunet_diffusion.model.settings import PLANS_KEY, DiffusionSettings
+from nnunet_diffusion.model.settings import PLANS_KEY
+from nnunet_diffusion.planning.budgets import MemoryBudget
 from nnunet_diffusion.planning.costs import Cost, denoiser_cost, nnunet_cost
 from nnunet_diffusion.planning.data_reuse import shared_identifier
 from nnunet_diffusion.planning.record import GB, RECORD_KEY, PlanRecord
-from nnunet_diffusion.planning.rules import Sized, narrowest, narrowest_sized, sized
-from nnunet_diffusion.planning.time_budget import StepTimes, TimeBudget
+from nnunet_diffusion.planning.rules import Sized, narrowest
 
 STOCK_FEATURES = 32
-CPU_FEATURES = (32, 16, 8)
-"""Widths of nnU-Net's first stage that planning for a time budget tries, in this order."""
 CPU_BATCH = {2: 8, 3: 2}
 """Smallest batch, by dimension; planning for a time budget narrows the network before it reduces the batch further."""
 CPU_PATCH_VOXELS = {2: 64**2, 3: 32**3}
 """Smallest patch (voxels) that planning for a time budget may choose, by dimension. If a step still takes longer, the plan
 is kept and a note is printed."""
-NNUNET_SHARE = 0.5
-"""Share of the time budget for nnU-Net's step; a smaller nnU-Net costs more accuracy than a narrower denoiser
-(documentation/experiments/cpu_plans.md)."""
-CORRECTIONS = 3
-"""Largest number of corrections of a plan by measured steps."""
-TOLERANCE = 1.25
-"""Accepted ratio of a measured step time to its target."""
 
 
 class TargetTooSmall(ValueError):
@@ -74,23 +65,23 @@ class DiffusionPlanning(ExperimentPlanner):
     fits, nnU-Net's loop reduces the patch. The denoiser is as wide as fits with this patch and batch (`rules`).
 
     Attributes:
-        time_budget: time budget of a training step; None if only memory is limited.
+        budget: what limits the plans beside the memory target.
         sized: configuration -> chosen denoiser, after `plan_experiment`.
         candidates: number of axes -> patches that nnU-Net's loop tried.
     """
 
-    def __init__(self, *arguments: Any, time_budget: TimeBudget | None = None, **keywords: Any) -> None:
-        """Take nnU-Net's arguments and, optionally, a time budget."""
+    UNet_base_num_features: int
+
+    def __init__(self, *arguments: Any, budget: MemoryBudget | None = None, **keywords: Any) -> None:
+        """Take nnU-Net's arguments and, optionally, a budget; without, memory alone is limited."""
         super().__init__(*arguments, **keywords)
-        self.time_budget = time_budget
+        self.budget = budget or MemoryBudget()
         self.sized: dict[str, Sized] = {}
         self.candidates: dict[int, list[Candidate]] = {2: [], 3: []}
         self._stock_alone, self._keep_patch, self._voxels = False, False, dict[str, float]()
         self._stock_estimates: dict[tuple[str, str], float] = {}
         self._dataset_voxels, self._previous_channels = 0.0, 0
         self._median_shape: Sequence[float] = ()
-        self._flops_per_voxel: dict[str, float] = {}
-        self._nnunet_seconds: dict[str, float] = {}
         self._fitting: dict[tuple[int, tuple[str, str]], int] = {}
         labels = LabelManager(self.dataset_json["labels"], self.dataset_json.get("regions_class_order"))
         self.heads, self.regions = labels.num_segmentation_heads, labels.has_regions
@@ -142,8 +133,7 @@ class DiffusionPlanning(ExperimentPlanner):
             return stock
         most = min(round(self._reference(axes) / stock * self._reference_batch(axes)), self._dataset_batch(patch))
         most = max(self.UNet_min_batch_size, most)
-        if self.time_budget is not None:
-            most = self._batch_in_time(configuration, input_channels, most)
+        most = self._batch_in_time(configuration, input_channels, most)
         if most < self.UNet_min_batch_size:
             return math.inf
         fitting = self._largest_batch(configuration, channels, most)
@@ -155,17 +145,15 @@ class DiffusionPlanning(ExperimentPlanner):
         return round(self._dataset_voxels * self.max_dataset_covered / math.prod(patch))
 
     def _batch_in_time(self, configuration: Mapping[str, Any], channels: int, most: int) -> int:
-        """Return the batch, at most `most`, whose step keeps nnU-Net's share of the time budget; 0 if the patch is too large.
+        """Return the batch, at most `most`, for which nnU-Net's step is fast enough; 0 if the patch is too large.
 
         Raises:
             _TooSlow: no batch keeps it, and the width is to be reduced before the patch.
         """
-        assert self.time_budget is not None
-        axes = len(configuration["patch_size"])
-        flops = self._nnunet_flops(configuration, channels)
-        rate = self.time_budget.nnunet_rate(configuration, channels, self.heads)
-        wanted = NNUNET_SHARE * self.time_budget.seconds
-        fitting = min(most, math.floor(wanted * rate / flops))
+        axes, fitting = (
+            len(configuration["patch_size"]),
+            self.budget.nnunet_batch(configuration, channels, self.heads, most),
+        )
         fewest = min(CPU_BATCH[axes], most) if self._keep_patch else self.UNet_min_batch_size
         if fitting >= fewest:
             return fitting
@@ -181,17 +169,9 @@ class DiffusionPlanning(ExperimentPlanner):
         patch[axis] -= math.prod(stage[axis] for stage in configuration["architecture"]["arch_kwargs"]["strides"])
         return math.prod(patch)
 
-    def _nnunet_flops(self, configuration: Mapping[str, Any], channels: int) -> float:
-        """Return the FLOPs of nnU-Net's step per patch; for one topology they are proportional to the voxels."""
-        voxels, topology = math.prod(configuration["patch_size"]), str(configuration["architecture"]["arch_kwargs"])
-        if topology not in self._flops_per_voxel:
-            cost = nnunet_cost(configuration, channels, self.heads, self.UNet_min_batch_size, amp=False, gpu=False)
-            self._flops_per_voxel[topology] = cost.flops / self.UNet_min_batch_size / voxels
-        return self._flops_per_voxel[topology] * voxels
-
     def _costs(self, configuration: Mapping[str, Any], channels: int) -> tuple[Callable[[int], Cost], ...]:
         """Return two functions of the batch: the costs of nnU-Net's and of the narrowest denoiser's training step."""
-        gpu, (narrow, _) = self.time_budget is None, narrowest(configuration, channels, self.heads, self.regions)
+        gpu, (narrow, _) = self.budget.gpu, narrowest(configuration, channels, self.heads, self.regions)
         return (
             lambda batch: nnunet_cost(configuration, channels, self.heads, batch, amp=gpu, gpu=gpu),
             lambda batch: denoiser_cost(configuration, narrow, channels, self.heads, batch, amp=gpu, gpu=gpu),
@@ -270,46 +250,31 @@ class DiffusionPlanning(ExperimentPlanner):
         arguments = (spacing, median_shape, data_identifier, approximate_n_voxels_dataset)
         self._voxels[data_identifier] = self._dataset_voxels = approximate_n_voxels_dataset
         self._median_shape = median_shape
-        plan = self._plan(*arguments, _cache)
+        plan = self._plan(*arguments)
         covered = math.prod(plan["patch_size"]) / math.prod(float(edge) for edge in median_shape)
         if data_identifier == self.generate_data_identifier("3d_fullres") and covered < self.lowres_creation_threshold:
             # nnU-Net will add a cascade, whose networks also take the previous stage as input
             self._previous_channels = self.previous_stage_channels
             try:
-                plan = self._plan(*arguments, {})
+                plan = self._plan(*arguments)
             finally:
                 self._previous_channels = 0
         return plan
 
     def _plan(self, *arguments: Any) -> dict[str, Any]:
-        if self.time_budget is None:
-            return self._with_fitting_batch(super().get_plans_for_configuration(*arguments))
-        for features in CPU_FEATURES:
-            self.UNet_base_num_features, self._keep_patch = features, features != CPU_FEATURES[-1]
+        widths = self.budget.widths or (self.UNet_base_num_features,)
+        for features in widths:
+            self.UNet_base_num_features, self._keep_patch = features, features != widths[-1]
             with contextlib.suppress(_TooSlow):
-                return self._plan_within_time(*arguments[:-1])
+                return self.budget.corrected(lambda: self._with_fitting_batch(arguments), self.channels, self.heads)
         raise AssertionError("the narrowest network gives up no patch")
 
-    def _with_fitting_batch(self, plan: dict[str, Any]) -> dict[str, Any]:
+    def _with_fitting_batch(self, arguments: Sequence[Any]) -> dict[str, Any]:
+        # without nnU-Net's cache: what fits also depends on the size of the dataset
+        plan = super().get_plans_for_configuration(*arguments, {})
         key = self._previous_channels, _patch_key(plan["patch_size"], plan["architecture"]["arch_kwargs"])
         fitting = self._fitting[key]
         return {**plan, "batch_size": min(int(plan["batch_size"]), fitting)}
-
-    def _plan_within_time(self, *arguments: Any) -> dict[str, Any]:
-        assert self.time_budget is not None
-        plan: dict[str, Any] = {}
-        wanted, before = NNUNET_SHARE * self.time_budget.seconds, None
-        for _ in range(CORRECTIONS):
-            plan = self._with_fitting_batch(super().get_plans_for_configuration(*arguments, {}))
-            sizes = tuple(plan["patch_size"]), plan["batch_size"]
-            if sizes == before:
-                break
-            before = sizes
-            seconds = self.time_budget.correct_nnunet(plan, self.channels, self.heads)
-            self._nnunet_seconds[plan["data_identifier"]] = seconds
-            if wanted / TOLERANCE < seconds < wanted * TOLERANCE:
-                break
-        return plan
 
     def _stock_plan(self, *arguments: Any) -> dict[str, Any]:
         """Return the plan that nnU-Net's own rules choose at the same target."""
@@ -345,38 +310,11 @@ class DiffusionPlanning(ExperimentPlanner):
     def _memory_share(self, cost: Cost) -> float:
         return cost.total / (self.UNet_vram_target_GB * GB)
 
-    def _denoiser_in_time(
-        self, budget: TimeBudget, configuration: dict[str, Any], channels: int
-    ) -> tuple[Sized, float]:
-        """Return the largest measured denoiser whose step keeps the budget (else the smallest), and its seconds."""
-        smallest = narrowest_sized(configuration, channels, self.heads, self.regions, gpu=False)
-        seconds = budget.denoiser_step(configuration, smallest.settings, channels, self.heads)
-        times, measured = StepTimes({smallest.cost.flops: seconds}), [(smallest, seconds)]
-
-        def need(cost: Cost, settings: DiffusionSettings) -> float:
-            in_time = 0.0 if settings == smallest.settings else times.seconds_of(cost.flops) / budget.seconds
-            return max(self._memory_share(cost), in_time)
-
-        for _ in range(CORRECTIONS if seconds < budget.seconds else 0):
-            found = sized(configuration, channels, self.heads, self.regions, need, gpu=False)
-            if found.cost.flops in times.measured:
-                break
-            seconds = budget.denoiser_step(configuration, found.settings, channels, self.heads)
-            times.measured[found.cost.flops] = seconds
-            if seconds < TOLERANCE * budget.seconds and found.cost.flops > measured[-1][0].cost.flops:
-                measured.append((found, seconds))
-            if budget.seconds / TOLERANCE < seconds < budget.seconds * TOLERANCE:
-                break
-        return measured[-1]
-
     def _add_denoiser(self, name: str, configuration: dict[str, Any], cascaded: bool) -> None:
         channels = self.channels + self.previous_stage_channels * cascaded  # the cascade uses the same widths
-        gpu, seconds = self.time_budget is None, 0.0
-        if self.time_budget is None:
-            found = sized(configuration, channels, self.heads, self.regions, lambda cost, _: self._memory_share(cost))
-        else:
-            found, seconds = self._denoiser_in_time(self.time_budget, configuration, channels)
-        nnunet_seconds = self._nnunet_seconds.get(configuration["data_identifier"], 0.0)
+        gpu, size = self.budget.gpu, (channels, self.heads)
+        found, seconds = self.budget.denoiser(configuration, *size, self.regions, self._memory_share)
+        nnunet_seconds = self.budget.nnunet_seconds(configuration, self.channels, self.heads)
         self.sized[name] = found
         batch = int(configuration["batch_size"])
         stock = self._stock_plan(
@@ -393,16 +331,14 @@ class DiffusionPlanning(ExperimentPlanner):
         configuration[RECORD_KEY] = PlanRecord(
             planner=type(self).__name__,
             memory_target_gb=float(self.UNet_vram_target_GB),
-            step_seconds=0.0 if self.time_budget is None else self.time_budget.seconds,
-            machine="" if self.time_budget is None else self.time_budget.machine,
+            step_seconds=self.budget.seconds,
+            machine=self.budget.machine,
             nnunet_step_seconds=round(nnunet_seconds, 3),
             denoiser_step_seconds=round(seconds, 3),
-            nnunet_gb=gigabytes(nnunet_cost(configuration, channels, self.heads, batch, amp=gpu, gpu=gpu)),
+            nnunet_gb=gigabytes(nnunet_cost(configuration, *size, batch, amp=gpu, gpu=gpu)),
             denoiser_gb=gigabytes(found.cost),
-            nnunet_fp32_gb=gigabytes(nnunet_cost(configuration, channels, self.heads, batch, amp=False, gpu=gpu)),
-            denoiser_fp32_gb=gigabytes(
-                denoiser_cost(configuration, found.settings, channels, self.heads, batch, amp=False, gpu=gpu)
-            ),
+            nnunet_fp32_gb=gigabytes(nnunet_cost(configuration, *size, batch, amp=False, gpu=gpu)),
+            denoiser_fp32_gb=gigabytes(denoiser_cost(configuration, found.settings, *size, batch, amp=False, gpu=gpu)),
             stock_patch_size=tuple(int(edge) for edge in stock["patch_size"]),
             stock_batch_size=int(stock["batch_size"]),
         ).to_plans()

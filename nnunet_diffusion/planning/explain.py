@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from nnunet_diffusion.model.settings import topology_of
+from nnunet_diffusion.planning.budgets import TimeBudget
 from nnunet_diffusion.planning.costs import Cost, denoiser_cost, nnunet_cost
 from nnunet_diffusion.planning.diffusion_planner import DiffusionPlanning
 from nnunet_diffusion.planning.flops import flops_text
 from nnunet_diffusion.planning.record import GB, PlanRecord
 from nnunet_diffusion.planning.rules import stage_tokens, width_at
-from nnunet_diffusion.planning.time_budget import TimeBudget
 
 EPOCHS = 1000
 ALTERNATIVES = (4, 8, 16, 24, 32)
@@ -111,7 +111,7 @@ def _choices(planner: DiffusionPlanning, configuration: dict[str, Any], name: st
 def _alternatives(planner: DiffusionPlanning, configuration: dict[str, Any], name: str, device: torch.device) -> str:
     found, features = planner.sized[name], tuple(topology_of(configuration)["features_per_stage"])
     size = (found.channels, planner.heads, int(configuration["batch_size"]))
-    budget, gpu = TimeBudget(1.0, device), planner.time_budget is None
+    budget, gpu = TimeBudget(1.0, device), planner.budget.gpu
     stock, stock_fp32 = (nnunet_cost(configuration, *size, amp=amp, gpu=gpu) for amp in (True, False))
 
     def row(network: str, widths: Sequence[int], half: Cost, full: Cost, rate: float) -> tuple[str, ...]:

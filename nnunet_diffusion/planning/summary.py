@@ -55,12 +55,12 @@ def summary(planner: DiffusionPlanning, plans: Mapping[str, Any]) -> str:
                 f"{name}: nnU-Net alone would get patch {_numbers(record.stock_patch_size)}, batch "
                 f"{record.stock_batch_size} at {record.memory_target_gb:g} GB."
             )
-    if planner.time_budget is not None and (sign := planner.time_budget.busy()):
+    if sign := planner.budget.busy():
         notes.append(
             f"WARNING: this machine was busy while training steps were timed ({sign}), so these plans may be smaller than "
             "needed: plan again when the machine is quiet, or give a larger -step_seconds."
         )
-    head = (*HEAD, *(MEMORY if planner.time_budget is None else TIME))
+    head = (*HEAD, *(TIME if planner.budget.seconds else MEMORY))
     return "\n".join([markdown_table(head, rows), *notes])
 
 
@@ -79,11 +79,11 @@ def next_commands(
     name = (chosen or names)[0]
     fold = "0" if planner.dataset_json["numTraining"] >= FOLDS else "all"
     words = f"{int(dataset[7:10])} {name} {fold} -p {plans['plans_name']}"
-    if planner.time_budget is not None:
+    if not planner.budget.gpu:
         words += f" -tr DiffusionTrainer_{CPU_EPOCHS}epochs -device cpu"
     lines = ["Next:"] + [f"  {preprocess_command(dataset, plans['plans_name'], name)}"] * (not preprocessed)
     lines.append(f"  nnunet_diffusion train {words}")
-    if planner.time_budget is not None:
+    if not planner.budget.gpu:
         lines.append(f"That trains {CPU_EPOCHS} epochs of each network; without -tr it is 1000 epochs.")
     if fold == "all":
         cases = planner.dataset_json["numTraining"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nnunet_diffusion.evaluation.metrics import dice
-from nnunet_diffusion.inference.volume_predictor import VolumePredictor
+from nnunet_diffusion.inference.predictor import DiffusionPredictor
+from nnunet_diffusion.inference.volume_run import VolumeRun
 from nnunet_diffusion.model import labels
 from nnunet_diffusion.training.verdict import mean_known
 
@@ -21,26 +22,25 @@ if TYPE_CHECKING:
     from nnunet_diffusion.training.diffusion_trainer import DiffusionTrainer
 
 
-class MemberPredictor(VolumePredictor):
-    """Predicts a volume by nnU-Net alone and by the denoiser alone, pre-segmenting once."""
+def predict_members(predictor: DiffusionPredictor, data: Tensor) -> tuple[Tensor, Tensor]:
+    """Predict a volume by nnU-Net alone and by the denoiser alone, pre-segmenting once.
 
-    presegmented: Tensor | None = None
+    Args:
+        predictor: of one fold; its settings keep the denoiser's weight of 1.
+        data: (C, *volume).
 
-    def predict_members(self, data: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the probabilities (K, *volume) of nnU-Net and of the denoiser; `data` (C, *volume)."""
-        self.presegmented = None
-        nnunet, denoiser = (self._predicted_with(weight, data) for weight in (1.0, 0.0))
-        return nnunet, denoiser
-
-    def _predicted_with(self, weight: float, data: Tensor) -> Tensor:
+    Returns:
+        The probabilities (K, *volume) of nnU-Net and of the denoiser.
+    """
+    found, presegmented = [], None
+    for weight in (1.0, 0.0):
         # of this predictor's own copy of the network
-        self.network.settings = dataclasses.replace(self.network.settings, presegmentation_weight=weight)
-        return labels.activate(self.predict_volume(data).logits[None], self.network.settings.regions)[0]
-
-    def _presegment(self, *arguments: Any) -> Tensor:
-        if self.presegmented is None:
-            self.presegmented = super()._presegment(*arguments)
-        return self.presegmented
+        settings = dataclasses.replace(predictor.network.settings, presegmentation_weight=weight)
+        predictor.network.settings = settings
+        run = VolumeRun(predictor, data, presegmented=presegmented)
+        found.append(labels.activate(run.predict().logits[None], settings.regions)[0])
+        presegmented = run.presegmented
+    return found[0], found[1]
 
 
 def dice_by_weight(
@@ -56,7 +56,7 @@ def dice_by_weight(
     Returns:
         Weight -> case -> mean Dice of the foreground classes or regions on the preprocessed grid; NaN without any.
     """
-    predictor = MemberPredictor(device=trainer.device, allow_tqdm=False)
+    predictor = DiffusionPredictor(device=trainer.device, allow_tqdm=False)
     predictor.manual_initialization(
         trainer.segmenter, trainer.plans_manager, trainer.configuration_manager, None, trainer.dataset_json,
         type(trainer).__name__, trainer.inference_allowed_mirroring_axes,
@@ -73,7 +73,7 @@ def dice_by_weight(
         if trainer.is_cascaded:
             one_hot = convert_labelmap_to_one_hot(previous[:], trainer.label_manager.foreground_labels, data.dtype)
             data = np.vstack((data, one_hot))
-        nnunet, denoiser = predictor.predict_members(torch.from_numpy(data))
+        nnunet, denoiser = predict_members(predictor, torch.from_numpy(data))
         for weight in weights:
             mixed = torch.lerp(denoiser, nnunet, weight)
             segmentation = trainer.label_manager.convert_probabilities_to_segmentation(mixed).numpy()

@@ -12,7 +12,7 @@ import torch
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from torch import nn
 
-from nnunet_diffusion.inference import cases
+from nnunet_diffusion.inference import DiffusionPredictor, cases
 from nnunet_diffusion.inference.cases import (
     SMALL_BYTES,
     CaseFiles,
@@ -26,8 +26,7 @@ from nnunet_diffusion.inference.cases import (
 )
 from nnunet_diffusion.inference.output import PredictedCase
 from nnunet_diffusion.inference.reading import expected_bytes
-from nnunet_diffusion.inference.volume import Evaluations
-from nnunet_diffusion.inference.volume_predictor import VolumePredictor
+from nnunet_diffusion.inference.volume_run import VolumeRun
 from nnunet_diffusion.model.segmenter import DiffusionSegmenter
 from nnunet_diffusion.model.settings import DiffusionSettings
 
@@ -172,11 +171,13 @@ class Failing(nn.Module):
 
 def predictor_with(error):
     network = DiffusionSegmenter(Failing(error), nn.Identity(), DiffusionSettings(features_per_stage=(8, 8)))
-    predictor = VolumePredictor(device=torch.device("cpu"), use_mirroring=False, use_gaussian=False, allow_tqdm=False)
+    predictor = DiffusionPredictor(
+        device=torch.device("cpu"), use_mirroring=False, use_gaussian=False, allow_tqdm=False
+    )
     predictor.network, predictor.perform_everything_on_device = network, True
     predictor.label_manager = type("Labels", (), {"num_segmentation_heads": 2})
-    tiles = type("Tiles", (), {"tiles": [(slice(None), slice(0, 4), slice(0, 4))]})
-    return predictor, lambda: predictor._presegment(torch.zeros(1, 4, 4), tiles, Evaluations(), [])
+    predictor.configuration_manager = type("Configuration", (), {"patch_size": [4, 4], "batch_size": 1})
+    return predictor, VolumeRun(predictor, torch.zeros(1, 1, 4, 4))._presegment
 
 
 def test_only_lack_of_memory_is_tried_again_on_the_cpu():

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from nnunet_diffusion.inference import DiffusionPredictor
 from nnunet_diffusion.inference.reproducible import threads_of
-from nnunet_diffusion.inference.volume_predictor import VolumePredictor
 from nnunet_diffusion.model.segmenter import DiffusionSegmenter
 from nnunet_diffusion.model.settings import DiffusionSettings
 
@@ -56,7 +56,7 @@ def predictor_of():
         settings = DiffusionSettings(
             features_per_stage=(8,), start_step=300, steps=2, samples=4, corruption_probability=0.0
         )
-        predictor = VolumePredictor(device=CPU, allow_tqdm=False, use_mirroring=False, **arguments)
+        predictor = DiffusionPredictor(device=CPU, allow_tqdm=False, use_mirroring=False, **arguments)
         predictor.network = DiffusionSegmenter(nn.Conv3d(1, 2, 3, padding=1), Denoiser(record), settings)
         predictor.configuration_manager = SimpleNamespace(patch_size=[5, 16, 16], batch_size=3)
         predictor.label_manager = SimpleNamespace(num_segmentation_heads=2)

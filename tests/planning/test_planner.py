@@ -13,13 +13,14 @@ from nnunet_diffusion.planners.DiffusionPlannerResEncM import DiffusionPlannerRe
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_diffusion.model.settings import DiffusionSettings, topology_of
-from nnunet_diffusion.planning import time_budget
+from nnunet_diffusion.planning import budgets, costs, timing
+from nnunet_diffusion.planning.budgets import TimeBudget
 from nnunet_diffusion.planning.data_reuse import shared_identifier
 from nnunet_diffusion.planning.diffusion_planner import TargetTooSmall
 from nnunet_diffusion.planning.explain import explanation
 from nnunet_diffusion.planning.record import PlanRecord
 from nnunet_diffusion.planning.summary import next_commands, summary
-from nnunet_diffusion.planning.time_budget import StepTimes, TimeBudget, Timing
+from nnunet_diffusion.planning.timing import StepTimes, Timing
 
 NAME = "Dataset900_Sizes"
 
@@ -204,16 +205,16 @@ def steady_machine(monkeypatch):
 
         def nnunet(configuration, channels, heads, batch, patch, device):
             timed.append((topology_of(configuration)["features_per_stage"][0], batch, tuple(map(int, patch))))
-            cost = time_budget.nnunet_cost({**configuration, "patch_size": patch}, channels, heads, batch, amp=False)
+            cost = costs.nnunet_cost({**configuration, "patch_size": patch}, channels, heads, batch, amp=False)
             return Timing(cost.flops / rate)
 
         def denoiser(configuration, settings, channels, heads, batch, patch, device):
             configuration = {**configuration, "patch_size": patch}
-            cost = time_budget.denoiser_cost(configuration, settings, channels, heads, batch, amp=False)
+            cost = costs.denoiser_cost(configuration, settings, channels, heads, batch, amp=False)
             return Timing(overhead + cost.flops / rate)
 
-        monkeypatch.setattr(time_budget, "time_nnunet", nnunet)
-        monkeypatch.setattr(time_budget, "time_denoiser", denoiser)
+        monkeypatch.setattr(budgets, "time_nnunet", nnunet)
+        monkeypatch.setattr(budgets, "time_denoiser", denoiser)
         return timed
 
     return set_rate
@@ -223,7 +224,7 @@ def steady_machine(monkeypatch):
 def test_time_budget_takes_the_batch_then_the_width_then_the_patch(fingerprint, steady_machine, rate, width, shrunk):
     preprocessed = fingerprint((1, 128, 128), (999.0, 1.0, 1.0), cases=2000)
     steady_machine(rate)
-    planner = DiffusionPlanner(NAME, time_budget=TimeBudget(1.0))
+    planner = DiffusionPlanner(NAME, budget=TimeBudget(1.0))
     planner.plan_experiment()
     configuration, _, record = read(preprocessed)["2d"]
     assert record.step_seconds == 1 and record.machine
@@ -239,7 +240,7 @@ def test_a_small_dataset_keeps_nnunets_width_where_its_small_batch_is_in_time(fi
     """nnU-Net lets a batch cover 5 % of the dataset: two slices of these."""
     preprocessed = fingerprint((1, 128, 128), (999.0, 1.0, 1.0), cases=20)
     steady_machine(2e11)
-    DiffusionPlanner(NAME, time_budget=TimeBudget(1.0)).plan_experiment()
+    DiffusionPlanner(NAME, budget=TimeBudget(1.0)).plan_experiment()
     configuration, _, record = read(preprocessed)["2d"]
     assert configuration["batch_size"] == 2 and configuration["patch_size"] == [128, 128]
     assert topology_of(configuration)["features_per_stage"][0] == 32
@@ -249,7 +250,7 @@ def test_a_small_dataset_keeps_nnunets_width_where_its_small_batch_is_in_time(fi
 def test_a_thin_volume_on_a_slow_machine_keeps_its_only_slice(fingerprint, steady_machine):
     preprocessed = fingerprint((1, 128, 128), (1.0, 1.5, 1.5))
     steady_machine(1e8)
-    DiffusionPlanner(NAME, time_budget=TimeBudget(0.01)).plan_experiment()
+    DiffusionPlanner(NAME, budget=TimeBudget(0.01)).plan_experiment()
     assert all(min(configuration["patch_size"]) >= 1 for configuration, _, _ in read(preprocessed).values())
 
 
@@ -257,7 +258,7 @@ def test_a_cascade_within_a_time_budget_takes_few_timings(fingerprint, steady_ma
     """nnU-Net plans a low resolution anew at each of many spacings: every network is timed once."""
     preprocessed = fingerprint((160, 160, 160), (1.0, 1.0, 1.0), cases=40)
     timed = steady_machine(1e11)
-    DiffusionPlanner(NAME, time_budget=TimeBudget(1.0)).plan_experiment()
+    DiffusionPlanner(NAME, budget=TimeBudget(1.0)).plan_experiment()
     found = read(preprocessed)
     assert set(found) == {"2d", "3d_lowres", "3d_fullres", "3d_cascade_fullres"}
     for name in ("3d_lowres", "3d_fullres"):
@@ -276,7 +277,7 @@ def test_a_cascade_within_a_time_budget_takes_few_timings(fingerprint, steady_ma
     ],
 )
 def test_probes_are_small_and_keep_all_stages(patch, strides, probe):
-    found = time_budget.probe_patch(patch, strides)
+    found = timing.probe_patch(patch, strides)
     if patch[0] == 1:
         assert found[0] == 1 and max(found[1:]) == 64 and math.prod(found) == 64 * 32
     else:
@@ -288,9 +289,9 @@ def test_time_budget_of_the_denoiser_is_met_where_small_networks_take_as_long_fo
 ):
     preprocessed = fingerprint((1, 64, 64), (999.0, 1.0, 1.0), cases=2000)
     steady_machine(2e11, overhead=0.5)
-    DiffusionPlanner(NAME, time_budget=TimeBudget(1.0)).plan_experiment()
+    DiffusionPlanner(NAME, budget=TimeBudget(1.0)).plan_experiment()
     configuration, settings, record = read(preprocessed)["2d"]
-    cost = time_budget.denoiser_cost(configuration, settings, 1, 2, configuration["batch_size"], amp=False)
+    cost = costs.denoiser_cost(configuration, settings, 1, 2, configuration["batch_size"], amp=False)
     assert record.denoiser_step_seconds == pytest.approx(0.5 + cost.flops / 2e11, abs=1e-3)
     assert 0.8 < record.denoiser_step_seconds < 1.25
     assert settings.features_per_stage[0] > 4
@@ -314,14 +315,14 @@ def test_step_times_lie_on_lines_through_the_measured_and_never_fall(measured, f
 def test_a_machine_too_slow_gets_the_smallest_plan_that_learns_and_is_told(fingerprint, steady_machine):
     preprocessed = fingerprint((1, 96, 96), (999.0, 1.0, 1.0))
     steady_machine(1e8)
-    planner = DiffusionPlanner(NAME, time_budget=TimeBudget(0.01))
+    planner = DiffusionPlanner(NAME, budget=TimeBudget(0.01))
     plans = planner.plan_experiment()
     configuration, settings, record = read(preprocessed)["2d"]
     assert configuration["patch_size"] == [64, 64] and configuration["batch_size"] == 2
     assert topology_of(configuration)["features_per_stage"][0] == 8 and settings.features_per_stage[0] == 4
     assert record.denoiser_step_seconds > 0.01 < record.nnunet_step_seconds
     assert "s instead of 0.01 s" in summary(planner, plans) and "WARNING" not in summary(planner, plans)
-    planner.time_budget.timings = [Timing(1.0, share=0.5)]
+    planner.budget.timings = [Timing(1.0, share=0.5)]
     assert "WARNING: this machine was busy" in summary(planner, plans), "not the hardware alone"
     text = next_commands(planner, plans, None, preprocessed=True)
     assert "train 900 2d 0 -p nnUNetDiffusionPlans -tr DiffusionTrainer_5epochs -device cpu" in text
@@ -333,7 +334,7 @@ def test_no_machine_is_so_slow_that_the_patch_goes_below_its_floor(fingerprint, 
     """nnU-Net's loop goes from 64 x 72 to 56 x 72 voxels, which is below 64 x 64."""
     preprocessed = fingerprint((1, *shape), (999.0, 1.0, 1.0))
     steady_machine(1e8)
-    DiffusionPlanner(NAME, time_budget=TimeBudget(0.01)).plan_experiment()
+    DiffusionPlanner(NAME, budget=TimeBudget(0.01)).plan_experiment()
     configuration, _, _ = read(preprocessed)["2d"]
     assert 64 * 64 <= math.prod(configuration["patch_size"]) <= 1.3 * 64 * 64
 
@@ -345,7 +346,7 @@ def test_regions_are_timed_too(fingerprint):
     content = json.loads(description.read_text())
     content |= {"labels": {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "active": 3}}
     description.write_text(json.dumps({**content, "regions_class_order": [1, 2, 3]}))
-    planner = DiffusionPlanner(NAME, time_budget=TimeBudget(0.2))
+    planner = DiffusionPlanner(NAME, budget=TimeBudget(0.2))
     plans = planner.plan_experiment()
     _, settings, record = read(preprocessed)["2d"]
     assert settings.regions and record.denoiser_step_seconds > 0

@@ -7,7 +7,7 @@ import pytest
 import torch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-from nnunet_diffusion.inference.volume_predictor import VolumePredictor
+from nnunet_diffusion.inference import DiffusionPredictor
 from nnunet_diffusion.training import DiffusionTrainer
 from nnunet_diffusion.training import plans as plans_of_trainings
 from nnunet_diffusion.training.weights import dice_by_weight, mean_dice
@@ -46,7 +46,7 @@ def test_dice_at_each_weight_is_that_of_predictions_with_this_weight(
     image, truth, _, _ = trainer.dataset_class(trainer.preprocessed_dataset_folder, [case]).load_case(case)
     truth = truth[:][0]
     for weight, cases in found.items():
-        predictor = VolumePredictor(device=torch.device("cpu"), allow_tqdm=False, presegmentation_weight=weight)
+        predictor = DiffusionPredictor(device=torch.device("cpu"), allow_tqdm=False, presegmentation_weight=weight)
         predictor.manual_initialization(
             trainer.segmenter, trainer.plans_manager, trainer.configuration_manager, None, trainer.dataset_json,
             "DiffusionTrainer", trainer.inference_allowed_mirroring_axes,

@@ -5,8 +5,9 @@ import multiprocessing
 import pytest
 import torch
 
-from nnunet_diffusion.planning import time_budget
-from nnunet_diffusion.planning.time_budget import TimeBudget, Timing, free_share, quiet_seconds
+from nnunet_diffusion.planning import timing as timings_of_steps
+from nnunet_diffusion.planning.budgets import TimeBudget
+from nnunet_diffusion.planning.timing import Timing, free_share, quiet_seconds
 
 
 def test_more_threads_than_processors_get_a_part_of_what_they_ask_for():
@@ -35,9 +36,9 @@ def test_a_step_is_timed_by_its_fastest_repeat_and_the_share_beside_it(monkeypat
     def step():
         now[0] += next(seconds)
 
-    monkeypatch.setattr(time_budget.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(time_budget, "free_share", lambda threads: 0.5)
-    timing = time_budget._timed(step, torch.device("cpu"))
+    monkeypatch.setattr(timings_of_steps.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(timings_of_steps, "free_share", lambda threads: 0.5)
+    timing = timings_of_steps._timed(step, torch.device("cpu"))
     assert timing == Timing(seconds=0.5, spread=2.0, share=0.5), "the first step is a warm-up"
 
 

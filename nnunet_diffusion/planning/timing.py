@@ -1,10 +1,9 @@
-"""Time of training steps, measured on this machine with random patches, for plans with a time budget."""
+"""Time of training steps, measured on this machine with random patches."""
 
 from __future__ import annotations
 
 import bisect
 import hashlib
-import math
 import os
 import platform
 import re
@@ -12,7 +11,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,7 @@ import torch
 
 from nnunet_diffusion.model.build import build_denoiser
 from nnunet_diffusion.model.segmenter import DiffusionSegmenter
-from nnunet_diffusion.model.settings import DiffusionSettings, topology_of
-from nnunet_diffusion.planning.costs import denoiser_cost, nnunet_cost
+from nnunet_diffusion.model.settings import DiffusionSettings
 from nnunet_diffusion.planning.steps import Step, build_nnunet, diffusion_step, nnunet_step
 
 REPEATS = range(3, 11)  # allowed numbers of repeats of a timed step
@@ -33,10 +31,6 @@ SPREAD = 1.25  # if the median time of a step exceeds the fastest by this factor
 LEAST_SHARE = 0.25  # smallest share that is corrected for; less may be the limit of a container, which training has too
 PROBE_EDGE = {2: 96, 3: 32}
 """Longest edge (voxels) of the probe patch on which the speed of a width is first measured, by number of axes."""
-PROBE_BATCH = {2: 8, 3: 2}
-"""Batch of the probe, by number of axes; with fewer small slices, overhead would dominate."""
-PROBE_VOXELS = 2**19
-"""Largest number of voxels of the probe's batch; a step with more could take minutes."""
 
 
 @dataclass(frozen=True)
@@ -194,98 +188,3 @@ class StepTimes:
         low, high = known[right - 1], known[right]
         slope = (self.measured[high] - self.measured[low]) / (high - low)
         return self.measured[low] + max(slope, 0.0) * (flops - low)
-
-
-@dataclass
-class TimeBudget:
-    """Time budget of one training step on this machine, for nnU-Net and DiffusionTrainer each.
-
-    FLOP/s of a width are measured on a small patch. nnU-Net's are then corrected with a step at the plan's own patch.
-
-    Attributes:
-        seconds: budget of one training step.
-        device: device on which steps are timed.
-        machine: name of the machine, for the plans.
-        rates: measured FLOP/s, by network, axes and width at the first stage.
-        steps: measured seconds of nnU-Net's steps, by patch, batch and FLOPs.
-        timings: all measured timings.
-    """
-
-    seconds: float
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    machine: str = field(default_factory=machine_name)
-    rates: dict[tuple[str, int, int], float] = field(default_factory=dict)
-    steps: dict[tuple[tuple[int, ...], int, float], float] = field(default_factory=dict)
-    timings: list[Timing] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        """Check the budget."""
-        if not 0 < self.seconds < float("inf"):
-            raise ValueError(f"-step_seconds is {self.seconds}, but must be a positive number.")
-
-    def nnunet_rate(self, configuration: Mapping[str, Any], channels: int, heads: int) -> float:
-        """Return the FLOP/s of nnU-Net's step at the configuration's widths."""
-        key = _key("nnunet", configuration, topology_of(configuration)["features_per_stage"])
-        if key not in self.rates:
-            small, batch = _small(configuration)
-            flops = nnunet_cost(small, channels, heads, batch, amp=False, gpu=False).flops
-            seconds = self._keep(time_nnunet(small, channels, heads, batch, small["patch_size"], self.device))
-            self.rates[key] = flops / seconds
-        return self.rates[key]
-
-    def denoiser_rate(
-        self, configuration: Mapping[str, Any], settings: DiffusionSettings, channels: int, heads: int
-    ) -> float:
-        """Return the FLOP/s of DiffusionTrainer's step at the settings' widths."""
-        key = _key(f"denoiser {settings.sdb_depth}", configuration, settings.features_per_stage)
-        if key not in self.rates:
-            small, batch = _small(configuration)
-            flops = denoiser_cost(small, settings, channels, heads, batch, amp=False, gpu=False).flops
-            timing = time_denoiser(small, settings, channels, heads, batch, small["patch_size"], self.device)
-            self.rates[key] = flops / self._keep(timing)
-        return self.rates[key]
-
-    def correct_nnunet(self, configuration: Mapping[str, Any], channels: int, heads: int) -> float:
-        """Time nnU-Net's step at the configuration's own patch and batch, update its FLOP/s and return its seconds."""
-        batch, patch = int(configuration["batch_size"]), tuple(configuration["patch_size"])
-        flops = nnunet_cost(configuration, channels, heads, batch, amp=False, gpu=False).flops
-        # nnU-Net's search for a low resolution tries the same networks repeatedly
-        if (patch, batch, flops) not in self.steps:
-            timing = time_nnunet(configuration, channels, heads, batch, patch, self.device)
-            self.steps[patch, batch, flops] = self._keep(timing)
-        seconds = self.steps[patch, batch, flops]
-        self.rates[_key("nnunet", configuration, topology_of(configuration)["features_per_stage"])] = flops / seconds
-        return seconds
-
-    def denoiser_step(
-        self, configuration: Mapping[str, Any], settings: DiffusionSettings, channels: int, heads: int
-    ) -> float:
-        """Time DiffusionTrainer's step at the configuration's own patch and batch and return its seconds."""
-        batch, patch = int(configuration["batch_size"]), configuration["patch_size"]
-        return self._keep(time_denoiser(configuration, settings, channels, heads, batch, patch, self.device))
-
-    def _keep(self, timing: Timing) -> float:
-        self.timings.append(timing)
-        return timing.seconds
-
-    def busy(self) -> str | None:
-        """Return the sign that the machine was busy during timing, as part of a sentence; None if it was quiet."""
-        if not self.timings:
-            return None
-        share = statistics.median(timing.share for timing in self.timings)
-        spread = statistics.median(timing.spread for timing in self.timings)
-        if share < FREE_SHARE:
-            return f"this process got only {share:.0%} of the processor time it asked for"
-        if spread > SPREAD:
-            return f"the same step often took {spread:.1f} times as long as at best"
-        return None
-
-
-def _key(network: str, configuration: Mapping[str, Any], features: Sequence[int]) -> tuple[str, int, int]:
-    return network, len(configuration["patch_size"]), int(features[0])
-
-
-def _small(configuration: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
-    patch = probe_patch(configuration["patch_size"], topology_of(configuration)["strides"])
-    batch = max(1, min(PROBE_BATCH[len(patch)], PROBE_VOXELS // math.prod(patch)))
-    return {**configuration, "patch_size": patch}, batch

@@ -1,0 +1,87 @@
+"""What is written beside the segmentations: the report of each case, and the description of the run."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from batchgenerators.utilities.file_and_folder_operations import save_json
+from nnunetv2.utilities.json_export import recursive_fix_for_json_export
+
+from nnunet_diffusion.inference.cases import CaseFiles, PreparedCase
+from nnunet_diffusion.inference.ensemble import VolumePrediction
+from nnunet_diffusion.inference.finished import hash_of_json, hash_of_weights
+from nnunet_diffusion.inference.request import Request
+from nnunet_diffusion.model.settings import inference_settings
+
+if TYPE_CHECKING:
+    from nnunet_diffusion.inference.predictor import DiffusionPredictor
+
+VERSIONS = ("nnunet-diffusion", "nnunetv2", "torch", "numpy", "SimpleITK")
+
+
+def deciding_settings(predictor: DiffusionPredictor, case: CaseFiles, save_probabilities: bool) -> dict[str, Any]:
+    """Return all settings that determine the files of a case and their content, except its image."""
+    if not predictor.weight_hashes:
+        predictor.weight_hashes = [hash_of_weights(weights) for weights in predictor.list_of_parameters]
+    given, previous = case.presegmentation, case.previous_stage
+    settings = predictor.network.settings
+    return {
+        **predictor.identity,
+        "folds": predictor.folds,
+        **{key: getattr(settings, key) for key in (*inference_settings(), "start_from")},
+        "fusion": predictor.fusion,
+        "joint": predictor.joint,
+        "tile_step_size": predictor.tile_step_size,
+        "use_gaussian": predictor.use_gaussian,
+        "mirrored_presegmentation": bool(predictor.use_mirroring and predictor.allowed_mirroring_axes),
+        "presegmentation_folder": None if given is None else str(Path(given).resolve()),
+        "previous_stage_folder": None if previous is None else str(Path(previous).resolve().parent),
+        "save_probabilities": save_probabilities,
+        "keep_samples": predictor.keep_samples,
+        "weights_sha256": predictor.weight_hashes,
+        "plans_sha256": hash_of_json(predictor.plans_manager.plans),
+    }
+
+
+def case_report(
+    predictor: DiffusionPredictor, case: CaseFiles, prepared: PreparedCase, prediction: VolumePrediction
+) -> dict[str, Any]:
+    """Return how a case was predicted: files, start, cost, device and versions."""
+    settings, given = predictor.network.settings, prepared.presegmentation
+    own = "noise" if settings.from_noise else settings.start_from
+    return {
+        "case": case.name,
+        "images": [str(path) for path in case.images],
+        "voxels": list(prepared.data.shape[1:]),
+        "start": own if given is None else given.source,
+        "network_evaluations": dataclasses.asdict(prediction.evaluations),
+        "seconds": round(prediction.seconds, 3),
+        "peak_memory_bytes": prediction.peak_bytes,
+        "device": str(predictor.device),
+        "threads": predictor.threads,
+        "deterministic": predictor.deterministic,
+        "notes": [*prepared.notes, *prediction.notes],
+        "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+    }
+
+
+def write_description(predictor: DiffusionPredictor, request: Request, folder: Path) -> None:
+    """Write the files beside the segmentations that nnU-Net writes and its other commands read."""
+    described = {
+        **dataclasses.asdict(request),
+        "diffusion": predictor.network.settings.to_plans(),
+        "fusion": predictor.fusion,
+        "joint": predictor.joint,
+    }
+    recursive_fix_for_json_export(described)
+    files = {
+        "predict_from_raw_data_args.json": described,
+        "dataset.json": predictor.dataset_json,
+        "plans.json": predictor.plans_manager.plans,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        save_json(content, str(folder / name), sort_keys=False)

@@ -1,0 +1,230 @@
+"""One volume on its way through pre-segmentation, the reverse processes of all folds, and their ensemble."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from acvl_utils.cropping_and_padding.padding import pad_nd_image
+from nnunetv2.inference.sliding_window_prediction import compute_gaussian
+from nnunetv2.utilities.helpers import dummy_context, empty_cache
+from torch import Tensor
+from tqdm import tqdm
+
+from nnunet_diffusion.inference.ensemble import Members, VolumePrediction
+from nnunet_diffusion.inference.fusion import fuse
+from nnunet_diffusion.inference.memory import GIB, free_bytes, peak_bytes, plan_memory
+from nnunet_diffusion.inference.out_of_memory import run_group, tell, unless_out_of_memory
+from nnunet_diffusion.inference.presegmentation import Presegmentation
+from nnunet_diffusion.inference.reproducible import computing
+from nnunet_diffusion.inference.volume import Evaluations, Tiling, VolumeProcess
+from nnunet_diffusion.model import labels
+from nnunet_diffusion.model.precision import all_finite, refuse_nan
+
+if TYPE_CHECKING:
+    from nnunet_diffusion.inference.predictor import DiffusionPredictor
+
+
+class VolumeRun:
+    """Prediction of one preprocessed volume by all folds of a predictor's model.
+
+    Args:
+        predictor: with a loaded model.
+        data: (C, *volume); in the cascade the channels of the previous stage follow those of the image.
+        given: pre-segmentation to start from, instead of the embedded nnU-Net's.
+        presegmented: the embedded nnU-Net's probabilities (K, *padded volume), where an earlier run of this volume by the
+            same fold made them.
+
+    Attributes:
+        presegmented: these probabilities, of the last fold; None if they were not needed.
+
+    Raises:
+        ValueError: the image is not finite.
+    """
+
+    def __init__(
+        self,
+        predictor: DiffusionPredictor,
+        data: Tensor,
+        given: Presegmentation | None = None,
+        presegmented: Tensor | None = None,
+    ) -> None:
+        if not all_finite(data):
+            raise ValueError(
+                "the image has NaN or infinite voxels after preprocessing (one in the file spoils all of it)"
+            )
+        self.predictor, self.network, self.device = predictor, predictor.network, predictor.device
+        self.settings, self.given, self._known = self.network.settings, given, presegmented
+        self.presegmented: Tensor | None = None
+        self._padding = (predictor.configuration_manager.patch_size, "constant", {"value": 0})
+        self.data, self._unpad = pad_nd_image(data, *self._padding, return_slicer=True)
+        self._given_start = None if given is None else self._padded(given)
+        self.tiling = self._tiling()
+        self.members = Members(self.settings.regions, predictor.fusion != "mean", predictor.keep_samples)
+        self.evaluations = Evaluations()
+        self.notes: list[str] = []
+        self._on_tiles: Callable[[int], object] = lambda number: None
+
+    def predict(self, on_tiles: Callable[[int], object] | None = None) -> VolumePrediction:
+        """Run all folds and return their ensemble.
+
+        Args:
+            on_tiles: called with the number of finished tiles; by default it updates a bar, if the predictor allows bars.
+
+        Raises:
+            ValueError: the output of a network is not finite.
+            MemoryError: the state does not fit into memory.
+        """
+        begin, predictor = time.perf_counter(), self.predictor
+        bar = None
+        if on_tiles is None:
+            # the pre-segmentation counts as one step
+            total = (self.settings.steps + 1) * len(predictor.list_of_parameters) * len(self.tiling.tiles)
+            bar = tqdm(total=total, unit="tile", disable=None if predictor.allow_tqdm else True, leave=False)
+            on_tiles = bar.update
+        self._on_tiles = on_tiles
+        self.network.to(self.device).eval()
+        if self.device.type == "cuda":
+            # only after the first use of the GPU: before that, torch rejects a device with an index
+            torch.cuda.reset_peak_memory_stats(self.device)
+        for fold, weights in zip(predictor.folds, predictor.list_of_parameters, strict=True):
+            self.network.load_state_dict(weights)
+            # autocast caches the cast weights until it ends, so each fold needs its own
+            with self._computing(), torch.inference_mode(), self._autocast():
+                self._add_fold(fold)
+        if bar is not None:
+            bar.close()
+        with self._computing():
+            return self._ensemble(begin)
+
+    def _computing(self) -> Any:
+        return computing(self.predictor.threads, self.predictor.deterministic)
+
+    def _autocast(self) -> Any:
+        return torch.autocast("cuda") if self.device.type == "cuda" else dummy_context()
+
+    def _tiling(self) -> Tiling:
+        predictor, patch = self.predictor, tuple(self.predictor.configuration_manager.patch_size)
+        weight = torch.ones(patch, device=self.device)
+        if predictor.use_gaussian:
+            # as in nnU-Net, but in float32
+            weight = compute_gaussian(patch, sigma_scale=1 / 8, value_scaling_factor=10, dtype=torch.float32,
+                                      device=self.device)  # fmt: skip
+        # a batch that fits in training, with gradients, also fits in inference
+        batch = int(predictor.configuration_manager.batch_size)
+        slicers = predictor._internal_get_sliding_window_slicers(self.data.shape[1:])
+        return Tiling(slicers, weight, batch, self.device)
+
+    def _add_fold(self, fold: str) -> None:
+        """Add one fold's members to the ensemble: its pre-segmentation and its samples."""
+        weight = self.settings.presegmentation_weight
+        start, member = self._start()
+        if member is not None:
+            self.members.add(member, weight)
+        if weight < 1 or member is None or self.predictor.keep_samples:
+            self._add_samples(fold, start, 1.0 if member is None else 1 - weight)
+
+    def _start(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return the probabilities to start from, and those that count as a member of the ensemble."""
+        settings = self.settings
+        if self.given is not None:
+            self._on_tiles(len(self.tiling.tiles))
+            start = self._given_start
+            # the probabilities of a label map, 0 and 1, say nothing about confidence
+            counts = settings.presegmentation_weight > 0 and not self.given.certain
+            return start, start if counts else None
+        own: Tensor | None = None
+        needed = not settings.from_noise or settings.condition_on_presegmentation
+        if settings.presegmentation_weight > 0 or (needed and settings.start_from == "presegmentor"):
+            own = self._presegment()
+        self._on_tiles(len(self.tiling.tiles))
+        probabilities = None if own is None else own[None]
+        start = self.network.own_start(self.data[None], probabilities)[0] if needed else None
+        return start, own if settings.presegmentation_weight > 0 else None
+
+    def _padded(self, given: Presegmentation) -> Tensor:
+        """Pad with background where the image is padded with zeros."""
+        padded = pad_nd_image(torch.from_numpy(given.probabilities).contiguous().float(), *self._padding)
+        if not self.settings.regions:
+            padded[0] += 1 - padded.sum(0)
+        return padded
+
+    def _presegment(self) -> Tensor:
+        """Segment the volume with nnU-Net's own sliding window. Return probabilities (K, *volume), float32."""
+        if self._known is not None:
+            self.presegmented = self._known
+            return self._known
+        stock: Any = copy.copy(self.predictor)
+        stock.allow_tqdm, stock.network = False, self._run_presegmentor
+
+        def probabilities(on_device: bool) -> Tensor:
+            logits = stock._internal_predict_sliding_window_return_logits(self.data, self.tiling.tiles, on_device)
+            return labels.activate(logits[None], self.settings.regions)[0]
+
+        # try only if it should fit: if nnU-Net's loop fails, one of its threads keeps the image on the GPU
+        heads, channels = self.predictor.label_manager.num_segmentation_heads, len(self.data)
+        bytes_per_voxel = 14 * heads + 4 * channels + 4  # sums in half precision, as float32, softmax; image; weights
+        fits = self.device.type != "cuda" or bytes_per_voxel * self.data[0].numel() <= free_bytes(self.device)
+        wanted = self.predictor.perform_everything_on_device
+        on_device = unless_out_of_memory(lambda: probabilities(fits and wanted), self.device)
+        found = self.presegmented = probabilities(False) if on_device is None else on_device
+        if wanted and not (fits and on_device is not None):
+            tell(self.notes, f"the pre-segmentation does not fit on {self.device}: it is on the CPU")
+        return found
+
+    def _run_presegmentor(self, image: Tensor) -> Tensor:
+        self.evaluations.presegmentor += len(image)
+        return self.network.run_presegmentor(image)
+
+    def _add_samples(self, fold: str, start: Tensor | None, share: float) -> None:
+        """Run one reverse process per sample, in groups that fit into memory; `share` is the weight of all together."""
+        predictor, settings, data = self.predictor, self.settings, self.data
+        limit = None if predictor.state_memory_gb is None else predictor.state_memory_gb * GIB
+        device = self.device
+        if device.type == "cuda" and not predictor.perform_everything_on_device:
+            limit, device = None, torch.device("cpu")  # the limit applies to the GPU
+        empty_cache(self.device)  # cached memory of earlier networks counts as used
+
+        def free(device: torch.device) -> float:
+            return free_bytes(device) - (data.nbytes if device.type == "cuda" else 0)  # the image is there too
+
+        plan = plan_memory(
+            data.shape[1:], self.network.denoiser.state_channels, settings.samples, settings.sampler, settings.steps,
+            device, limit, self.tiling.samples_per_call, free,
+        )  # fmt: skip
+        tell(self.notes, plan.note)
+        process = VolumeProcess(
+            self.network, data, self.tiling, start, settings.seed, plan.device, self._on_tiles, self.evaluations,
+            int(fold) if fold.isdecimal() else 0,
+        )  # fmt: skip
+        numbers = range(settings.samples)
+        for first in range(0, settings.samples, plan.at_once):
+            group = numbers[first : first + plan.at_once]
+            process, found = run_group(process, group, predictor.joint, self.notes)
+            for number, probabilities in zip(group, found, strict=True):
+                self.members.add(probabilities, share / settings.samples, f"fold_{fold}_sample_{number}")
+
+    def _ensemble(self, begin: float) -> VolumePrediction:
+        members, regions = self.members, self.settings.regions
+        inner: Sequence[slice] = (slice(None), *self._unpad[1:])
+        mean = members.mean()[inner]
+        refuse_nan(mean)
+        decision = None
+        if members.votes:
+            where = (slice(None), *(inner if regions else inner[1:]))
+            fused = fuse(torch.stack(members.votes)[where], mean, self.predictor.fusion, regions)
+            decision = labels.probabilities_to_logits(fused[None], regions)[0]
+        compute_gaussian.cache_clear()
+        empty_cache(self.device)
+        return VolumePrediction(
+            labels.probabilities_to_logits(mean[None], regions)[0].contiguous(),
+            decision,
+            {name: logits[inner].contiguous() for name, logits in members.samples.items()},
+            self.evaluations,
+            time.perf_counter() - begin,
+            peak_bytes(self.device),
+            self.notes,
+        )
