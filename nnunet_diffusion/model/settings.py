@@ -12,9 +12,9 @@ from typing import Any
 from nnunet_diffusion.diffusion.predictions import PREDICTION_TYPES
 from nnunet_diffusion.diffusion.samplers import SAMPLERS
 from nnunet_diffusion.diffusion.schedules import SCHEDULES
+from nnunet_diffusion.networks.blocks import NORMS
 
 PLANS_KEY = "diffusion"
-NORMS = ("batch", "instance", "group")  # those of networks/blocks.py, which settings know nothing else of
 VERSION = 3
 SECTIONS = ("process", "network", "training", "inference", "presegmentor")
 """Owners of settings; exactly those of `inference` may change after training."""

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from nnunet_diffusion.trainers import DiffusionTrainer_Xepochs
 
 from nnunet_diffusion.cli import demo
 from nnunet_diffusion.cli.errors import CommandError
@@ -52,10 +53,9 @@ def test_demo_runs_end_to_end_and_a_second_run_reuses_it(tmp_path, monkeypatch, 
     assert capsys.readouterr().out.count("there already") == 6
 
 
-def test_default_recipe_fits_two_cores_and_names_matching_trainers():
+def test_default_recipe_names_the_presegmentor_that_its_trainer_trains():
     recipe = demo.Recipe()
-    assert recipe.training_images == 60 and recipe.test_images == 20
-    assert recipe.trainer.removeprefix("DiffusionTrainer") == recipe.presegmentor.removeprefix("nnUNetTrainer")
+    assert getattr(DiffusionTrainer_Xepochs, recipe.trainer).presegmentor_trainer == recipe.presegmentor
 
 
 @pytest.mark.parametrize(

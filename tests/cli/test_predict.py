@@ -6,18 +6,30 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from nnunetv2.inference import predict_from_raw_data
 
 from nnunet_diffusion.cli import predict
 from nnunet_diffusion.cli.errors import CommandError
 from nnunet_diffusion.cli.main import build_parser, main
-from nnunet_diffusion.diffusion.samplers import SAMPLERS
-from nnunet_diffusion.inference.fusion import FUSIONS
+from nnunet_diffusion.inference import DiffusionPredictor
+from nnunet_diffusion.model.settings import DiffusionSettings
 
 
-def test_choices_are_those_of_the_code():
-    assert set(predict.SAMPLERS) == set(SAMPLERS)
-    assert predict.FUSIONS == FUSIONS
+@pytest.mark.parametrize(("argument", "choices"), [("sampler", predict.SAMPLERS), ("fusion", predict.FUSIONS)])
+def test_the_predictor_takes_the_commands_choices_and_no_other(argument, choices):
+    def take(value):
+        predictor = DiffusionPredictor(device=torch.device("cpu"), **{argument: value})
+        DiffusionSettings(features_per_stage=(8, 8), **predictor.overrides)
+
+    for choice in choices:
+        take(choice)
+    with pytest.raises(ValueError, match="nonsense") as refused:
+        take("nonsense")
+    assert all(choice in str(refused.value) for choice in choices)
+    # the message lists no name beside those of the command
+    listed = str(refused.value).replace("`", "").split("legal: " if argument == "sampler" else "known: ")[1]
+    assert {name.strip(" .") for name in listed.split(",")} == set(choices)
 
 
 def test_every_argument_of_nnunet_is_there():

@@ -152,10 +152,3 @@ def test_table_names_every_setting():
     for entry in dataclasses.fields(DiffusionSettings):
         section, key = path_of(entry.name).split(".")
         assert f"| `{section}` | `{key}` |" in table
-
-
-def test_norms_are_those_that_the_networks_can_build():
-    from nnunet_diffusion.model import settings
-    from nnunet_diffusion.networks import blocks
-
-    assert settings.NORMS == blocks.NORMS
