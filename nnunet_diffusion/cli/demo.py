@@ -33,7 +33,7 @@ class Recipe:
         test_images: number of images for the report.
         trainer: name of the diffusion trainer; it trains `presegmentor` first.
         presegmentor: name of nnU-Net's trainer of the same length.
-        spacing: spacing to resample the images to (theirs is 1), so that a patch covers a whole image even on a CPU.
+        spacing: spacing to which the images (spacing 1) are resampled, so that a patch covers a whole image even on a CPU.
         step_seconds: seconds per training step to plan for on a CPU.
         memory_target_gb: GPU memory to plan for on a GPU.
         ddpm_steps: number of network evaluations of the DDPM from pure noise.
@@ -51,7 +51,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Workplace:
-    """Folders of the demo, including nnU-Net's three, and what it runs.
+    """Folders of the demo, including nnU-Net's three, with its device and recipe.
 
     Attributes:
         folder: root folder of the demo.

@@ -118,7 +118,7 @@ def load_predictor(model: Path, device: Any, *, mirroring: bool) -> nnUNetPredic
     """Return nnU-Net's own predictor with the final weights of fold 0."""
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
-    with contextlib.redirect_stdout(io.StringIO()):  # the search for the trainer's class prints much
+    with contextlib.redirect_stdout(io.StringIO()):  # hides what the search for the trainer's class prints
         predictor = nnUNetPredictor(use_mirroring=mirroring, device=device, allow_tqdm=False)
         predictor.initialize_from_trained_model_folder(str(model), use_folds=(0,))
     # nnU-Net's predictor loads the weights only when it predicts; the figure needs them earlier

@@ -1,4 +1,4 @@
-"""`nnunet_diffusion doctor`: check whether this machine is ready for training, and how to correct what is not."""
+"""`nnunet_diffusion doctor`: check whether this machine is ready for training, and print how to correct each problem."""
 
 from __future__ import annotations
 

@@ -52,7 +52,9 @@ def model_folder(options: argparse.Namespace, environment: Mapping[str, str]) ->
 def _dataset_folder(name_or_id: str, results: Path) -> Path:
     found = datasets_in(results, dataset_prefix(name_or_id))
     if len(found) > 1:
-        raise CommandError(f"-d is {name_or_id}, which {results} has several of; type one of: {', '.join(found)}")
+        raise CommandError(
+            f"-d is {name_or_id}, but {results} has several such datasets; give one of: {', '.join(found)}"
+        )
     if not found:
         raise CommandError(
             f"-d is {name_or_id}, but {results} has no models of that dataset: correct -d, or train first"
@@ -103,8 +105,6 @@ def finished_folds(model: Path, checkpoint: str) -> list[str]:
     found = sorted(path.parent.name.removeprefix("fold_") for path in model.glob(f"fold_*/{checkpoint}"))
     if not found:
         others = sorted({path.name for path in model.glob("fold_*/checkpoint_*.pth")})
-        raise CommandError(
-            f"no fold of {model} has {checkpoint}"
-            + (f"; its training has not ended, there is: {', '.join(others)} (-chk)" if others else ": train first")
-        )
+        there = f", but there is {', '.join(others)}: choose it with -chk, or finish the training"
+        raise CommandError(f"no fold of {model} has {checkpoint}{there if others else ': train first'}")
     return [fold for fold in found if fold != "all"] or found

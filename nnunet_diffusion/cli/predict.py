@@ -51,13 +51,8 @@ def _add_arguments_of_nnunet(parser: argparse.ArgumentParser) -> None:
     add("--save_probabilities", action="store_true", help="also write .npz, for nnUNetv2_ensemble")
     add("--continue_prediction", action="store_true", help="skip cases that are finished with the same settings")
     add("-chk", default="checkpoint_final.pth", help="checkpoint (checkpoint_final.pth)")
-    add(
-        "-npp",
-        type=int,
-        default=_number_in("nnUNet_npp"),
-        help="number of preprocessing processes (by cores and cases)",
-    )
-    add("-nps", type=int, default=_number_in("nnUNet_nps"), help="number of writing processes (by cores and cases)")
+    add("-npp", type=int, default=_number_in("nnUNet_npp"), help="preprocessing processes (by cores and cases)")
+    add("-nps", type=int, default=_number_in("nnUNet_nps"), help="writing processes (by cores and cases)")
     add("-prev_stage_predictions", metavar="FOLDER", help="segmentations of the cascade's previous stage")
     add("-num_parts", type=int, default=1, help="number of parts into which the images are divided (1)")
     add("-part_id", type=int, default=0, help="part to predict, from 0 (0)")
@@ -84,7 +79,7 @@ def _add_own_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         help="weight of the pre-segmentation's probabilities in the result, 0 to 1",
     )
-    add("--fusion", choices=FUSIONS, default="mean", help="how samples are combined to a segmentation (mean)")
+    add("--fusion", choices=FUSIONS, default="mean", help="how samples are combined into a segmentation (mean)")
     add("--keep_samples", action="store_true", help="write each sample to OUT/samples")
     add("--seed", type=int, help="seed of the noise")
     add("--presegmentation", metavar="FOLDER", help="segmentations or .npz probabilities to start from")

@@ -61,10 +61,7 @@ def run(words: Sequence[str]) -> int:
     """
     words = list(words)
     if {"-h", "--help"} & set(words):
-        print(
-            f"The help of nnUNetv2_train follows. Here the default of -tr is {DEFAULT_TRAINER}.\n",
-            flush=True,
-        )
+        print(f"Help of nnUNetv2_train, except that the default of -tr is {DEFAULT_TRAINER}:\n", flush=True)
     else:
         options = read_options(words)
         if options.tr is None:
@@ -275,7 +272,7 @@ def check_trainer(name: str) -> Any:
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # the search prints where it looks
+        with contextlib.redirect_stdout(io.StringIO()):  # hides where the search looks
             return recursive_find_trainer_class_by_name(name)
     except Exception as error:  # any trainer file in a folder of the variable may raise anything
         if not says_not_found(error):

@@ -56,9 +56,8 @@ def explained(error: Exception, preprocessed: Path, epoch: int) -> Exception | N
     saved = f"Finished epochs are saved; continue with --c, from epoch {epoch} on."
     if not preprocessed.is_dir():
         return FileNotFoundError(f"{preprocessed} is missing: mount or restore it, or run nnUNetv2_preprocess. {saved}")
-    if "Some background workers" in str(
-        error
-    ):  # from nnU-Net's check of the processes that write the validation's cases
+    # nnU-Net reports this about the processes that write the validation's cases
+    if "Some background workers" in str(error):
         return RuntimeError(
             "A process that writes the validation's segmentations has died. Its own message, if any, is above. Without a "
             "message it was killed, mostly for lack of memory: export nnUNet_def_n_proc with a smaller number and run the "

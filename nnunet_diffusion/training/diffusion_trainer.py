@@ -36,7 +36,7 @@ RANK_SEEDS = 1_000_003  # more than any number of epochs, so that no rank repeat
 
 
 class DiffusionTrainer(nnUNetTrainer):
-    """Trains the PGDiffSeg denoiser beside the frozen nnU-Net it starts from.
+    """nnU-Net trainer for the PGDiffSeg denoiser, which starts from the segmentation of a frozen nnU-Net.
 
     Planning, preprocessing, augmentation, folds, logging, validation and export are nnU-Net's. The denoiser is trained with
     AdamW and nnU-Net's poly schedule. Its moving average (EMA) is validated, saved as `network_weights` and used for
@@ -201,9 +201,7 @@ class DiffusionTrainer(nnUNetTrainer):
 
     def on_epoch_end(self) -> None:
         """End the epoch as nnU-Net does and draw the curves of the loss terms."""
-        self.print_to_log_file(
-            "The pseudo dice below is a proxy: one step from the pre-segmentation with the averaged weights"
-        )
+        self.print_to_log_file("Pseudo dice below is a proxy: one step from the pre-segmentation with averaged weights")
         super().on_epoch_end()
         if self.local_rank == 0:
             draw_curves(self)

@@ -131,7 +131,7 @@ def what_goes_on(trainer: nnUNetTrainer, presegmentor: str, saved: bool) -> str:
         found = f"the denoiser has no finished epoch yet; the pre-segmentor's {first} is on disk"
     else:
         found = "no finished epoch is on disk yet"
-    return f"{found}. To go on: {_command(trainer, own is not None)}"
+    return f"{found}. To continue: {_command(trainer, own is not None)}"
 
 
 def _newest(folder: Path) -> Path | None:

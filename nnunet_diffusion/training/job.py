@@ -54,7 +54,7 @@ def lost_data_explained(trainer: DiffusionTrainer) -> Iterator[None]:
 def describe(trainer: DiffusionTrainer) -> None:
     """Log the two networks of the model and how far each is trained."""
     if trainer.resumed:
-        state = "already trained; its weights are in this model's checkpoint"
+        state = "trained already; its weights are in this model's checkpoint"
     else:
         state = presegmentor_state(presegmentor_folder(trainer), given=trainer.given_presegmentor is not None)
     names = trainer.settings.presegmentor_trainer, state, type(trainer).__name__

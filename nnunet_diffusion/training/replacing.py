@@ -25,7 +25,7 @@ def what_happens_to_finished(trainer: nnUNetTrainer, resumed: bool) -> list[str]
     if resumed:
         if trainer.current_epoch < trainer.num_epochs:
             return []
-        return [f"This training is already finished ({folder / FINAL}): it is only validated again."]
+        return [f"This training is finished ({folder / FINAL}): it is only validated again."]
     if (folder / FINAL).is_file():
         return [
             f"WARNING: {folder} holds a finished training, and this command starts a new one (no --c). After its first epoch "

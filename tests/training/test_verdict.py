@@ -133,7 +133,7 @@ def test_cases_without_a_dice_are_left_out_counted_and_null_in_the_file(tmp_path
 def test_without_a_common_case_there_is_nothing_to_compare(tmp_path):
     content = comparison_content({"a": 0.5}, {"b": 0.5})
     assert (content["n"], content["left_out"]) == (0, 2)
-    assert "nothing to compare" in content["sentence"]
+    assert "no validation case has a Dice for both" in content["sentence"]
     write_json(content, tmp_path / "comparison.json")
     assert strict(tmp_path / "comparison.json")["interval_95"] == [None, None]
 

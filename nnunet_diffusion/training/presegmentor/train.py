@@ -88,9 +88,8 @@ def ensure_presegmentor(
             log("Pre-segmentor: validation with probabilities.")
             trainer.perform_actual_validation(save_probabilities=True)
             while trainer.local_rank != 0 and measured_cases(summary) is None:
-                time.sleep(
-                    LOCK_SECONDS
-                )  # rank 0 evaluates all cases, which takes longer than a collective call would wait
+                # rank 0 evaluates all cases, which takes longer than a collective call would wait
+                time.sleep(LOCK_SECONDS)
         if trainer is not None:
             _finish_loggers(trainer)
     # reference cycles through its wrapped methods keep the trainer, and its network and optimizer state on the GPU, alive
