@@ -145,8 +145,9 @@ def find_raw_dataset(name_or_id: str, environment: Mapping[str, str]) -> str:
     raw, preprocessed = (Path(folder_in(environment, name)) for name in (RAW, PREPROCESSED))
     found = datasets_in(raw, dataset_prefix(name_or_id))
     if len(found) != 1:
-        there = "is not" if not found else f"is ambiguous ({', '.join(found)})"
-        raise CommandError(f"dataset {name_or_id} {there} in {raw}; put it there in nnU-Net's format")
+        missing = f"is not in {raw}; put it there in nnU-Net's format"
+        ambiguous = f"is ambiguous in {raw} ({', '.join(found)}); give each dataset a number of its own"
+        raise CommandError(f"dataset {name_or_id} {ambiguous if found else missing}")
     if not (raw / found[0] / "dataset.json").is_file():
         raise CommandError(f"{raw / found[0]} has no dataset.json; write it as nnU-Net's dataset_format.md describes")
     number = int(found[0][7:10])
