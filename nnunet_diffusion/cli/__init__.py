@@ -1,1 +1,1 @@
-"""The console command `nnunet_diffusion`: one module per subcommand, put together in `main`."""
+"""The console command `nnunet_diffusion`: one module per subcommand, combined in `main`."""

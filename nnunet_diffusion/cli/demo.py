@@ -1,4 +1,4 @@
-"""`nnunet_diffusion demo`: the main job end to end, on generated images and by nnU-Net's own commands."""
+"""`nnunet_diffusion demo`: train, predict and evaluate on generated images with nnU-Net's own commands."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ SILENCE_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Recipe:
-    """All choices of the demo, small enough for two cores without GPU.
+    """All choices of the demo, small enough for two CPU cores without a GPU.
 
     Attributes:
-        training_images: Images to train and validate on.
-        test_images: Images to report on.
-        trainer: Trained and compared; it trains `presegmentor` first.
-        presegmentor: nnU-Net's trainer of the same length.
-        spacing: To which the images (1 pixel) are brought, so that a patch holds a whole one even on a CPU.
-        step_seconds: What a training step may take on a CPU; the plans are made for that.
-        memory_target_gb: What both networks may take on a GPU, there.
-        ddpm_steps: Network evaluations of the DDPM from pure noise.
+        training_images: number of images for training and validation.
+        test_images: number of images for the report.
+        trainer: name of the diffusion trainer; it trains `presegmentor` first.
+        presegmentor: name of nnU-Net's trainer of the same length.
+        spacing: spacing to which the images (spacing 1) are resampled, so that a patch covers a whole image even on a CPU.
+        step_seconds: seconds per training step to plan for on a CPU.
+        memory_target_gb: GPU memory to plan for on a GPU.
+        ddpm_steps: number of network evaluations of the DDPM from pure noise.
     """
 
     training_images: int = 60
@@ -51,12 +51,12 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Workplace:
-    """Where the demo keeps everything, nnU-Net's three folders included.
+    """Folders of the demo, including nnU-Net's three, with its device and recipe.
 
     Attributes:
-        folder: Root of all.
+        folder: root folder of the demo.
         device: "cuda" or "cpu".
-        recipe: What is made here.
+        recipe: choices of the demo.
     """
 
     folder: Path
@@ -74,22 +74,22 @@ class Workplace:
         return self.folder / "preprocessed" / DATASET_NAME
 
     def model(self, trainer: str) -> Path:
-        """Folder of the trained model of `trainer`."""
+        """Return the model folder of `trainer`."""
         return self.folder / "results" / DATASET_NAME / f"{trainer}__{PLANS_NAME}__2d"
 
     def predictions(self, trainer: str) -> Path:
-        """Folder of the test images' segmentations by `trainer`."""
+        """Return the folder of the test images' segmentations by `trainer`."""
         return self.folder / "predictions" / trainer
 
     def environment(self) -> dict[str, str]:
-        """Variables of nnU-Net's commands: folders under the demo's own, never the user's."""
+        """Return the environment of nnU-Net's commands; its folders are inside the demo's, never the user's own."""
         users = {name: value for name, value in os.environ.items() if name != PRESEGMENTOR_FOLDER}
         return {
             **with_trainers(users),
             **{f"nnUNet_{name}": str(self.folder / name) for name in ("raw", "preprocessed", "results")},
-            "nnUNet_def_n_proc": "2",  # each worker imports torch, which takes longer than the work of so few images
-            "nnUNet_compile": "f",  # compiling costs more than so short a training gains
-            "OMP_WAIT_POLICY": "passive",  # waiting threads leave the cores to nnU-Net's augmentation workers
+            "nnUNet_def_n_proc": "2",  # each worker imports torch, which takes longer than processing so few images
+            "nnUNet_compile": "f",  # compiling takes longer than it saves in such a short training
+            "OMP_WAIT_POLICY": "passive",  # idle threads free the cores for nnU-Net's augmentation workers
             "PYTHONUNBUFFERED": "1",
             "PYTHONWARNINGS": "ignore",
         }
@@ -100,7 +100,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "demo", help="generate images, train, predict, report (about 10 minutes on two cores)"
     )
-    parser.add_argument("--folder", type=Path, default=Path("demo"), help="where to put everything (default: demo)")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("demo"), help="folder for all files of the demo (default: demo)"
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is a GPU, else cpu")
     parser.set_defaults(run=run)
 
@@ -112,18 +114,18 @@ def run(options: argparse.Namespace) -> int:
 
 
 def run_recipe(folder: Path, device: str | None, recipe: Recipe) -> Path:
-    """Make or complete the demo in `folder`; what an earlier run finished is kept.
+    """Run the demo in `folder`. Steps that an earlier run finished are skipped.
 
     Args:
-        folder: Made if it is missing.
+        folder: root folder of the demo; created if it is missing.
         device: "cuda", "cpu", or None for the GPU if there is one.
-        recipe: Sizes and names.
+        recipe: choices of the demo.
 
     Returns:
-        The report, folder/report.md.
+        Path of the report, folder/report.md.
 
     Raises:
-        CommandError: A step failed, or the folder holds something else.
+        CommandError: a step failed, or the folder holds files of something else.
     """
     place = Workplace(claim(Path(folder).resolve(), recipe), device or default_device(), recipe)
     steps = demo_steps(place)
@@ -133,7 +135,7 @@ def run_recipe(folder: Path, device: str | None, recipe: Recipe) -> Path:
         mark = place.folder / "finished" / name.replace(" ", "_")
         title = f"[{number}/{len(steps)}] {name}"
         if mark.exists():
-            print(f"{title}: there already", flush=True)
+            print(f"{title}: already done", flush=True)
             continue
         print(f"{title} ...", flush=True)
         step_began = time.monotonic()
@@ -147,7 +149,7 @@ def run_recipe(folder: Path, device: str | None, recipe: Recipe) -> Path:
 
 
 def claim(folder: Path, recipe: Recipe) -> Path:
-    """Make `folder`, or check that the same recipe made it, so that no old result passes for a new one."""
+    """Create `folder`, or check that the same recipe created it, so that old results are not taken for new ones."""
     record = folder / "recipe.json"
     wanted = json.dumps(asdict(recipe), indent=2)
     if record.is_file() and record.read_text(encoding="utf-8") != wanted:
@@ -157,21 +159,21 @@ def claim(folder: Path, recipe: Recipe) -> Path:
     if folder.exists() and not folder.is_dir():
         raise CommandError(f"--folder {folder} is a file; give another folder")
     if not record.is_file() and folder.exists() and any(folder.iterdir()):
-        raise CommandError(f"--folder {folder} holds other files than a demo's; give another folder")
+        raise CommandError(f"--folder {folder} holds other files than those of a demo; give another folder")
     folder.mkdir(parents=True, exist_ok=True)
     record.write_text(wanted, encoding="utf-8")
     return folder
 
 
 def default_device() -> str:
-    """The GPU if torch finds one."""
+    """Return "cuda" if torch finds a GPU, else "cpu"."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def demo_steps(place: Workplace) -> dict[str, Callable[[], object]]:
-    """Name and action of each step, in order; an interrupted one can be run again."""
+    """Return the name and action of each step, in order. An interrupted step can be run again."""
     from nnunet_diffusion.cli.demo_data import write_dataset
 
     recipe, number = place.recipe, str(DATASET_ID)
@@ -197,35 +199,35 @@ def demo_steps(place: Workplace) -> dict[str, Callable[[], object]]:
 
 
 def make_report(place: Workplace) -> None:
-    """Time, evaluate and draw in a process that has the environment of nnU-Net's commands."""
+    """Write the report in a separate process that has the environment of nnU-Net's commands."""
     log = place.folder / "logs" / "report.log"
     module = "nnunet_diffusion.cli.demo_report"
     if stream([sys.executable, "-m", module, str(place.folder), place.device], place.environment(), log):
-        raise CommandError(f"the report failed; its output is in {log}; correct what it names and run again")
+        raise CommandError(f"the report failed; see its output in {log}, correct the error and run again")
 
 
 def plan_and_preprocess(place: Workplace) -> None:
-    """Plan for this machine, and preprocess."""
+    """Plan for this machine and preprocess the dataset."""
     number, recipe = str(DATASET_ID), place.recipe
     run_command(["nnUNetv2_extract_fingerprint", "-d", number, "-np", "2", "--verify_dataset_integrity"], place)
     if place.device == "cpu":
         target = ["-device", "cpu", "-step_seconds", f"{recipe.step_seconds:g}"]
     else:
         target = ["-gpu_memory_target", f"{recipe.memory_target_gb:g}"]
-    # in 2D the first of nnU-Net's three numbers stands for the missing axis
+    # in 2D the first of nnU-Net's three numbers is a placeholder for the missing axis
     target += ["-overwrite_target_spacing", "999", *2 * [f"{recipe.spacing:g}"]]
     run_command(["nnunet_diffusion", "plan", "-d", number, *target, "--preprocess", "-c", "2d", "-np", "2"], place)
 
 
 def run_command(words: Sequence[str], place: Workplace) -> None:
-    """Run a command, showing its output as it comes and keeping it in `logs/`.
+    """Run a command, show its output immediately and append it to a file in `logs/`.
 
     Args:
-        words: The command and its arguments.
-        place: Where the demo is.
+        words: command and its arguments.
+        place: folders of the demo.
 
     Raises:
-        CommandError: The command failed.
+        CommandError: the command failed.
     """
     log = place.folder / "logs" / f"{words[0]}.log"
     log.parent.mkdir(exist_ok=True)
@@ -233,24 +235,24 @@ def run_command(words: Sequence[str], place: Workplace) -> None:
     code = stream([find_command(words[0]), *words[1:]], place.environment(), log)
     if code:
         raise CommandError(
-            f"{words[0]} failed with exit code {code}; its output is in {log}; correct what it names and run again"
+            f"{words[0]} failed with exit code {code}; see its output in {log}, correct the error and run again"
         )
 
 
 def find_command(name: str) -> str:
-    """Path of a console command of this Python environment, or else of the search path."""
+    """Return the path of a console command in this Python environment, or else on the search path."""
     own = Path(sys.executable).parent / name
     found = str(own) if own.is_file() else shutil.which(name)
     if found is None:
-        raise CommandError(f"{name} is not installed beside {sys.executable}; run: pip install nnunetv2")
+        raise CommandError(f"{name} is not installed in the environment of {sys.executable}; run: pip install nnunetv2")
     return found
 
 
 def stream(words: Sequence[str], environment: Mapping[str, str], log: Path) -> int:
-    """Run `words`, copy its output to the terminal and to the end of `log`, and show a sign of life in silence.
+    """Run `words`, copy its output to the terminal and to `log`, and print a sign of life while there is no output.
 
     Returns:
-        Exit code.
+        Exit code of the command.
     """
     began = last_sign = time.monotonic()
     with (
@@ -270,10 +272,10 @@ def stream(words: Sequence[str], environment: Mapping[str, str], log: Path) -> i
                 last_sign = time.monotonic()
             elif time.monotonic() - last_sign > SILENCE_SECONDS:
                 last_sign = time.monotonic()
-                print(f"  ... at work for {clock(last_sign - began)}", flush=True)
+                print(f"  ... running for {clock(last_sign - began)}", flush=True)
     return process.returncode
 
 
 def clock(seconds: float) -> str:
-    """Duration as minutes:seconds."""
+    """Return a duration as minutes:seconds."""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

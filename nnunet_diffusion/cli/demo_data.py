@@ -1,9 +1,9 @@
 """Procedural 2D images that resemble breast ultrasound, written as an nnU-Net raw dataset.
 
-The image formation is a short form of the usual speckle model: complex Gaussian scatterers, weighted by a map of
+The image formation is a short form of the usual speckle model. Complex Gaussian scatterers, weighted by a map of
 echogenicity in dB, are blurred by the pulse, so that the envelope is Rayleigh distributed with a finite correlation
-length; averaged looks (compounding) make it gamma-like; attenuation is integrated along the beam (downwards), which
-yields the shadow below malignant lesions and the enhancement below cysts without drawing either.
+length. Averaging over looks (compounding) makes its distribution gamma-like. Attenuation is integrated along the beam
+(downwards), which yields the shadow below malignant lesions and the enhancement below cysts without drawing either.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from scipy.ndimage import gaussian_filter, gaussian_filter1d
 Array = NDArray[np.float64]
 
 KINDS = ("cyst", "benign", "malignant", "normal")
-# One repeating list decides the kind by the case's number: a third malignant, a seventh without a lesion.
+# kind of each case by its number, repeated: three in seven are malignant, one in seven has no lesion
 KIND_CYCLE = ("malignant", "benign", "normal", "malignant", "cyst", "benign", "malignant")
-# echogenicity against its surroundings (dB), attenuation against the surroundings (dB per pixel), blur of margin (px)
+# relative to the surroundings: echogenicity (dB) and attenuation (dB per pixel); then blur of the margin (pixels)
 LESION_RANGES = {
     "cyst": ((-26.0, -17.0), (-0.38, -0.2), (0.8, 1.5)),
     "benign": ((-13.0, -6.5), (-0.10, 0.02), (1.0, 2.2)),
@@ -31,12 +31,12 @@ LESION_RANGES = {
 
 @dataclass(frozen=True)
 class UltrasoundImage:
-    """One image with its truth.
+    """One image with its ground truth.
 
     Attributes:
-        image: Grey values, uint8, (height, width); depth runs along the first axis.
-        mask: 1 inside the lesion, uint8, same shape.
-        kind: One of KINDS.
+        image: grey values, uint8, (height, width); depth is the first axis.
+        mask: 1 inside the lesion, else 0; uint8, same shape.
+        kind: one of KINDS.
     """
 
     image: NDArray[np.uint8]
@@ -46,12 +46,12 @@ class UltrasoundImage:
 
 @dataclass(frozen=True)
 class Tissue:
-    """Acoustic maps of one scan plane, all float64 of one shape (height, width).
+    """Acoustic maps of one scan plane, each float64 of shape (height, width).
 
     Attributes:
-        echogenicity_db: Mean backscatter.
-        attenuation_db: Two-way loss per pixel of depth beyond what the machine compensates; negative enhances.
-        specular: Amplitude of smooth reflectors such as fascia and septa, against an echogenicity of 0 dB.
+        echogenicity_db: mean backscatter.
+        attenuation_db: two-way loss per pixel of depth beyond the machine's compensation; negative for enhancement.
+        specular: amplitude of smooth reflectors such as fascia and septa, relative to an echogenicity of 0 dB.
     """
 
     echogenicity_db: Array
@@ -60,17 +60,17 @@ class Tissue:
 
 
 def generate_image(kind: str, seed: int) -> UltrasoundImage:
-    """Make one image; the same kind and seed give the same pixels.
+    """Generate one image; the same kind and seed give the same pixels.
 
     Args:
-        kind: One of KINDS.
-        seed: Any non-negative integer.
+        kind: one of KINDS.
+        seed: non-negative integer.
 
     Returns:
         Image of 144 to 192 by 160 to 192 pixels and its mask (empty for kind "normal").
 
     Raises:
-        ValueError: Unknown kind.
+        ValueError: the kind is unknown.
     """
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}, but must be one of {', '.join(KINDS)}")
@@ -84,20 +84,20 @@ def generate_image(kind: str, seed: int) -> UltrasoundImage:
 
 
 def smooth_noise(shape: tuple[int, ...], sigma: tuple[float, ...], rng: np.random.Generator) -> Array:
-    """Gaussian random field of `shape` with correlation lengths `sigma` (pixels), mean 0 and deviation 1."""
+    """Return a Gaussian random field with correlation lengths `sigma` (pixels), mean 0 and standard deviation 1."""
     field = gaussian_filter(rng.standard_normal(shape), sigma, mode="wrap" if len(shape) == 1 else "reflect")
     return (field - field.mean()) / (field.std() + 1e-12)
 
 
 def ridges(shape: tuple[int, int], sigma: tuple[float, float], width: float, rng: np.random.Generator) -> Array:
-    """Thin curved lines, 0 to 1: the zero crossings of a smooth field, faded out in patches."""
+    """Return thin curved lines, 0 to 1: the zero crossings of a smooth field, faded out in patches."""
     lines = np.exp(-((smooth_noise(shape, sigma, rng) / width) ** 2))
     patches = np.clip(0.4 + 0.5 * smooth_noise(shape, (6.0, 12.0), rng), 0.0, 1.0)
     return lines * patches * (0.6 + 0.4 * smooth_noise(shape, (1.0, 1.5), rng))
 
 
 def layered_tissue(shape: tuple[int, int], rng: np.random.Generator) -> Tissue:
-    """Skin, subcutaneous fat with septa, glandular tissue with fat lobules, and muscle with striations."""
+    """Return skin, subcutaneous fat with septa, glandular tissue with fat lobules, and muscle with striations."""
     height, width = shape
     depth = np.arange(height, dtype=np.float64)[:, None]
 
@@ -125,16 +125,16 @@ def layered_tissue(shape: tuple[int, int], rng: np.random.Generator) -> Tissue:
         + in_muscle * 2.0 * ridges(shape, (1.7, 26.0), 0.25, rng)
         + 1.2 * np.exp(-(((depth - muscle) / 1.5) ** 2)) * (smooth_noise((width,), (9.0,), rng)[None] > -0.3)
     )
-    # poor contact and ligaments: columns that are darker from the skin downwards
+    # columns that are darker from the skin downwards, as below poor contact and ligaments
     columns = np.clip(smooth_noise((width,), (5.0,), rng) - 1.0, 0.0, None)[None] * rng.uniform(0.0, 0.09)
     return Tissue(echogenicity, rng.uniform(0.03, 0.14) + columns + np.zeros(shape), specular)
 
 
 def insert_lesion(tissue: Tissue, kind: str, rng: np.random.Generator) -> tuple[Tissue, NDArray[np.uint8]]:
-    """Put one lesion into the tissue.
+    """Insert one lesion into the tissue.
 
     Returns:
-        The changed maps, and the mask as a reader would draw it: slightly off the true margin and with blunt spicules.
+        The changed maps, and the mask as a reader would draw it: slightly off the true margin, with blunt spicules.
     """
     contrast, attenuation, blur = (rng.uniform(*limits) for limits in LESION_RANGES[kind])
     angle, distance, radius, spicules = lesion_outline(tissue.echogenicity_db.shape, kind, rng)
@@ -159,11 +159,11 @@ def insert_lesion(tissue: Tissue, kind: str, rng: np.random.Generator) -> tuple[
 
 
 def lesion_outline(shape: tuple[int, ...], kind: str, rng: np.random.Generator) -> tuple[Array, Array, Array, Array]:
-    """Polar description of a lesion around a random centre.
+    """Return the outline of a lesion in polar coordinates around a random centre.
 
     Returns:
-        Four arrays of `shape`: angle (radians) and distance (pixels) of each pixel, radius of the body towards that
-        angle, and length of the spicules beyond it (pixels; 0 unless malignant).
+        Four arrays of `shape`: angle (radians) and distance (pixels) of each pixel, radius of the body at that angle,
+        and length of the spicules beyond it (pixels; 0 unless malignant).
     """
     height, width = shape
     malignant = kind == "malignant"
@@ -188,7 +188,7 @@ def lesion_outline(shape: tuple[int, ...], kind: str, rng: np.random.Generator) 
 
 
 def insonify(tissue: Tissue, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Image the tissue: speckle, integrated attenuation, focus, noise floor and logarithmic compression.
+    """Simulate the image of a tissue with speckle, attenuation, focus, noise floor and logarithmic compression.
 
     Returns:
         uint8 image of the tissue's shape.
@@ -203,7 +203,7 @@ def insonify(tissue: Tissue, rng: np.random.Generator) -> NDArray[np.uint8]:
         field = blur_pulse(scatterers, axial_px, lateral_px)
         field = amplitude * field / np.sqrt(np.mean(np.abs(field) ** 2)) + tissue.specular
         envelope += np.abs(blur_pulse(field, 0.4, 0.6)) / looks
-    # beams diverge: what one pixel absorbs darkens a column that widens with depth
+    # beams diverge, so the shadow of an absorbing pixel widens with depth
     loss_db = gaussian_filter1d(np.cumsum(tissue.attenuation_db, axis=0), 2.5, axis=1)
     depth = np.linspace(0.0, 1.0, shape[0])[:, None]
     gain_db = -10.0 * rng.uniform(0.2, 1.0) * (depth - rng.uniform(0.3, 0.6)) ** 2 / 0.25
@@ -216,19 +216,19 @@ def insonify(tissue: Tissue, rng: np.random.Generator) -> NDArray[np.uint8]:
 
 
 def blur_pulse(field: NDArray, axial_px: float, lateral_px: float) -> NDArray:
-    """Complex field blurred by the pulse, a Gaussian wider across the beam than along it."""
+    """Return a complex field blurred by the pulse, a Gaussian with these standard deviations (pixels)."""
     sigma = (axial_px, lateral_px)
     return gaussian_filter(field.real, sigma) + 1j * gaussian_filter(field.imag, sigma)
 
 
 def write_dataset(folder: Path, training: int = 60, test: int = 20, seed: int = 2026) -> None:
-    """Write the demo dataset in nnU-Net's raw format: 8-bit PNG, dataset.json last, as the mark of completeness.
+    """Write the demo dataset in nnU-Net's raw format, as 8-bit PNG; dataset.json is written last.
 
     Args:
-        folder: Folder of the dataset, such as nnUNet_raw/Dataset901_DemoUltrasound; made if it is missing.
-        training: Number of images in imagesTr and labelsTr.
-        test: Number of images in imagesTs, with truth in labelsTs.
-        seed: Seed of the whole dataset.
+        folder: folder of the dataset, such as nnUNet_raw/Dataset901_DemoUltrasound; created if it is missing.
+        training: number of images in imagesTr and labelsTr.
+        test: number of images in imagesTs, with ground truth in labelsTs.
+        seed: seed of the whole dataset.
     """
     import SimpleITK
 

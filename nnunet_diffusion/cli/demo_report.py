@@ -1,7 +1,7 @@
 """The demo's last step: time and evaluate the three methods, draw the reverse process, write the report.
 
-A process of its own, `python -m nnunet_diffusion.cli.demo_report FOLDER DEVICE`, because the variables that it needs
-(where nnU-Net finds the trainers, how threads wait) are read when torch and nnU-Net are loaded.
+It runs as a separate process, `python -m nnunet_diffusion.cli.demo_report FOLDER DEVICE`, because torch and nnU-Net read the
+environment variables that it needs (trainers, waiting threads) when they are imported.
 """
 
 from __future__ import annotations
@@ -32,33 +32,33 @@ TEMPLATE = """# Demo of nnunet-diffusion
 
 {recipe.training_images} generated training images; {with_lesion} test images with a lesion, {without_lesion} without.
 Trainers `{recipe.presegmentor}` and `{recipe.trainer}`, device {device}. Plans `{plans}`, made for this machine: {sizes}.
-The training is brief and the networks are small: this shows that everything works, not how good it gets.
+The training is short and the networks are small: this shows that everything works, not how accurate it can be.
 
 {table}
-Dice is the mean over the test images with a lesion (a miss counts 0); HD95 the mean over those where both truth and
-result show one. DDPM starts from pure noise and runs without mirroring, to spare time; the other two are nnU-Net's
-stock prediction with mirroring. In PD-DDPM nnU-Net's own probabilities count with a weight of {weight:g}.
+Dice is the mean over the test images with a lesion (a missed lesion counts 0). HD95 is the mean over the images in which both
+truth and result have one. DDPM starts from pure noise and runs without mirroring, to save time; the other two are nnU-Net's
+stock prediction with mirroring. In PD-DDPM nnU-Net's own probabilities have a weight of {weight:g}.
 
 {agreement}
 
 ![Reverse process](report.png)
 
-From nnU-Net's segmentation noised to T' = {start_step} down to 0, here in {figure_steps} steps over the whole image, at the
-network's resolution, and without nnU-Net's probabilities in the result.
-Error map: white right, red missed, blue too much.
+The reverse process from nnU-Net's segmentation, noised to T' = {start_step}, down to 0, here in {figure_steps} steps on the
+whole image, at the network's resolution, without nnU-Net's probabilities in the result.
+Error map: white is correct, red is missed, blue is false positive.
 """
 
 
 @dataclass(frozen=True, eq=False)
 class MethodResult:
-    """One method on all test images.
+    """Result of one method on all test images.
 
     Attributes:
-        name: As in the table.
-        segmentations: Label map (height, width) of each case.
-        presegmentor_evaluations: Calls of nnU-Net's network, mean per image.
-        denoiser_evaluations: Calls of the denoiser, mean per image.
-        seconds: Mean per image, the model already loaded.
+        name: name in the report's table.
+        segmentations: case -> label map (height, width).
+        presegmentor_evaluations: mean number of evaluations of nnU-Net's network per image.
+        denoiser_evaluations: mean number of evaluations of the denoiser per image.
+        seconds: mean time per image, without loading the model.
     """
 
     name: str
@@ -72,7 +72,7 @@ def write_report(place: Workplace) -> None:
     """Write report.md and report.png into the demo's folder.
 
     Args:
-        place: A demo whose models are trained and whose test images are predicted by the stock command.
+        place: folders of a demo with trained models, and test images predicted by nnUNetv2_predict.
     """
     import torch
 
@@ -108,20 +108,20 @@ def write_report(place: Workplace) -> None:
 
 
 def read_labels(path: Path) -> Labels:
-    """Pixels of a grey PNG, (height, width)."""
+    """Return the pixels of a grey PNG, (height, width)."""
     import SimpleITK
 
     return SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path)))
 
 
 def load_predictor(model: Path, device: Any, *, mirroring: bool) -> nnUNetPredictor:
-    """nnU-Net's own predictor with the final weights of fold 0."""
+    """Return nnU-Net's own predictor with the final weights of fold 0."""
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
-    with contextlib.redirect_stdout(io.StringIO()):  # the search for the trainer's class is long-winded
+    with contextlib.redirect_stdout(io.StringIO()):  # hides what the search for the trainer's class prints
         predictor = nnUNetPredictor(use_mirroring=mirroring, device=device, allow_tqdm=False)
         predictor.initialize_from_trained_model_folder(str(model), use_folds=(0,))
-    # the stock predictor loads the weights when it predicts; the figure needs them before
+    # nnU-Net's predictor loads the weights only when it predicts; the figure needs them earlier
     predictor.network.load_state_dict(predictor.list_of_parameters[0])
     predictor.network.to(device).eval()
     return predictor
@@ -133,13 +133,13 @@ def time_method(
     images: Mapping[str, Labels],
     settings: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
 ) -> MethodResult:
-    """Segment every image in process, counting seconds and network evaluations.
+    """Segment every image in this process and measure time and network evaluations.
 
     Args:
-        name: As in the table.
-        predictor: Holds the model.
-        images: Grey values (height, width) of each case.
-        settings: Makes the context to predict in.
+        name: name in the report's table.
+        predictor: predictor with the model.
+        images: case -> grey values (height, width).
+        settings: returns the context manager in which to predict.
     """
     from tqdm import tqdm
 
@@ -157,13 +157,13 @@ def time_method(
 
 
 def image_properties() -> dict[str, Any]:
-    """What nnU-Net's reader says of a PNG: 999 stands for the missing axis."""
+    """Return the properties that nnU-Net's reader gives a PNG; 999 is a placeholder for the missing axis."""
     return {"spacing": (999, *SPACING_PIXELS)}
 
 
 @contextlib.contextmanager
 def counted_calls(module: Any) -> Iterator[list[None]]:
-    """List that grows by one entry with each call of `module` inside the context."""
+    """Yield a list that gets one entry for each call of `module` in the `with` block."""
     calls: list[None] = []
     handle = module.register_forward_hook(lambda *_: calls.append(None))
     try:
@@ -173,7 +173,7 @@ def counted_calls(module: Any) -> Iterator[list[None]]:
 
 
 def agreement_line(result: MethodResult, folder: Path) -> str:
-    """Sentence on how far the timed segmentations equal those of the stock command."""
+    """Return a sentence that says how many segmentations equal those of nnUNetv2_predict."""
     same = sum(
         np.array_equal(read_labels(folder / f"{case}.png"), labels) for case, labels in result.segmentations.items()
     )
@@ -190,11 +190,11 @@ def draw_figure(
     """Draw one case of each kind: its reverse process in FIGURE_STEPS steps from nnU-Net's segmentation at T'.
 
     Args:
-        path: Where to write.
-        plain: Holds nnU-Net, whose stock prediction is the start.
-        diffusion: Holds the DiffusionSegmenter.
-        images: Grey values (height, width) of each case.
-        truth: Label map of each case.
+        path: file to write.
+        plain: predictor with nnU-Net, from whose prediction the process starts.
+        diffusion: predictor with the DiffusionSegmenter.
+        images: case -> grey values (height, width).
+        truth: case -> label map.
     """
     from nnunet_diffusion.explain.figures import ReportRow, report_figure
 
@@ -211,16 +211,16 @@ def draw_figure(
 def reverse_process(
     plain: nnUNetPredictor, diffusion: nnUNetPredictor, image: Labels
 ) -> tuple[Labels, list[tuple[int, NDArray]], Labels]:
-    """States of one reverse process over the whole image, at the network's resolution, and the label maps at its ends.
+    """Run one reverse process on the whole image, at the network's resolution.
 
     Args:
-        plain: Holds nnU-Net, whose stock prediction is the start.
-        diffusion: Holds the DiffusionSegmenter.
-        image: Grey values (height, width).
+        plain: predictor with nnU-Net, from whose prediction the process starts.
+        diffusion: predictor with the DiffusionSegmenter.
+        image: grey values (height, width).
 
     Returns:
-        Label map (height, width) of the start; (timestep, state of class 1) pairs, the last one clean with timestep -1;
-        label map of the result.
+        Label map (height, width) of the start; pairs of timestep and state of class 1, of which the last has timestep -1 and no
+        noise; label map of the result.
     """
     import torch
     from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
@@ -265,7 +265,7 @@ def report_text(
     settings: Any,
     agreement: Sequence[str],
 ) -> str:
-    """The report in markdown."""
+    """Return the report in markdown."""
     from nnunet_diffusion.evaluation.comparison import markdown_table
 
     lesions = [case for case in truth if truth[case].any()]
@@ -288,7 +288,7 @@ def report_text(
 
 
 def planned_sizes(model: Path) -> str:
-    """Patch, batch and widths in words."""
+    """Return patch, batch and widths in words."""
     from nnunet_diffusion.model.settings import DiffusionSettings, topology_of
 
     configuration = json.loads((model / "plans.json").read_text(encoding="utf-8"))["configurations"]["2d"]
@@ -302,7 +302,7 @@ def planned_sizes(model: Path) -> str:
 
 
 def quality_cells(result: MethodResult, truth: Mapping[str, Labels]) -> list[str]:
-    """Dice, HD95, missed lesions and false alarms of one method."""
+    """Return Dice, HD95, missed lesions and false alarms of one method."""
     from nnunet_diffusion.evaluation.comparison import number
     from nnunet_diffusion.evaluation.metrics import dice, hd95
 
@@ -318,7 +318,7 @@ def quality_cells(result: MethodResult, truth: Mapping[str, Labels]) -> list[str
 
 
 def cost_cells(result: MethodResult) -> list[str]:
-    """Network evaluations and seconds of one method."""
+    """Return network evaluations and seconds of one method."""
     evaluations = f"{result.presegmentor_evaluations:.0f} + {result.denoiser_evaluations:.0f}"
     return [evaluations, f"{result.seconds:.2f}"]
 

@@ -1,4 +1,4 @@
-"""The device that a command is to run on."""
+"""The device on which a command runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ DEVICES = ("cuda", "cpu", "mps")
 
 
 def check_device(device: str) -> None:
-    """Raise CommandError if `device` is unknown, or this machine or this torch does not have it."""
+    """Raise CommandError if `device` is unknown, or not available on this machine or in this build of torch."""
     import torch
 
     if device not in DEVICES:

@@ -1,4 +1,4 @@
-"""`nnunet_diffusion doctor`: is this machine ready for training, and if not, what is the cure."""
+"""`nnunet_diffusion doctor`: check whether this machine is ready for training, and print how to correct each problem."""
 
 from __future__ import annotations
 
@@ -22,14 +22,21 @@ from nnunet_diffusion.files import says_not_found
 
 OK, WARN, FAIL = "OK", "WARN", "FAIL"
 SET_TRAINERS = f'export {VARIABLE}="$(nnunet_diffusion trainers_directory)"'
-# package: oldest supported version
+# package -> oldest supported version
 REQUIREMENTS = {"nnunetv2": (2, 8, 0), "torch": (2, 10, 0)}
 SMALL_SHARED_MEMORY_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Result of one check: what was looked at, OK, WARN or FAIL, what was seen, and the cure if not OK."""
+    """Result of one check.
+
+    Attributes:
+        name: what was checked.
+        level: OK, WARN or FAIL.
+        seen: what the check found.
+        cure: how to correct it; empty if the level is OK.
+    """
 
     name: str
     level: str
@@ -47,7 +54,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print one line per finding; exit code 1 if any is FAIL."""
+    """Print one line per finding. Return exit code 1 if any finding is FAIL, else 0."""
     failures = 0
     for finding in examine(os.environ):
         print(finding, flush=True)
@@ -57,10 +64,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def examine(environment: Mapping[str, str]) -> Iterator[Finding]:
-    """Run all checks; one that breaks is itself a FAIL and stops no other.
+    """Yield the findings of all checks. A check that raises an exception counts as FAIL and does not stop the others.
 
     Args:
-        environment: Variables of the process, as nnU-Net will read them.
+        environment: variables of the process, as nnU-Net will read them.
     """
     checks: dict[str, Callable[[], Iterator[Finding]]] = {
         "python": check_python,
@@ -76,13 +83,13 @@ def examine(environment: Mapping[str, str]) -> Iterator[Finding]:
     for name, check in checks.items():
         try:
             yield from check()
-        except Exception as error:  # a broken installation raises anything, and the other lines matter all the more
+        except Exception as error:  # a broken installation may raise anything; the other checks still help
             seen = f"this check stopped with {type(error).__name__}: {first_line(error)}"
             yield Finding(name, FAIL, seen, "install this package again, in its clone: pip install --force-reinstall .")
 
 
 def check_python() -> Iterator[Finding]:
-    """Python is new enough."""
+    """Check that Python is new enough."""
     seen = platform.python_version()
     if tuple(map(int, platform.python_version_tuple()[:2])) < (3, 10):
         yield Finding("python", FAIL, seen, "install Python 3.10 or newer and create the environment with it")
@@ -91,7 +98,7 @@ def check_python() -> Iterator[Finding]:
 
 
 def check_versions() -> Iterator[Finding]:
-    """The packages this plugin is built for are installed in a supported version."""
+    """Check that the packages this plugin needs are installed in a supported version."""
     for package, oldest in REQUIREMENTS.items():
         wanted = f'"{package}>={".".join(map(str, oldest))}"'
         try:
@@ -107,7 +114,7 @@ def check_versions() -> Iterator[Finding]:
 
 
 def check_folders(environment: Mapping[str, str]) -> Iterator[Finding]:
-    """nnU-Net's three folders are set, exist and can be written; raw data are often shared, and only read."""
+    """Check that nnU-Net's three folders are set, exist and are writable; raw data are often shared and may be read-only."""
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         folder = environment.get(name)
         if not folder:
@@ -125,7 +132,7 @@ def check_folders(environment: Mapping[str, str]) -> Iterator[Finding]:
 
 
 def is_writable(folder: Path) -> bool:
-    """True if a file can be made in `folder`, tried by making one (permission bits are not reliable on network drives)."""
+    """Return True if a temporary file can be created in `folder`; permission bits are unreliable on network drives."""
     try:
         with tempfile.TemporaryFile(dir=folder):
             return True
@@ -134,7 +141,7 @@ def is_writable(folder: Path) -> bool:
 
 
 def check_search_path(environment: Mapping[str, str]) -> Iterator[Finding]:
-    """`nnUNet_extTrainer` names our trainers' folder, and every folder that it names exists."""
+    """Check that `nnUNet_extTrainer` includes our trainers' folder and that every folder in it exists."""
     folders = search_path(environment)
     missing = [folder for folder in folders if not Path(folder).is_dir()]
     ours = trainers_directory()
@@ -150,43 +157,43 @@ def check_search_path(environment: Mapping[str, str]) -> Iterator[Finding]:
 
 
 def check_torchvision() -> Iterator[Finding]:
-    """Torch and torchvision come from the same build, shown by running one compiled operator."""
+    """Check that torch and torchvision come from the same build, by running one compiled operator."""
     torch = importlib.import_module("torch")
     cure = "install both from one index: pip install --upgrade --force-reinstall torch torchvision"
     try:
         operators = importlib.import_module("torchvision.ops")
         operators.nms(torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.tensor([1.0]), 0.5)
-    except Exception as error:  # ImportError, RuntimeError or AttributeError, as the two versions happen to differ
+    except Exception as error:  # ImportError, RuntimeError or AttributeError, depending on the two versions
         yield Finding("torchvision", FAIL, f"does not work with torch {torch.__version__} ({first_line(error)})", cure)
     else:
         yield Finding("torchvision", OK, f"{version('torchvision')} matches torch {torch.__version__}")
 
 
 def check_trainer() -> Iterator[Finding]:
-    """nnU-Net's own search finds DiffusionTrainer, as nnUNetv2_train and nnUNetv2_predict will."""
+    """Check that nnU-Net's own search, which nnUNetv2_train and nnUNetv2_predict use, finds DiffusionTrainer."""
     name = "DiffusionTrainer"
     finder = importlib.import_module("nnunetv2.utilities.find_objects")
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             found = finder.recursive_find_trainer_class_by_name(name)
-    except Exception as error:  # any trainer file in any folder of the variable can raise anything
+    except Exception as error:  # any trainer file in a folder of the variable may raise anything
         if says_not_found(error):
             yield Finding("trainer", FAIL, f"nnU-Net does not find {name}", SET_TRAINERS)
             return
         seen = f"the search stopped with {type(error).__name__}: {first_line(error)}"
-        cure = f"correct what fails above; else correct that file, or remove its folder from {VARIABLE}"
+        cure = f"first correct any FAIL above; otherwise correct that file, or remove its folder from {VARIABLE}"
         yield Finding("trainer", FAIL, seen, cure)
     else:
         yield Finding("trainer", OK, f"{found.__name__} found by nnU-Net")
 
 
 def check_device() -> Iterator[Finding]:
-    """A GPU is there and calculates in bfloat16; without one everything works, but slowly."""
+    """Check that there is a GPU and that it supports bfloat16. Without a GPU everything works, but slowly."""
     torch = importlib.import_module("torch")
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         yield Finding("GPU", OK, f"{properties.name}, {properties.total_memory / 1e9:.0f} GB")
-        precision = importlib.import_module("nnunet_diffusion.model.precision")  # what training goes by
+        precision = importlib.import_module("nnunet_diffusion.model.precision")  # the check that training uses
         if precision.has_bfloat16(torch.device("cuda")):
             yield Finding("bfloat16", OK, "supported")
         else:
@@ -196,14 +203,14 @@ def check_device() -> Iterator[Finding]:
         yield Finding("GPU", WARN, f"nvidia-smi is installed, but torch {torch.__version__} finds no GPU", cure)
     elif torch.backends.mps.is_available():
         yield Finding(
-            "GPU", WARN, "Apple MPS, on which this package was not tested", "use -device cpu, or try -device mps"
+            "GPU", WARN, "Apple MPS, on which this package has not been tested", "use -device cpu, or try -device mps"
         )
     else:
         yield Finding("GPU", WARN, "none", "plan, train and predict with -device cpu; large datasets need a CUDA GPU")
 
 
 def check_shared_memory() -> Iterator[Finding]:
-    """Background workers hand their batches over in /dev/shm, which containers keep small."""
+    """Check the size of /dev/shm, through which background workers pass batches; it is small in many containers."""
     folder = Path("/dev/shm")
     if not folder.is_dir():
         yield Finding("/dev/shm", OK, "not used on this system")
@@ -219,7 +226,7 @@ def check_shared_memory() -> Iterator[Finding]:
 
 
 def check_solvers() -> Iterator[Finding]:
-    """The optional package behind the solvers dpm_solver, dpm_solver++ and unipc."""
+    """Check for diffusers, the optional package that the solvers dpm_solver, dpm_solver++ and unipc need."""
     try:
         yield Finding("diffusers", OK, version("diffusers"))
     except PackageNotFoundError:

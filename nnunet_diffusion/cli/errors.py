@@ -1,4 +1,4 @@
-"""The one exception that a subcommand raises for what the user can put right."""
+"""The exception that subcommands raise for errors that the user can correct."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Iterator
 
 
 class CommandError(Exception):
-    """Wrong input or environment; its text is one line that names what is wrong and the cure."""
+    """Wrong input or environment. The message is one line that names what is wrong and the cure."""
 
 
 @contextlib.contextmanager
 def named_for_the_user(*kinds: type[Exception]) -> Iterator[None]:
-    """Turn exceptions of `kinds`, whose text already names what is wrong and the cure, into CommandError."""
+    """Convert exceptions of `kinds` into CommandError; their messages already name what is wrong and the cure."""
     try:
         yield
     except kinds as error:
@@ -20,5 +20,5 @@ def named_for_the_user(*kinds: type[Exception]) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an exception's text, for messages of one line."""
+    """Return the first line of an exception's message, for use in one-line messages."""
     return (str(error).splitlines() or [""])[0]

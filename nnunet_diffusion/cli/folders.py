@@ -1,4 +1,4 @@
-"""nnU-Net's folders, as its variables name them."""
+"""nnU-Net's folders, as set in its environment variables."""
 
 from __future__ import annotations
 
@@ -12,10 +12,15 @@ RAW, PREPROCESSED, RESULTS = "nnUNet_raw", "nnUNet_preprocessed", "nnUNet_result
 
 
 def folder_in(environment: Mapping[str, str], name: str, otherwise: str = "") -> str:
-    """Value of one of nnU-Net's variables.
+    """Return the value of one of nnU-Net's environment variables.
+
+    Args:
+        environment: variables of the process.
+        name: name of the variable.
+        otherwise: alternative to setting the variable, appended to the error message.
 
     Raises:
-        CommandError: it is not set; says how to, and `otherwise` what else helps.
+        CommandError: the variable is not set.
     """
     if not environment.get(name):
         raise CommandError(f"{name} is not set; run: export {name}=/path/to/{name}{otherwise}")
@@ -23,10 +28,10 @@ def folder_in(environment: Mapping[str, str], name: str, otherwise: str = "") ->
 
 
 def dataset_prefix(name_or_id: str) -> str:
-    """Beginning of the name of the dataset's folder, such as Dataset004_ for 4; a full name is its own.
+    """Return the prefix of the dataset folder's name, such as Dataset004_ for 4; a full name is returned unchanged.
 
     Raises:
-        CommandError: it is neither a number nor a name.
+        CommandError: the argument is neither a number nor a full name.
     """
     if re.fullmatch(r"Dataset\d{3}_.+", name_or_id):
         return name_or_id
@@ -38,6 +43,6 @@ def dataset_prefix(name_or_id: str) -> str:
 
 
 def datasets_in(folder: Path | None, prefix: str) -> list[str]:
-    """Names of the datasets in `folder` that begin with `prefix`, or equal it if it is a full name."""
+    """Return the names of the datasets in `folder` that begin with `prefix`, or equal it if it is a full name."""
     found = sorted(path.name for path in folder.glob("Dataset*") if path.is_dir()) if folder else []
     return [name for name in found if name == prefix or (prefix.endswith("_") and name.startswith(prefix))]

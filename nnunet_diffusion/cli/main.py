@@ -14,7 +14,7 @@ SUBCOMMANDS = (trainers_directory, plan, train, predict, install, doctor, demo)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Parser of the whole command, each subcommand added by its own module."""
+    """Return the parser of the whole command. Each module adds its own subcommand."""
     parser = argparse.ArgumentParser(
         prog="nnunet_diffusion", description="Diffusion segmentation for nnU-Net v2: PGDiffSeg with few-step PD-DDPM."
     )
@@ -29,14 +29,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
     Args:
-        arguments: Words after the command's name; default: those of the process.
+        arguments: words after the command's name; None for the arguments of this process.
 
     Returns:
-        0 on success, 1 if a check failed, 2 on wrong input (one line on standard error says which and the cure).
+        0 on success, 1 if a check failed, 2 on wrong input (one line on standard error names the error and the cure).
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        # nnU-Net's own parser judges what follows `train`, so its options never pass through ours.
+        # the arguments of `train` are parsed by nnU-Net's own parser, never by ours
         if words[:1] == ["train"]:
             return train.run(words[1:])
         options = build_parser().parse_args(words)

@@ -1,4 +1,4 @@
-"""Which trained model `nnunet_diffusion predict` means, found without importing torch."""
+"""Selection of the trained model for `nnunet_diffusion predict`, without importing torch."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from nnunet_diffusion.cli.errors import CommandError
 from nnunet_diffusion.cli.folders import RESULTS, dataset_prefix, datasets_in, folder_in
 from nnunet_diffusion.files import read_plans
 
-NAME_PARTS = ("tr", "p", "c")  # arguments that make up a model folder's name, in their order
+NAME_PARTS = ("tr", "p", "c")  # arguments that form a model folder's name, in this order
 
 
 def model_folder(options: argparse.Namespace, environment: Mapping[str, str]) -> Path:
-    """Folder of the one model that `-m`, or `-d` with what is given of `-tr`, `-p` and `-c`, means.
+    """Return the folder of the model selected by `-m`, or by `-d` and any of `-tr`, `-p` and `-c`.
 
     Args:
-        options: with m, d, tr, p, c (None where not given) and chk.
+        options: command-line options with m, d, tr, p, c (None if not given) and chk.
         environment: variables of the process.
 
     Raises:
-        CommandError: no model fits, or several do; names them and what to type.
+        CommandError: no model or more than one matches; the message lists the models and the arguments that select them.
     """
     if options.m is not None:
         if not Path(options.m).is_dir():
@@ -52,7 +52,9 @@ def model_folder(options: argparse.Namespace, environment: Mapping[str, str]) ->
 def _dataset_folder(name_or_id: str, results: Path) -> Path:
     found = datasets_in(results, dataset_prefix(name_or_id))
     if len(found) > 1:
-        raise CommandError(f"-d is {name_or_id}, which {results} has several of; type one of: {', '.join(found)}")
+        raise CommandError(
+            f"-d is {name_or_id}, but {results} has several such datasets; give one of: {', '.join(found)}"
+        )
     if not found:
         raise CommandError(
             f"-d is {name_or_id}, but {results} has no models of that dataset: correct -d, or train first"
@@ -76,14 +78,14 @@ def _fits(model: Path, options: argparse.Namespace) -> bool:
 
 
 def _is_of_diffusion_trainer(model: Path) -> bool:
-    """Whether its plans have settings of a diffusion trainer; stock trainers may have used such plans too."""
+    """Return whether a model's trainer is a diffusion trainer. nnU-Net's own trainers may use the same plans."""
     trainer, _, configuration = (*model.name.split("__"), "", "")[:3]
     if trainer.startswith("nnUNetTrainer"):
         return False
     try:
         plans = read_plans(model / "plans.json", "")
     except (OSError, ValueError):
-        return True  # what is wrong with them is said when the model is loaded
+        return True  # loading the model reports what is wrong with its plans
     section = plans["configurations"].get(configuration, {}).get("diffusion")
     if section is None:
         return False
@@ -95,16 +97,14 @@ def _is_of_diffusion_trainer(model: Path) -> bool:
 
 
 def finished_folds(model: Path, checkpoint: str) -> list[str]:
-    """Names of the folds that have a checkpoint: numbers, or "all" where there is no other.
+    """Return the names of the folds that have the checkpoint: numbers, or "all" if there are no numbered folds.
 
     Raises:
-        CommandError: no fold has one; names those there are.
+        CommandError: no fold has the checkpoint; the message lists the checkpoints that exist.
     """
     found = sorted(path.parent.name.removeprefix("fold_") for path in model.glob(f"fold_*/{checkpoint}"))
     if not found:
         others = sorted({path.name for path in model.glob("fold_*/checkpoint_*.pth")})
-        raise CommandError(
-            f"no fold of {model} has {checkpoint}"
-            + (f"; its training has not ended, there is: {', '.join(others)} (-chk)" if others else ": train first")
-        )
+        there = f", but there is {', '.join(others)}: choose it with -chk, or finish the training"
+        raise CommandError(f"no fold of {model} has {checkpoint}{there if others else ': train first'}")
     return [fold for fold in found if fold != "all"] or found

@@ -1,4 +1,4 @@
-"""`nnunet_diffusion plan`: plans in which nnU-Net and the denoiser beside it fit the machine."""
+"""`nnunet_diffusion plan`: plan nnU-Net and the denoiser for a GPU's memory or a CPU's time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
 DEFAULT_PROCESSES = {"2d": 8, "3d_fullres": 4, "3d_lowres": 8}
 DEFAULT_STEP_SECONDS = 1.0
 PLANS_NAME = re.compile(r"[\w.-]+")
-# what nnU-Net's planner reads
+# keys that nnU-Net's planner reads
 RAW_KEYS = {"labels": dict, "numTraining": int, "file_ending": str}
 RAW_CURE = "correct it as nnU-Net's dataset_format.md describes it"
 FINGERPRINT_KEYS = {
@@ -34,7 +34,7 @@ FINGERPRINT_KEYS = {
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add `plan` to the command line."""
     parser = subparsers.add_parser(
-        "plan", help="plan nnU-Net and the denoiser for a GPU's memory, or for training steps of a second on this CPU"
+        "plan", help="plan nnU-Net and the denoiser for a GPU's memory, or for a time per training step on this CPU"
     )
     add = parser.add_argument
     add("-d", nargs="+", required=True, metavar="ID", help="datasets, each by number or full name")
@@ -53,7 +53,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "-device",
         choices=("cuda", "cpu"),
         default="cuda",
-        help="cpu: plan for a time budget, measured now on this machine",
+        help="cpu: plan for a time per training step, measured now on this machine",
     )
     add(
         "-step_seconds",
@@ -64,7 +64,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add(
         "--explain", action="store_true", help="print each choice, the rule behind it, and what other widths would cost"
     )
-    add("--preprocess", action="store_true", help="preprocess what is not preprocessed yet")
+    add("--preprocess", action="store_true", help="preprocess the configurations that are not preprocessed yet")
     add(
         "-c",
         nargs="+",
@@ -83,17 +83,17 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def planner_names() -> list[str]:
-    """Names of the planners of nnunet_diffusion.planners, that is of its modules."""
+    """Return the names of the planners in nnunet_diffusion.planners, which are those of its modules."""
     import nnunet_diffusion.planners
 
     return sorted(module.name for module in pkgutil.iter_modules(nnunet_diffusion.planners.__path__))
 
 
 def run(options: argparse.Namespace) -> int:
-    """Plan each dataset, and preprocess it on demand.
+    """Plan each dataset, and preprocess it with `--preprocess`.
 
     Raises:
-        CommandError: environment, dataset or options are not ready for planning.
+        CommandError: the environment, a dataset or an option is not valid for planning.
     """
     check_options(options)
     for name_or_id in options.d:
@@ -107,11 +107,11 @@ def run(options: argparse.Namespace) -> int:
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Raise CommandError on options that contradict each other or are out of range."""
+    """Raise CommandError if options contradict each other or are out of range."""
     if options.pl not in planner_names():
         raise CommandError(f"-pl is {options.pl}; choose one of: {', '.join(planner_names())}")
     if options.step_seconds is not None and options.device != "cpu":
-        raise CommandError("-step_seconds is for plans for a CPU: add -device cpu, or leave -step_seconds out")
+        raise CommandError("-step_seconds plans for a CPU: add -device cpu, or leave -step_seconds out")
     for name in ("gpu_memory_target", "step_seconds"):
         value = getattr(options, name)
         if value is not None and not 0 < value < float("inf"):
@@ -122,7 +122,7 @@ def check_options(options: argparse.Namespace) -> None:
     if options.overwrite_plans_name is not None and not PLANS_NAME.fullmatch(options.overwrite_plans_name):
         raise CommandError(
             f"-overwrite_plans_name is '{options.overwrite_plans_name}', but may have only letters, digits "
-            "and the signs _ - ."
+            "and the characters _ - ."
         )
     for name in ("c", "np"):
         if getattr(options, name) is not None and not options.preprocess:
@@ -137,16 +137,17 @@ def check_options(options: argparse.Namespace) -> None:
 
 
 def find_raw_dataset(name_or_id: str, environment: Mapping[str, str]) -> str:
-    """Name of the raw dataset, whose fingerprint must be there.
+    """Return the name of the raw dataset, after checking that its fingerprint exists.
 
     Raises:
-        CommandError: a folder, the dataset or its fingerprint is missing.
+        CommandError: a folder, the dataset or its fingerprint is missing or damaged.
     """
     raw, preprocessed = (Path(folder_in(environment, name)) for name in (RAW, PREPROCESSED))
     found = datasets_in(raw, dataset_prefix(name_or_id))
     if len(found) != 1:
-        there = "is not" if not found else f"is ambiguous ({', '.join(found)})"
-        raise CommandError(f"dataset {name_or_id} {there} in {raw}; put it there in nnU-Net's format")
+        missing = f"is not in {raw}; put it there in nnU-Net's format"
+        ambiguous = f"is ambiguous in {raw} ({', '.join(found)}); give each dataset a number of its own"
+        raise CommandError(f"dataset {name_or_id} {ambiguous if found else missing}")
     if not (raw / found[0] / "dataset.json").is_file():
         raise CommandError(f"{raw / found[0]} has no dataset.json; write it as nnU-Net's dataset_format.md describes")
     number = int(found[0][7:10])
@@ -163,7 +164,7 @@ def find_raw_dataset(name_or_id: str, environment: Mapping[str, str]) -> str:
 
 
 def plan(dataset: str, options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """Write the plans of one dataset and print what they are; return them and the text with the next commands."""
+    """Write the plans of one dataset and print their summary; return the plans and the text with the next commands."""
     # nnU-Net reads its paths when it is imported
     import multiprocessing
 
@@ -192,7 +193,7 @@ def plan(dataset: str, options: argparse.Namespace) -> tuple[dict[str, Any], str
         )
         earlier = Path(os.environ[PREPROCESSED]) / dataset / f"{planner.plans_identifier}.json"
         if earlier.is_file():  # nnU-Net keeps the configurations that users added
-            read_plans(earlier, "remove that file, this command writes it anew")
+            read_plans(earlier, "remove that file; this command then writes a new one")
         plans = planner.plan_experiment()
     print(summary(planner, plans))
     if options.explain:
@@ -202,7 +203,7 @@ def plan(dataset: str, options: argparse.Namespace) -> tuple[dict[str, Any], str
 
 
 def check_preprocessor(name: str) -> None:
-    """Raise CommandError if nnU-Net has no preprocessor of that name, which it would say only when it preprocesses."""
+    """Raise CommandError if nnU-Net has no preprocessor of that name; nnU-Net itself fails only when it preprocesses."""
     import nnunetv2
     from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 
@@ -214,10 +215,10 @@ def check_preprocessor(name: str) -> None:
 
 
 def preprocess(dataset: str, plans: Mapping[str, Any], options: argparse.Namespace) -> None:
-    """Run nnU-Net's preprocessing for the configurations whose data are not complete yet.
+    """Run nnU-Net's preprocessing for the configurations with incomplete data.
 
     Raises:
-        CommandError: the plans have no configuration of a name that was asked for.
+        CommandError: the plans have no configuration of a name given with `-c`.
     """
     from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess_dataset
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -248,7 +249,7 @@ def preprocess(dataset: str, plans: Mapping[str, Any], options: argparse.Namespa
 
 @contextlib.contextmanager
 def planning_threads() -> Iterator[None]:
-    """Let nnU-Net's planner run with nnUNet_n_proc_DA=0: it sets torch's number of threads to that."""
+    """Replace nnUNet_n_proc_DA=0 by 1 in a `with` block, because nnU-Net's planner sets torch's threads to that number."""
     name = "nnUNet_n_proc_DA"
     before = os.environ.get(name)
     if before == "0":

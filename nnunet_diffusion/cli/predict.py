@@ -1,4 +1,4 @@
-"""`nnunet_diffusion predict`: nnUNetv2_predict's arguments and those of the reverse process."""
+"""`nnunet_diffusion predict`: prediction with nnUNetv2_predict's arguments and those of the reverse process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nnunet_diffusion.cli.trainers_directory import with_trainers
 from nnunet_diffusion.files import find_images, read_dictionary, refuse_overwriting
 from nnunet_diffusion.jobs.signals import EXIT_INTERRUPTED, EXIT_TERMINATED, Terminated, stopped
 
-# what diffusion.samplers and inference.fusion know, without their imports: help must not wait for torch
+# the names in diffusion.samplers and inference.fusion, repeated here so that --help does not import torch
 SAMPLERS = ("ddpm", "ddim", "dpm_solver", "dpm_solver++", "unipc")
 FUSIONS = ("mean", "majority", "staple")
 
@@ -28,7 +28,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "predict",
         help="segment images: one reverse process per volume, any sampler, any pre-segmentation",
         description="nnUNetv2_predict for models of DiffusionTrainer, with one reverse process per volume. Mirroring applies "
-        "to the pre-segmentation only. What is not given comes from the model's plans.",
+        "to the pre-segmentation only. Settings that are not given come from the model's plans. Defaults are in parentheses.",
     )
     _add_arguments_of_nnunet(parser)
     _add_own_arguments(parser)
@@ -38,31 +38,31 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def _add_arguments_of_nnunet(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("-i", required=True, metavar="FOLDER", help="images, with channel numbers (_0000)")
-    add("-o", required=True, metavar="FOLDER", help="output; made if it does not exist")
+    add("-o", required=True, metavar="FOLDER", help="output folder; created if it does not exist")
     add("-d", metavar="ID", help="dataset, number or name")
-    add("-p", help="plans (those of the one trained model)")
-    add("-tr", help="trainer of the model (that of the one trained model)")
-    add("-c", metavar="CONFIG", help="configuration, for example 2d (that of the one trained model)")
-    add("-m", metavar="FOLDER", help="model folder, in the place of -d, -p, -tr and -c")
-    add("-f", nargs="+", metavar="FOLD", help="folds (all that are finished)")
-    add("-step_size", type=float, default=0.5, help="step of the tiles, share of the patch, at most 1 (0.5)")
+    add("-p", help="name of the plans (that of the only trained model)")
+    add("-tr", help="name of the trainer (that of the only trained model)")
+    add("-c", metavar="CONFIG", help="configuration, for example 2d (that of the only trained model)")
+    add("-m", metavar="FOLDER", help="model folder, instead of -d, -p, -tr and -c")
+    add("-f", nargs="+", metavar="FOLD", help="folds (all finished folds)")
+    add("-step_size", type=float, default=0.5, help="step between tiles as a fraction of the patch, at most 1 (0.5)")
     add("--disable_tta", action="store_true", help="do not mirror the pre-segmentation: faster, less accurate")
     add("--verbose", action="store_true")
     add("--save_probabilities", action="store_true", help="also write .npz, for nnUNetv2_ensemble")
-    add("--continue_prediction", action="store_true", help="leave out cases that are finished, with the same settings")
+    add("--continue_prediction", action="store_true", help="skip cases that are finished with the same settings")
     add("-chk", default="checkpoint_final.pth", help="checkpoint (checkpoint_final.pth)")
-    add("-npp", type=int, default=_number_in("nnUNet_npp"), help="processes that preprocess (by cores and cases)")
-    add("-nps", type=int, default=_number_in("nnUNet_nps"), help="processes that write (by cores and cases)")
+    add("-npp", type=int, default=_number_in("nnUNet_npp"), help="preprocessing processes (by cores and cases)")
+    add("-nps", type=int, default=_number_in("nnUNet_nps"), help="writing processes (by cores and cases)")
     add("-prev_stage_predictions", metavar="FOLDER", help="segmentations of the cascade's previous stage")
-    add("-num_parts", type=int, default=1, help="calls that share the images (1)")
-    add("-part_id", type=int, default=0, help="which of them this is, from 0")
+    add("-num_parts", type=int, default=1, help="number of parts into which the images are divided (1)")
+    add("-part_id", type=int, default=0, help="part to predict, from 0 (0)")
     add("-device", default="cuda", choices=DEVICES)
     add("--disable_progress_bar", action="store_true")
     add("--not_on_device", action="store_true", help="keep volumes in the CPU's memory")
 
 
 def _number_in(variable: str) -> int | None:
-    """Number in an environment variable that nnU-Net reads too; None for anything else."""
+    """Return the number in an environment variable of nnU-Net's; None if it is not set or not a number."""
     text = os.environ.get(variable, "")
     return int(text) if text.isdecimal() else None
 
@@ -71,39 +71,39 @@ def _add_own_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("reverse process")
     add = group.add_argument
     add("--sampler", choices=SAMPLERS)
-    add("--steps", type=int, help="evaluations of one reverse process")
-    add("--start_step", type=int, help="T' of PD-DDPM: noising steps at the start")
-    add("--samples", type=int, help="reverse processes; probabilities are their mean")
+    add("--steps", type=int, help="number of evaluations in one reverse process")
+    add("--start_step", type=int, help="T' of PD-DDPM: number of noising steps at the start")
+    add("--samples", type=int, help="number of reverse processes, whose probabilities are averaged")
     add(
         "--presegmentation_weight",
         type=float,
-        help="share of the pre-segmentation's probabilities in the result, 0 to 1",
+        help="weight of the pre-segmentation's probabilities in the result, 0 to 1",
     )
-    add("--fusion", choices=FUSIONS, default="mean", help="of samples to a segmentation (mean)")
+    add("--fusion", choices=FUSIONS, default="mean", help="how samples are combined into a segmentation (mean)")
     add("--keep_samples", action="store_true", help="write each sample to OUT/samples")
-    add("--seed", type=int, help="of the noise")
+    add("--seed", type=int, help="seed of the noise")
     add("--presegmentation", metavar="FOLDER", help="segmentations or .npz probabilities to start from")
-    add("--tile_wise", action="store_true", help="one reverse process per tile, as stock prediction has it")
-    add("--sequential", action="store_true", help="no further processes, as -npp 0 -nps 0")
+    add("--tile_wise", action="store_true", help="one reverse process per tile, as in nnU-Net's own prediction")
+    add("--sequential", action="store_true", help="use no other processes, as with -npp 0 -nps 0")
     add(
         "--state_memory",
         type=float,
         metavar="GIB",
-        help="memory of the device that a volume's state may take (what is free)",
+        help="limit of the device memory for a volume's state (the free memory)",
     )
     add(
         "--threads",
         type=int,
         metavar="N",
-        help="of the CPU; results depend on it in the last bits (cores; with a GPU 1)",
+        help="number of CPU threads, on which the last bits of the results depend (cores; 1 with a GPU)",
     )
-    add("--deterministic", action="store_true", help="the same bits on a GPU in each run; slower")
+    add("--deterministic", action="store_true", help="identical bits in each run on a GPU; slower")
     add("--trust_checkpoint", action="store_true", help="load a checkpoint that may run code")
     add("--quiet", action="store_true", help="print errors only")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Predict; returns 0, 1 if a case failed or an image was left out, 130 or 143 if interrupted or terminated.
+    """Predict. Return 0; 1 if a case failed or an image was left out; 130 if interrupted; 143 if terminated.
 
     Raises:
         CommandError: wrong arguments, or the model cannot be loaded.
@@ -125,16 +125,16 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _stopped(predictor: Any, options: argparse.Namespace, interrupted: bool) -> str:
-    """Say how far a run got that was told to end, and how to go on."""
+    """Return how far an interrupted or terminated run got, and how to continue."""
     what = "interrupted" if interrupted else "terminated"
     if predictor is None or predictor.progress is None:
         return f"{what} before the first case; run the same command again"
     done = f"{predictor.progress.finished} of {predictor.progress.total} cases are finished"
-    return f"{what}, {done} in {options.o}; go on with --continue_prediction"
+    return f"{what}, {done} in {options.o}; to continue, run the same command with --continue_prediction"
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Raise CommandError on arguments that do not go together, and on folders that are not there."""
+    """Raise CommandError if arguments are out of range, or if a folder does not exist."""
     for name in ("i", "presegmentation", "prev_stage_predictions"):
         folder = getattr(options, name)
         if folder is not None and not Path(folder).is_dir():
@@ -161,14 +161,15 @@ def check_options(options: argparse.Namespace) -> None:
 
 
 def check_names(options: argparse.Namespace, model: Path) -> None:
-    """Name the images that will be left out.
+    """Print the images that will be left out because of their names.
 
     Raises:
-        CommandError: no image is named as nnU-Net wants it, two give one output, or the output would overwrite input.
+        CommandError: no image name follows nnU-Net's convention, two images have the same output, or the output would
+            overwrite input.
     """
     with named_for_the_user(FileNotFoundError, ValueError):
         description = read_dictionary(
-            model / "dataset.json", "bring it back from where the model was trained", {"file_ending": str}
+            model / "dataset.json", "restore it from where the model was trained", {"file_ending": str}
         )
         ending = description["file_ending"]
         images = find_images(options.i, ending)
@@ -182,7 +183,7 @@ def check_names(options: argparse.Namespace, model: Path) -> None:
 
 def _loaded_predictor(options: argparse.Namespace, model: Path, folds: list[str]) -> Any:
     print(f"Loading the model {model} (fold {', '.join(folds)}) ...", flush=True)
-    # nnU-Net reads its paths from the environment: import it only now
+    # nnU-Net reads its paths from the environment when it is imported, so import it only now
     import torch
 
     from nnunet_diffusion.inference import DiffusionPredictor
@@ -239,7 +240,7 @@ def _predict(predictor: Any, options: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _silence(quiet: bool) -> Iterator[None]:
-    """Swallow what nnU-Net prints, not its errors."""
+    """Suppress standard output in a `with` block if `quiet`; errors are still shown."""
     if not quiet:
         yield
         return

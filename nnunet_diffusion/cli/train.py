@@ -1,4 +1,4 @@
-"""`nnunet_diffusion train`: `nnUNetv2_train` with our trainers found and the usual mistakes named first."""
+"""`nnunet_diffusion train`: `nnUNetv2_train` that finds our trainers and first checks for common mistakes."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ from nnunet_diffusion.files import (
 
 DEFAULT_TRAINER = "DiffusionTrainer"
 CHECKED = "checked_images.json"
-DEFAULT_PLANS = "nnUNetPlans"  # of nnUNetv2_train
+DEFAULT_PLANS = "nnUNetPlans"  # nnUNetv2_train's default
 STOCK_PLANS_NAME = re.compile("nnUNet(?:ResEncUNet(M|L|XL))?Plans")
-HELP = "nnUNetv2_train with DiffusionTrainer as default trainer (takes all of its arguments)"
+HELP = "nnUNetv2_train with DiffusionTrainer as the default trainer (accepts all its arguments)"
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    """Add `train` to the list of subcommands; its arguments go to nnU-Net unread (see main)."""
+    """Add `train` to the list of subcommands. Its arguments are passed to nnU-Net unchanged (see `main`)."""
     subparsers.add_parser("train", help=HELP, add_help=False)
 
 
@@ -51,14 +51,17 @@ def run(words: Sequence[str]) -> int:
     """Check the input, then run nnU-Net's own training entry point with `words`.
 
     Args:
-        words: Arguments of nnUNetv2_train, unchanged; without `-tr` the trainer is DiffusionTrainer.
+        words: arguments of nnUNetv2_train; without `-tr` the trainer is DiffusionTrainer.
+
+    Returns:
+        0, if training succeeds.
 
     Raises:
-        CommandError: Environment, dataset, plans or device are not ready for training.
+        CommandError: environment, dataset, plans, device, trainer or weights are not ready for training.
     """
     words = list(words)
     if {"-h", "--help"} & set(words):
-        print(f"As nnUNetv2_train, whose help follows, but without -tr the trainer is {DEFAULT_TRAINER}.\n", flush=True)
+        print(f"Help of nnUNetv2_train, except that the default of -tr is {DEFAULT_TRAINER}:\n", flush=True)
     else:
         options = read_options(words)
         if options.tr is None:
@@ -71,7 +74,7 @@ def run(words: Sequence[str]) -> int:
         trainer = check_trainer(options.tr or DEFAULT_TRAINER)
         if options.pretrained_weights is not None:
             check_pretrained_weights(options.pretrained_weights, hasattr(trainer, "presegmentor_trainer"))
-    # nnU-Net reads its paths and nnUNet_extTrainer from the environment: import it only now.
+    # nnU-Net reads its paths and nnUNet_extTrainer from the environment when it is imported, so import it only now
     from nnunetv2.run.run_training import run_training_entry
 
     sys.argv = ["nnunet_diffusion train", *words]
@@ -80,7 +83,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def read_options(words: Sequence[str]) -> argparse.Namespace:
-    """What the checks need of nnUNetv2_train's arguments; flags that are not listed are left to nnU-Net."""
+    """Return those of nnUNetv2_train's arguments that the checks need; all others are left to nnU-Net."""
     parser = argparse.ArgumentParser(
         prog="nnunet_diffusion train",
         usage="nnunet_diffusion train DATASET CONFIGURATION FOLD [-tr TRAINER] [-p PLANS] ... (see --help)",
@@ -96,11 +99,11 @@ def read_options(words: Sequence[str]) -> argparse.Namespace:
 
 
 def check_input(options: argparse.Namespace, environment: Mapping[str, str]) -> None:
-    """Raise CommandError unless nnU-Net has all it needs to begin training.
+    """Raise CommandError if folders, dataset, plans, configuration or fold are not ready for training.
 
     Args:
-        options: As given by `read_options`.
-        environment: Variables of the process.
+        options: command-line options from `read_options`.
+        environment: variables of the process.
     """
     folders = check_folders(options, environment)
     dataset = find_dataset(options, folders)
@@ -117,10 +120,10 @@ def check_input(options: argparse.Namespace, environment: Mapping[str, str]) -> 
 
 
 def check_raw_images(options: argparse.Namespace, environment: Mapping[str, str]) -> None:
-    """Raise CommandError if a raw NIfTI image of the dataset has NaN voxels, which preprocessing has read as 0.
+    """Raise CommandError if a raw NIfTI image is damaged or has NaN voxels, which preprocessing has read as 0.
 
-    What was found good is remembered beside the preprocessed data, by name, size and time of change. Without raw data there is
-    nothing to look at.
+    Names, sizes and modification times of valid images are saved beside the preprocessed data, so that each image is
+    checked once. Without raw data nothing is checked.
     """
     folders = check_folders(options, environment)
     if RAW not in folders:
@@ -138,7 +141,7 @@ def check_raw_images(options: argparse.Namespace, environment: Mapping[str, str]
 
     problems = nan_problems(new)
     good = {path.name: seen for path, seen in found.items() if path not in problems}
-    with contextlib.suppress(OSError):  # preprocessed data that cannot be written to are looked at again each time
+    with contextlib.suppress(OSError):  # if the folder is read-only, the images are checked in each run
         write_aside(lambda aside: Path(aside).write_text(json.dumps(good)), memory)
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
@@ -147,9 +150,9 @@ def check_raw_images(options: argparse.Namespace, environment: Mapping[str, str]
 
 
 def nan_problems(paths: Sequence[Path]) -> dict[Path, str]:
-    """Return what is wrong with the voxels of NIfTI files, by file; shows how far it is.
+    """Return the NIfTI files that are damaged or have NaN or infinite voxels, with each error; show a progress bar.
 
-    Only files of floats are read whole: others cannot have NaN.
+    Only files with floating-point voxels are read completely, because others cannot have NaN.
     """
     from tqdm import tqdm
 
@@ -162,13 +165,13 @@ def nan_problems(paths: Sequence[Path]) -> dict[Path, str]:
             return str(error)
         return ""
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # unpacking gzip leaves Python's lock to others
-        found = list(tqdm(pool.map(problem, paths), "Looking for NaN in raw images", len(paths), disable=None))
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # gzip releases Python's global lock while it unpacks
+        found = list(tqdm(pool.map(problem, paths), "Checking raw images for NaN", len(paths), disable=None))
     return {path: text for path, text in zip(paths, found, strict=True) if text}
 
 
 def check_folders(options: argparse.Namespace, environment: Mapping[str, str]) -> dict[str, Path]:
-    """Folders of nnU-Net that are set, after checking that the two which training needs are usable."""
+    """Return nnU-Net's folders that are set, after checking the two that training needs."""
     preprocessed = folder_in(environment, "nnUNet_preprocessed")
     folder_in(environment, RESULTS)
     if not Path(preprocessed).is_dir():
@@ -181,9 +184,13 @@ def check_folders(options: argparse.Namespace, environment: Mapping[str, str]) -
 
 
 def planning_commands(options: argparse.Namespace, *, from_raw: bool = False) -> str:
-    """Commands that make the plans and the preprocessed data that `options` ask for; `from_raw`: the fingerprint too.
+    """Return the commands that plan and preprocess for the given options.
 
-    The plans are ours unless `-p` names those of a planner of nnU-Net.
+    The planner is one of ours unless `-p` names the plans of one of nnU-Net's planners.
+
+    Args:
+        options: command-line options from `read_options`.
+        from_raw: whether the dataset's fingerprint must be extracted first.
     """
     number = int(dataset_prefix(options.dataset_name_or_id)[7:10])
     name = options.p or PLANS_OF[DEFAULT_PLANNER]
@@ -204,7 +211,7 @@ def planning_commands(options: argparse.Namespace, *, from_raw: bool = False) ->
 
 
 def find_dataset(options: argparse.Namespace, folders: Mapping[str, Path]) -> str:
-    """Name of the preprocessed dataset that the options mean, such as Dataset004_Hippocampus."""
+    """Return the name of the preprocessed dataset selected by the options, such as Dataset004_Hippocampus."""
     name_or_id = options.dataset_name_or_id
     prefix = dataset_prefix(name_or_id)
     preprocessed, raw = (datasets_in(folders.get(key), prefix) for key in (PREPROCESSED, RAW))
@@ -225,12 +232,12 @@ def find_dataset(options: argparse.Namespace, folders: Mapping[str, Path]) -> st
 
 
 def plans_of(preprocessed: Path, options: argparse.Namespace, dataset: str) -> dict[str, Any]:
-    """The plans that `-p` names, refused if missing, unreadable or made for another dataset."""
+    """Return the plans named by `-p`; raise CommandError if they are missing, damaged or made for another dataset."""
     name, command = options.p or DEFAULT_PLANS, planning_commands(options)
     path = preprocessed / f"{name}.json"
     if not path.is_file():
         others = [other.stem for other in sorted(preprocessed.glob("*Plans*.json"))]
-        choices = f"choose those that are there with -p {' or -p '.join(others)}, or " if others else ""
+        choices = f"choose existing plans with -p {' or -p '.join(others)}, or " if others else ""
         raise CommandError(f"{preprocessed} has no plans {name}; {choices}run: {command}")
     with named_for_the_user(ValueError):
         plans = read_plans(path, f"correct it or run: {command}")
@@ -265,9 +272,9 @@ def check_trainer(name: str) -> Any:
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # the search says where it looks
+        with contextlib.redirect_stdout(io.StringIO()):  # hides where the search looks
             return recursive_find_trainer_class_by_name(name)
-    except Exception as error:  # any trainer file in any folder of the variable can raise anything
+    except Exception as error:  # any trainer file in a folder of the variable may raise anything
         if not says_not_found(error):
             raise CommandError(
                 f"nnU-Net's search for the trainer {name} stopped with {type(error).__name__}: {first_line(error)}; for the "
@@ -281,13 +288,13 @@ def check_trainer(name: str) -> Any:
 
 
 def check_pretrained_weights(path: str, diffusion: bool) -> None:
-    """Raise CommandError unless a checkpoint can be read without running code and is of the trainer's kind.
+    """Raise CommandError if a checkpoint cannot be read without running code, or does not fit the kind of trainer.
 
-    nnU-Net itself reads the file given as -pretrained_weights in a way that runs what it holds.
+    nnU-Net itself would run code in the file given as -pretrained_weights.
 
     Args:
-        path: of the checkpoint.
-        diffusion: whether a diffusion trainer starts from it, whose network fits no other weights.
+        path: path of the checkpoint.
+        diffusion: whether the training starts with a diffusion trainer, whose network fits only weights of such a trainer.
     """
     from nnunet_diffusion.training.checkpoints import DIFFUSION_KEY, read_checkpoint
 

@@ -1,4 +1,4 @@
-"""`nnunet_diffusion trainers_directory`: where nnU-Net has to look for the trainers."""
+"""`nnunet_diffusion trainers_directory`: print the folder in which nnU-Net finds the trainers."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ VARIABLE = "nnUNet_extTrainer"
 
 
 def trainers_directory() -> Path:
-    """Absolute folder of nnunet_diffusion.trainers, found without importing a trainer.
+    """Return the absolute path of nnunet_diffusion.trainers, found without importing a trainer.
 
     Raises:
-        FileNotFoundError: The package is not installed.
+        FileNotFoundError: the package is not installed.
     """
     spec = find_spec("nnunet_diffusion.trainers")
     if spec is None or spec.origin is None:
@@ -24,12 +24,12 @@ def trainers_directory() -> Path:
 
 
 def search_path(environment: Mapping[str, str]) -> list[str]:
-    """Folders that `nnUNet_extTrainer` names in `environment`, in their order; empty if it is unset."""
+    """Return the folders listed in `nnUNet_extTrainer`, in their order; an empty list if it is not set."""
     return [folder for folder in environment.get(VARIABLE, "").split(os.pathsep) if folder.strip()]
 
 
 def with_trainers(environment: Mapping[str, str]) -> dict[str, str]:
-    """Copy of `environment` whose `nnUNet_extTrainer` names our trainers first and then the user's folders."""
+    """Return a copy of `environment` in which `nnUNet_extTrainer` lists our trainers first, then the user's folders."""
     ours = trainers_directory()
     others = [folder for folder in search_path(environment) if Path(folder).resolve() != ours]
     return {**environment, VARIABLE: os.pathsep.join([str(ours), *others])}
@@ -46,6 +46,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the folder."""
+    """Print the folder of the trainers."""
     print(trainers_directory())
     return 0

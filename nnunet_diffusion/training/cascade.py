@@ -1,4 +1,4 @@
-"""The cascade: segmentations of the previous stage are those of nnU-Net, the pre-segmentor's own trainer."""
+"""The cascade: segmentations of the previous stage come from nnU-Net, trained by the pre-segmentor's trainer."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ SHOWN = 5
 
 
 def previous_stage_folder(plans_manager: PlansManager, configuration: str, trainer_name: str) -> Path:
-    """Return where nnU-Net's validation of the previous stage leaves its segmentations for `configuration`.
+    """Return the folder to which nnU-Net's validation of the previous stage writes segmentations for `configuration`.
 
     Args:
-        plans_manager: of the plans.
-        configuration: with a previous stage.
-        trainer_name: of the previous stage's networks.
+        plans_manager: manager of the plans.
+        configuration: name of a configuration with a previous stage.
+        trainer_name: name of the trainer of the previous stage.
     """
     previous = plans_manager.get_configuration(configuration).previous_stage_name
     model = f"{trainer_name}__{plans_manager.plans_name}__{previous}"
@@ -29,11 +29,11 @@ def previous_stage_folder(plans_manager: PlansManager, configuration: str, train
 
 
 def refuse_incomplete_previous_stage(trainer: Any, cases: Sequence[str]) -> None:
-    """Raise FileNotFoundError, with the commands that are missing, unless every case has a segmentation.
+    """Raise FileNotFoundError if a case has no segmentation of the previous stage; the message has the command to run.
 
     Args:
         trainer: diffusion trainer of a configuration with a previous stage.
-        cases: that training and validation need.
+        cases: names of the training and validation cases.
     """
     folder, manager = Path(trainer.folder_with_segs_from_previous_stage), trainer.plans_manager
     found = {path.stem for path in folder.glob("*")} if folder.is_dir() else set()
@@ -46,7 +46,7 @@ def refuse_incomplete_previous_stage(trainer: Any, cases: Sequence[str]) -> None
     command += f" -device {device}" if device != "cuda" else ""
     folds = " ".join(map(str, range(_number_of_folds(trainer))))
     raise FileNotFoundError(
-        f"{trainer.configuration_name} needs the segmentations that {previous} makes in its validation, and {len(missing)} of "
+        f"{trainer.configuration_name} needs the segmentations that the validation of {previous} writes, but {len(missing)} of "
         f"{len(cases)} cases have none in {folder} ({', '.join(missing[:SHOWN])}{', ...' if len(missing) > SHOWN else ''}). "
         f"Run (with --val if these folds are trained already): for fold in {folds}; do {command}; done"
     )
@@ -58,21 +58,21 @@ def _number_of_folds(trainer: Any) -> int:
 
 
 def refuse_impossible_start(settings: DiffusionSettings, previous_stage: str | None, configuration: str) -> None:
-    """Raise if the reverse process cannot start from the previous stage although the settings want it to.
+    """Raise an error if the settings start the reverse process from the previous stage, but this is not possible.
 
     Raises:
         ValueError: there is no previous stage.
-        NotImplementedError: with regions, whose masks the previous stage's labels do not give.
+        NotImplementedError: the labels are regions, whose masks cannot be derived from the previous stage's labels.
     """
     if settings.start_from != "previous_stage":
         return
     if previous_stage is None:
         raise ValueError(
-            f"diffusion.presegmentor.start_from is 'previous_stage', but {configuration} has none: only the cascade's second "
-            "configuration does. Take 'presegmentor'."
+            f"diffusion.presegmentor.start_from is 'previous_stage', but {configuration} has no previous stage; only the "
+            "cascade's second configuration has one. Set it to 'presegmentor'."
         )
     if settings.regions:
         raise NotImplementedError(
-            "DiffusionTrainer does not support diffusion.presegmentor.start_from 'previous_stage' with regions; "
-            "'presegmentor' works."
+            "DiffusionTrainer does not support diffusion.presegmentor.start_from 'previous_stage' with regions. "
+            "Set it to 'presegmentor'."
         )

@@ -1,4 +1,4 @@
-"""Mistakes in the user's folders, plans and cases, found early and named together with the cure."""
+"""Early checks of the user's folders, plans and cases; each error message names the cure."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ PATIENCE_SECONDS = 5.0
 
 
 def refuse_unusable_folders() -> None:
-    """Refuse folders that nnU-Net itself would use: one named None, one that cannot be written.
+    """Raise an error if nnU-Net's folders cannot be used; nnU-Net itself would use a folder named None if one is not set.
 
     Raises:
         RuntimeError: a folder is not set.
-        OSError: the results folder cannot be made or written.
+        OSError: the results folder cannot be created or written.
     """
     for name in FOLDERS:
         if not os.environ.get(name):
@@ -40,43 +40,44 @@ def refuse_unusable_folders() -> None:
             pass
     except OSError as error:
         raise OSError(
-            f"{RESULTS} is {folder}, where nothing can be written ({error.strerror}): make it writable, free some space, "
+            f"{RESULTS} is {folder}, which cannot be written ({error.strerror}): make it writable, free some space, "
             f"or export {RESULTS}=/another/folder."
         ) from error
 
 
 def explained(error: Exception, preprocessed: Path, epoch: int) -> Exception | None:
-    """Return what to tell the user of an error that came from loading the cases; None if it came from elsewhere.
+    """Return an exception that explains an error in loading cases to the user; None if the error has another cause.
 
     Args:
-        error: as nnU-Net raised it in training.
+        error: exception that nnU-Net raised in training.
         preprocessed: folder of the configuration's preprocessed cases.
-        epoch: in which it happened, from 0.
+        epoch: epoch in which it happened, from 0.
     """
     saved = f"Finished epochs are saved; continue with --c, from epoch {epoch} on."
     if not preprocessed.is_dir():
         return FileNotFoundError(f"{preprocessed} is missing: mount or restore it, or run nnUNetv2_preprocess. {saved}")
-    if "Some background workers" in str(error):  # nnU-Net's check of the processes that write a validation's cases
+    # nnU-Net reports this about the processes that write the validation's cases
+    if "Some background workers" in str(error):
         return RuntimeError(
-            "A process that writes the validation's segmentations has died. Its own message, if it had one, stands above; "
-            "without one it was killed, mostly for lack of memory: export nnUNet_def_n_proc with a smaller number and give the "
+            "A process that writes the validation's segmentations has died. Its own message, if any, is above. Without a "
+            "message it was killed, mostly for lack of memory: export nnUNet_def_n_proc with a smaller number and run the "
             "same command again (with --c if this was the denoiser's validation)."
         )
     if "background workers" in str(error):
         return RuntimeError(
-            "A process that loads and augments cases has died. Its own message, if it had one, stands above; without one it "
-            "was killed, mostly for lack of memory or of space in /dev/shm: free some, or export nnUNet_n_proc_DA with a "
+            "A process that loads and augments cases has died. Its own message, if any, is above. Without a message it was "
+            "killed, mostly for lack of memory or of space in /dev/shm: free some, or export nnUNet_n_proc_DA with a "
             f"smaller number. {saved}"
         )
     return None
 
 
 def refuse_foreign_plans(dataset_name: str, dataset_json: Mapping[str, Any]) -> None:
-    """Raise ValueError if the plans are those of another dataset: nnU-Net would train on that one's cases.
+    """Raise ValueError if the plans are for another dataset, because nnU-Net would train on the cases of that dataset.
 
     Args:
-        dataset_name: of the plans.
-        dataset_json: of the dataset that the user names.
+        dataset_name: name of the dataset in the plans.
+        dataset_json: dataset.json of the dataset that the user named.
     """
     path = Path(os.environ[PREPROCESSED]) / dataset_name / "dataset.json"
     theirs = json.loads(path.read_text()) if path.is_file() else None
@@ -85,18 +86,18 @@ def refuse_foreign_plans(dataset_name: str, dataset_json: Mapping[str, Any]) -> 
             found = f"has {key} {theirs.get(key)}, not {dataset_json.get(key)}" if theirs else f"has no {path}"
             raise ValueError(
                 f"These plans were made for {dataset_name}, which {found}. Plan and preprocess this "
-                "dataset with 'nnunet_diffusion plan -d ID --preprocess -c CONFIG', or bring plans over with "
+                "dataset with 'nnunet_diffusion plan -d ID --preprocess -c CONFIG', or transfer the plans with "
                 "nnUNetv2_move_plans_between_datasets and run nnUNetv2_preprocess."
             )
 
 
 def refuse_other_folds_settings(path: Path, configuration_name: str, settings: DiffusionSettings) -> None:
-    """Raise ValueError if the folds trained already, which share a model's plans.json, have other settings.
+    """Raise ValueError if the folds already trained, which share the model's plans.json, have other settings.
 
     Args:
-        path: of that file, which may not exist yet.
-        configuration_name: of the training.
-        settings: of this fold.
+        path: path of the model's plans.json, which may not exist yet.
+        configuration_name: name of this training's configuration.
+        settings: settings of this fold.
     """
     if not path.is_file():
         return
@@ -115,10 +116,10 @@ def refuse_other_folds_settings(path: Path, configuration_name: str, settings: D
 
 
 def read_shared_json(path: Path) -> Any:
-    """Read a file that other folds' jobs write too, not aside: what is half written now is whole a moment later.
+    """Read a JSON file that jobs of other folds also write; an incomplete file is read again until it is complete.
 
     Raises:
-        ValueError: it is no JSON for `PATIENCE_SECONDS`; names the file and the cure.
+        ValueError: the file is not valid JSON for `PATIENCE_SECONDS`. The message names the file and the cure.
     """
     end = time.monotonic() + PATIENCE_SECONDS
     while True:
@@ -133,12 +134,13 @@ def read_shared_json(path: Path) -> Any:
 
 
 def check_batch(batch: Mapping[str, Any], trainer: nnUNetTrainer) -> None:
-    """Raise ValueError, naming the case, on a label that dataset.json does not know and on NaN or infinite voxels.
+    """Raise ValueError if a batch has a label that is not in dataset.json, or NaN or infinite voxels.
+
+    The message names the case. Labels are not checked with regions, because their masks do not show unknown labels.
 
     Args:
-        batch: of nnU-Net's loader, on the CPU; `target` may be a list (deep supervision), the finest first. Masks of
-            regions cannot tell an unknown label.
-        trainer: whose batch it is.
+        batch: batch of nnU-Net's loader, on the CPU; `target` may be a list (deep supervision), finest resolution first.
+        trainer: trainer that uses the batch.
     """
     label_manager, plans = trainer.label_manager, trainer.plans_manager
     again = preprocess_command(plans.dataset_name, plans.plans_name, trainer.configuration_name)
@@ -150,6 +152,6 @@ def check_batch(batch: Mapping[str, Any], trainer: nnUNetTrainer) -> None:
             labels.check_labels(target[number], classes, case, ignored, again)
         if not all_finite(image[number]):
             raise ValueError(
-                f"Case {case} has NaN or infinite voxels after preprocessing (one in the image spoils all of it). "
-                f"Replace them in the image, then preprocess again: {again}."
+                f"Case {case} has NaN or infinite voxels after preprocessing; a single one in the image can cause this. "
+                f"Replace such voxels in the image, then preprocess again: {again}."
             )

@@ -1,4 +1,4 @@
-"""The terms of the loss in nnU-Net's logs, and their picture (layer 3)."""
+"""The loss terms in nnU-Net's log, and a figure of their curves (layer 3)."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
 
 def curves_of(trainer: DiffusionTrainer) -> dict[str, list]:
-    """Return what nnU-Net's logger has noted of each epoch, by name."""
+    """Return the values that nnU-Net's logger recorded: name -> one value per epoch."""
     return trainer.logger.local_logger.my_fantastic_logging
 
 
 def log_terms(trainer: DiffusionTrainer, outputs: Sequence[dict]) -> None:
-    """Log the mean of each term over an epoch's steps, and over all ranks of a distributed training.
+    """Log the mean of each loss term over the steps of an epoch and over all ranks.
 
     Args:
-        trainer: whose objective names the terms.
-        outputs: of its training steps.
+        trainer: trainer with the objective that names the terms.
+        outputs: results of its training steps.
     """
     means = {key: _mean_of_ranks(values, trainer.is_ddp) for key, values in collate_outputs(list(outputs)).items()}
     terms = trainer.objective.terms
@@ -39,7 +39,7 @@ def log_terms(trainer: DiffusionTrainer, outputs: Sequence[dict]) -> None:
 
 
 def draw_curves(trainer: DiffusionTrainer) -> None:
-    """Draw loss, terms and proxy Dice into `progress_diffusion.png` of the output folder."""
+    """Draw loss, loss terms and proxy Dice into `progress_diffusion.png` in the output folder."""
     curves = curves_of(trainer)
     shown = {key: curves[key] for key in ("train_losses", *(f"{term}_loss" for term in trainer.objective.terms))}
     curves_figure(

@@ -1,4 +1,4 @@
-"""The trainer behind `nnUNetv2_train ... -tr DiffusionTrainer`: nnU-Net's own, with another network and train step."""
+"""DiffusionTrainer, for `nnUNetv2_train ... -tr DiffusionTrainer`: nnU-Net's trainer with another network and step."""
 
 from __future__ import annotations
 
@@ -32,25 +32,25 @@ from nnunet_diffusion.training.state import checkpoint_of, own_checkpoint, resto
 from nnunet_diffusion.training.steps import SkippedSteps
 from nnunet_diffusion.training.verdict import give_verdict
 
-RANK_SEEDS = 1_000_003  # far beyond the epochs of a training, so that no rank repeats another's noise
+RANK_SEEDS = 1_000_003  # more than any number of epochs, so that no rank repeats another's noise
 
 
 class DiffusionTrainer(nnUNetTrainer):
-    """Trains the PGDiffSeg denoiser beside the frozen nnU-Net it starts from.
+    """nnU-Net trainer for the PGDiffSeg denoiser, which starts from the segmentation of a frozen nnU-Net.
 
-    Planning, preprocessing, augmentation, folds, logging, validation and export are nnU-Net's. The denoiser learns with
-    AdamW and nnU-Net's poly schedule; its moving average (EMA) is what is validated, saved as `network_weights` and used
-    by inference. `checkpoint_best` goes by a proxy Dice: one sample, one step, the pre-segmentation not mixed in.
+    Planning, preprocessing, augmentation, folds, logging, validation and export are nnU-Net's. The denoiser is trained with
+    AdamW and nnU-Net's poly schedule. Its moving average (EMA) is validated, saved as `network_weights` and used for
+    inference. `checkpoint_best` is chosen by a proxy Dice: one sample, one step, without averaging the pre-segmentation in.
 
     Raises:
-        NotImplementedError: for a start from the previous stage with regions.
-        RuntimeError: if nnU-Net's folders are not set.
-        ValueError: if the plans are those of another dataset, or their `diffusion` section is wrong.
+        NotImplementedError: the settings start from the previous stage, but the labels are regions.
+        RuntimeError: nnU-Net's folders are not set.
+        ValueError: the plans are for another dataset, or their `diffusion` section is not valid.
     """
 
     network: Any
     settings: DiffusionSettings
-    epochs: int | None = None  # of the length variants; None: nnU-Net's 1000
+    epochs: int | None = None  # set by the trainers of other lengths; None for nnU-Net's 1000
     presegmentor_trainer = "nnUNetTrainer"
 
     def __init__(
@@ -61,11 +61,11 @@ class DiffusionTrainer(nnUNetTrainer):
         dataset_json: dict,
         device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net's signature
     ) -> None:
-        """Set nnU-Net up, read the settings and write them into the plans."""
+        """Initialise nnU-Net's trainer, read the settings and write them into the plans."""
         refuse_unusable_folders()
-        # before nnU-Net makes the output folder
+        # checked before nnU-Net creates the output folder
         settings = planned_settings(plans, configuration, dataset_json)
-        # else Weights & Biases puts the pre-segmentor's curves into this network's run
+        # otherwise Weights & Biases would put the pre-segmentor's curves into this network's run
         os.environ.setdefault("WANDB_REINIT", "create_new")
         super().__init__(plans, configuration, fold, dataset_json, device)
         for line in notes_on_version(self.configuration_manager.configuration):
@@ -90,20 +90,20 @@ class DiffusionTrainer(nnUNetTrainer):
         num_output_channels: int,
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
-        """Build the segmenter from the plans alone, as inference must; deep supervision makes no difference."""
+        """Build the segmenter from the plans alone, as inference requires; deep supervision has no effect."""
         channels = num_input_channels, num_output_channels
         return build_segmenter(plans_manager, configuration_manager, *channels, DiffusionTrainer.presegmentor_trainer)
 
     @property
     def segmenter(self) -> DiffusionSegmenter:
-        """The network under whatever wraps it."""
+        """The network without its wrapper, if it has one."""
         return cast(DiffusionSegmenter, getattr(self.network, "module", self.network))
 
     def initialize(self) -> None:
-        """Build network, optimizer and loss as nnU-Net does; then the moving average, compilation and precision."""
+        """Build network, optimizer and loss as nnU-Net does, then set up moving average, compilation and precision."""
         super().initialize()
         self.segmenter.ignore_label = self.label_manager.ignore_label
-        # distributed training wraps the learners, whose evaluations have gradients; nnU-Net wraps the network
+        # nnU-Net wraps the whole network for distributed training; here only the learners, which have gradients, are wrapped
         self.network = self.segmenter
         self.objective = build_objective(self.segmenter)
         ((name, evaluate),) = self.objective.evaluations.items()
@@ -115,29 +115,29 @@ class DiffusionTrainer(nnUNetTrainer):
             self.grad_scaler = None  # bfloat16 has float32's range
 
     def _do_i_compile(self) -> bool:
-        """Keep nnU-Net from compiling the whole network: its reverse process is a Python loop."""
+        """Return False, so that nnU-Net does not compile the whole network: its reverse process is a Python loop."""
         return False
 
     def plot_network_architecture(self) -> None:
-        """Leave the drawing out: nnU-Net's needs a package that cannot draw this network."""
+        """Do nothing: nnU-Net draws with a package that cannot draw this network."""
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
-        """Leave the network as it is: it has one output."""
+        """Do nothing: this network has one output."""
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
-        """AdamW over the denoiser, nnU-Net's learning rate schedule."""
+        """Return AdamW for the denoiser's parameters, and nnU-Net's learning rate schedule."""
         optimizer = torch.optim.AdamW(
             self.segmenter.denoiser.parameters(),
             self.initial_lr,
             weight_decay=self.weight_decay,
-            fused=self.device.type != "mps",  # hundreds of small tensors: one after the other takes ten times as long
+            fused=self.device.type != "mps",  # updating hundreds of small tensors one by one takes ten times as long
         )
         return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
 
     # training --------------------------------------------------------------------------------------------------------
 
     def run_training(self) -> None:
-        """Train both networks as nnU-Net does; say what to do where cases cannot be loaded any more."""
+        """Train as nnU-Net does, alone in the output folder, and explain errors from data that can no longer be loaded."""
         with job.alone_and_tidy(self):
             for line in what_happens_to_finished(self, self.resumed):
                 self.print_to_log_file(line)
@@ -145,7 +145,7 @@ class DiffusionTrainer(nnUNetTrainer):
                 super().run_training()
 
     def on_train_start(self) -> None:
-        """Have the pre-segmentor trained, embed it, then start as nnU-Net does."""
+        """Train the pre-segmentor if necessary and embed it, then start as nnU-Net does."""
         if not self.was_initialized:
             self.initialize()
         shared = Path(self.output_folder_base) / "plans.json"
@@ -164,36 +164,36 @@ class DiffusionTrainer(nnUNetTrainer):
         self.segmenter.presegmentor.load_state_dict(presegmentor_weights(self))
 
     def on_train_epoch_start(self) -> None:
-        """Seed the epoch's noise, so that a resumed training draws what an uninterrupted one does."""
+        """Seed the noise of the epoch, so that a resumed training draws the same noise as an uninterrupted one."""
         super().on_train_epoch_start()
         self._generator = torch.Generator(self.device).manual_seed(
             self.settings.seed + 1 + self.current_epoch + RANK_SEEDS * self.local_rank
         )
 
     def train_step(self, batch: dict) -> dict:
-        """One optimizer step; returns the loss, its terms and whether the step was taken (see `take_step`)."""
+        """Take one optimizer step. Return the loss, its terms and whether the step was taken (see `take_step`)."""
         check_batch(batch, self)
         image = batch["data"].to(self.device, non_blocking=True)
         target = batch["target"].to(self.device, non_blocking=True)
         found, taken = train_step(self.objective, self.learners, image, target, self.loss, self._generator,
                                   lambda: training_precision(self.device), self.grad_scaler)  # fmt: skip
         self._skipped.note(taken, self.current_epoch, batch.get("keys"))
-        # all at once, and last: each look at a value waits for the GPU
+        # read all values at once and last, because each read waits for the GPU
         values = dict(zip(found, torch.stack(list(found.values())).detach().tolist(), strict=True))
         return {**values, "taken": taken}
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
-        """Log the loss as nnU-Net does, and each of its terms, both without skipped steps, and the number of these."""
+        """Log the loss and each of its terms without skipped steps, and the number of skipped steps."""
         told = self._skipped.told(len(train_outputs))
         if told is not None:
             self.print_to_log_file(told)
-        # the same ones on all ranks, whose losses nnU-Net puts into one array
+        # all ranks leave out the same steps, because nnU-Net puts their losses into one array
         train_outputs = [output for output in train_outputs if output["taken"]] or train_outputs
         super().on_train_epoch_end(train_outputs)
         log_terms(self, train_outputs)
 
     def validation_step(self, batch: dict) -> dict:
-        """nnU-Net's own step on the proxy: averaged weights, one sample, one step, no pre-segmentation mixed in."""
+        """Validate a batch as nnU-Net does, with averaged weights, one sample, one step and no averaging with nnU-Net."""
         check_batch(batch, self)
         proxy = self.segmenter.overridden(steps=1, samples=1, presegmentation_weight=0.0)
         with averaged_weights(self.segmenter, self.learners), proxy:
@@ -201,13 +201,13 @@ class DiffusionTrainer(nnUNetTrainer):
 
     def on_epoch_end(self) -> None:
         """End the epoch as nnU-Net does and draw the curves of the loss terms."""
-        self.print_to_log_file("Pseudo dice below: proxy, one step from the pre-segmentation with the averaged weights")
+        self.print_to_log_file("Pseudo dice below is a proxy: one step from the pre-segmentation with averaged weights")
         super().on_epoch_end()
         if self.local_rank == 0:
             draw_curves(self)
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        """nnU-Net's own validation, by the averaged weights at the settings of inference; then compared with nnU-Net's."""
+        """Validate as nnU-Net does, with averaged weights and the inference settings; then compare with the pre-segmentor."""
         with job.alone_and_tidy(self), averaged_weights(self.segmenter, self.learners):
             super().perform_actual_validation(save_probabilities)
             if self.local_rank == 0:
@@ -216,7 +216,7 @@ class DiffusionTrainer(nnUNetTrainer):
     # checkpoints -----------------------------------------------------------------------------------------------------
 
     def save_checkpoint(self, filename: str) -> None:
-        """Write nnU-Net's checkpoint with the averaged weights as `network_weights`; raw ones under a key of their own."""
+        """Write nnU-Net's checkpoint with the averaged weights as `network_weights` and the raw weights under another key."""
         if self.local_rank != 0:
             return
         if self.disable_checkpointing:
@@ -228,11 +228,10 @@ class DiffusionTrainer(nnUNetTrainer):
         self.saved = True
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str | Path) -> None:
-        """Restore everything a training needs to go on; settings come from the checkpoint.
+        """Restore a training from a checkpoint, including its settings.
 
         Raises:
-            ValueError: if it is not a checkpoint of a diffusion trainer of this dataset and configuration, or its network
-                differs.
+            ValueError: the checkpoint is not from a diffusion trainer of this dataset, configuration and fold.
         """
         checkpoint = own_checkpoint(self, filename_or_checkpoint)
         if not self.was_initialized:

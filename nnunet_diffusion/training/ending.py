@@ -1,4 +1,4 @@
-"""How a training ends before its time, by Ctrl-C or SIGTERM: what is saved, and the command that goes on, in one line."""
+"""Ending a training early by Ctrl-C or SIGTERM, with one line that names what is saved and the command to continue."""
 
 from __future__ import annotations
 
@@ -18,24 +18,23 @@ from nnunetv2.utilities.file_path_utilities import get_output_folder
 from nnunet_diffusion.jobs.locks import release_all
 from nnunet_diffusion.jobs.signals import EXIT_INTERRUPTED, EXIT_TERMINATED, Terminated, stopped
 
-TIDY_SECONDS = (
-    5.0  # for what was begun to unwind; nnU-Net's pool of processes may wait for ever for workers that are dead
-)
-WORKER_SECONDS = 2.0  # for a worker process to end by itself
+# time for open `with` blocks to unwind; nnU-Net's pool of processes may wait forever for dead workers
+TIDY_SECONDS = 5.0
+WORKER_SECONDS = 2.0  # time for a worker process to end by itself
 CAUSES = {EXIT_INTERRUPTED: "Interrupted", EXIT_TERMINATED: "Ended by SIGTERM"}
 
 
 @contextlib.contextmanager
 def tidy_end(tell: Callable[[str], object]) -> Iterator[None]:
-    """End the process's workers and the process, with exit code 130 or 143, if Ctrl-C or SIGTERM comes in a `with` block.
+    """End the worker processes and this process, with exit code 130 or 143, on Ctrl-C or SIGTERM in a `with` block.
 
-    In another thread than the main one, which gets no signals, this does nothing.
+    This does nothing outside the main thread, because other threads receive no signals.
 
     Args:
-        tell: called with "Interrupted" or "Ended by SIGTERM" when no worker is left.
+        tell: called with "Interrupted" or "Ended by SIGTERM" once all workers have ended.
 
     Raises:
-        SystemExit: with that exit code.
+        SystemExit: Ctrl-C (exit code 130) or SIGTERM (143) ended the block.
     """
     before = set(multiprocessing.active_children())
     watch = _Watch(before, tell)
@@ -64,12 +63,12 @@ class _Watch:
 
     def begin(self, code: int) -> None:
         self.code = code
-        # threads of nnU-Net's loaders fail when their workers end, which is nothing to report in a process that ends too
+        # threads of nnU-Net's loaders fail when their workers end; there is no need to report that here
         threading.excepthook = lambda _: None
         self._begun.set()
 
     def end(self) -> bool:
-        """Call the watch off; return False if it was called off before."""
+        """Cancel the watch. Return False if it was already cancelled."""
         with self._deciding:
             first = not self._ended.is_set()
             threading.excepthook = self._excepthook
@@ -93,7 +92,7 @@ class _Watch:
 
 
 def _end_workers(before: set[BaseProcess], seconds: float = WORKER_SECONDS) -> None:
-    """End the child processes that were not there before; those that do not end by themselves are killed."""
+    """End all child processes that are not in `before`; kill those that do not end by themselves."""
     workers = [process for process in multiprocessing.active_children() if process not in before]
     for process in workers:
         process.join(seconds)
@@ -104,7 +103,7 @@ def _end_workers(before: set[BaseProcess], seconds: float = WORKER_SECONDS) -> N
 
 
 def end_loaders(trainer: nnUNetTrainer) -> None:
-    """Have the workers of a trainer's loaders end as soon as their batch is made, and quietly."""
+    """Make the workers of a trainer's loaders end silently as soon as their current batch is finished."""
     for loader in (getattr(trainer, "dataloader_train", None), getattr(trainer, "dataloader_val", None)):
         event = getattr(loader, "abort_event", None)
         if event is not None:
@@ -112,12 +111,12 @@ def end_loaders(trainer: nnUNetTrainer) -> None:
 
 
 def what_goes_on(trainer: nnUNetTrainer, presegmentor: str, saved: bool) -> str:
-    """Return what is on the disk of a diffusion training, and the command that goes on from there.
+    """Return which checkpoint of a diffusion training is on disk, and the command that continues from it.
 
     Args:
-        trainer: of the denoiser.
-        presegmentor: name of the trainer of its pre-segmentor.
-        saved: whether a checkpoint of this training of the denoiser is in its output folder.
+        trainer: trainer of the denoiser.
+        presegmentor: name of the pre-segmentor's trainer.
+        saved: whether this training of the denoiser has a checkpoint in its output folder.
     """
     words = (trainer.plans_manager.dataset_name, presegmentor, trainer.plans_manager.plans_name)
     first = _newest(Path(get_output_folder(*words, trainer.configuration_name, trainer.fold)))
@@ -132,7 +131,7 @@ def what_goes_on(trainer: nnUNetTrainer, presegmentor: str, saved: bool) -> str:
         found = f"the denoiser has no finished epoch yet; the pre-segmentor's {first} is on disk"
     else:
         found = "no finished epoch is on disk yet"
-    return f"{found}. To go on: {_command(trainer, own is not None)}"
+    return f"{found}. To continue: {_command(trainer, own is not None)}"
 
 
 def _newest(folder: Path) -> Path | None:

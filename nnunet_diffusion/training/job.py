@@ -1,4 +1,4 @@
-"""A training job of a diffusion trainer: what it says before it starts, alone in its folder, ended tidily."""
+"""A diffusion training as a job: log lines before it starts, a lock on its folder, and a clean end on signals."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def alone_and_tidy(trainer: DiffusionTrainer) -> Iterator[None]:
-    """Keep other jobs out of the output folder for a `with` block, and end it tidily by Ctrl-C and SIGTERM.
+    """Keep other jobs out of the output folder during a `with` block, and end cleanly on Ctrl-C and SIGTERM.
 
     Raises:
-        RuntimeError: another job is at work there.
-        SystemExit: the block was ended by a signal.
+        RuntimeError: another job uses the output folder.
+        SystemExit: a signal ended the block.
     """
 
     def tell(cause: str) -> None:
@@ -41,7 +41,7 @@ def alone_and_tidy(trainer: DiffusionTrainer) -> Iterator[None]:
 
 @contextlib.contextmanager
 def lost_data_explained(trainer: DiffusionTrainer) -> Iterator[None]:
-    """Say what to do where cases cannot be loaded any more in a `with` block."""
+    """Replace errors from data that can no longer be loaded in a `with` block by errors that name the cure."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -52,9 +52,9 @@ def lost_data_explained(trainer: DiffusionTrainer) -> Iterator[None]:
 
 
 def describe(trainer: DiffusionTrainer) -> None:
-    """Log which two networks are trained, and what is there of them already."""
+    """Log the two networks of the model and how far each is trained."""
     if trainer.resumed:
-        state = "trained already, its weights are in this model's checkpoint"
+        state = "trained already; its weights are in this model's checkpoint"
     else:
         state = presegmentor_state(presegmentor_folder(trainer), given=trainer.given_presegmentor is not None)
     names = trainer.settings.presegmentor_trainer, state, type(trainer).__name__
@@ -62,12 +62,12 @@ def describe(trainer: DiffusionTrainer) -> None:
 
 
 def warn(trainer: DiffusionTrainer) -> None:
-    """Log warnings about settings that make a training worse, and about its memory."""
+    """Log warnings about settings that reduce accuracy, and about the GPU memory that the training needs."""
     settings, heads = trainer.settings, trainer.segmenter.denoiser.state_channels
     if settings.presegmentation_start_probability > 0:
         trainer.print_to_log_file(
-            "WARNING: diffusion.training.presegmentation_start_probability shows the denoiser the pre-segmentor's output "
-            "on cases that network was trained on. It makes fewer mistakes there than on new cases."
+            "WARNING: diffusion.training.presegmentation_start_probability is above 0, so the denoiser is trained on the "
+            "pre-segmentor's output for its own training cases, where it makes fewer mistakes than on new cases."
         )
     # in distributed training each GPU has a part of the batch
     own = {**trainer.configuration_manager.configuration, "batch_size": trainer.batch_size}

@@ -1,4 +1,4 @@
-"""A learner: a module with its optimizer, learning rate schedule and moving average, and how it is evaluated in training."""
+"""Learners: modules in training, each with its optimizer, moving average and evaluation."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from nnunet_diffusion.training.steps import take_step
 
 
 class Learner:
-    """One of the networks that a method trains; distributed training wraps it.
+    """A network in training, with its optimizer and moving average. Distributed training wraps it.
 
     Args:
-        module: of the segmenter.
-        evaluate: the module and its inputs -> what its objective needs, as a function.
-        optimizer: of the module's parameters.
-        ema_decay: of the moving average, reached by the warm-up (1 + n) / (10 + n).
+        module: module of the segmenter to train.
+        evaluate: function of the module and its inputs that returns what the objective needs.
+        optimizer: optimizer of the module's parameters.
+        ema_decay: decay of the moving average after the warm-up (1 + n) / (10 + n).
 
     Attributes:
-        module: its raw weights.
-        average: the moving average of its weights.
+        module: module with the raw weights.
+        average: module with the moving average of the weights.
     """
 
     def __init__(
@@ -38,19 +38,19 @@ class Learner:
         self._wrapped: nn.Module | None = None
 
     def compile(self) -> None:
-        """Compile its evaluation in training (`torch.compile`); weights and their names are untouched."""
+        """Compile the evaluation in training (`torch.compile`). The weights and their names do not change."""
         self._evaluate = torch.compile(self._evaluate)
 
     def distribute(self, wrap: Callable[[nn.Module], nn.Module]) -> None:
-        """Have its gradients averaged over ranks.
+        """Average the gradients over ranks from now on.
 
         Args:
-            wrap: module -> the same as torch's DistributedDataParallel; it gives all ranks the weights of the first.
+            wrap: wraps a module in torch's DistributedDataParallel, which gives all ranks the weights of the first.
         """
         self._wrapped = wrap(_Evaluation(self))
 
     def evaluate(self, *inputs: Any) -> Any:
-        """Evaluate the module as training does: compiled and distributed where it is."""
+        """Evaluate the module as in training, that is compiled and distributed if `compile` and `distribute` were called."""
         return self.undistributed(*inputs) if self._wrapped is None else self._wrapped(*inputs)
 
     def undistributed(self, *inputs: Any) -> Any:
@@ -58,32 +58,34 @@ class Learner:
         return self._evaluate(self.module, *inputs)
 
     def step(self, loss: Tensor, scaler: torch.amp.GradScaler | None = None) -> bool:
-        """Take an optimizer step and move the average; return whether the gradients allowed it (see `take_step`)."""
+        """Take an optimizer step and update the average. Return False if the step was skipped (see `take_step`)."""
         taken = take_step(loss, self.module.parameters(), self.optimizer, scaler)
         if taken:
             self.average.update_parameters(self.module)
         return taken
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what resuming needs beside the averaged weights: raw weights and the number of averaged steps."""
+        """Return the state for resuming, except for the averaged weights: raw weights and number of averaged steps."""
         return {"weights": self.module.state_dict(), "averaged_steps": self.average.n_averaged}
 
     def load_state_dict(self, state: Mapping[str, Any], optimizer: Mapping[str, Any]) -> None:
-        """Go on from there.
+        """Restore the raw weights, the number of averaged steps and the optimizer.
 
         Args:
-            state: of `state_dict`.
-            optimizer: of its optimizer.
+            state: result of `state_dict`.
+            optimizer: state dict of the optimizer.
         """
         self.module.load_state_dict(state["weights"])
         self.average.n_averaged.copy_(state["averaged_steps"])
         for group in optimizer["param_groups"]:
-            group["fused"] = self.optimizer.defaults["fused"]  # of this device, not of the one it was saved on
+            group["fused"] = self.optimizer.defaults[
+                "fused"
+            ]  # as on this device, not as on the device of the saved training
         self.optimizer.load_state_dict(dict(optimizer))
 
     def _move(self, averaged: Any, current: Any, count: Any) -> None:
-        """Move the average: decay = min(d, (1 + n) / (10 + n)), so that the first weights are soon forgotten."""
-        steps = int(self.average.n_averaged)  # `count` is its copy on the GPU, this one is on the CPU
+        """Update the average with decay = min(d, (1 + n) / (10 + n)), so that the initial weights are soon forgotten."""
+        steps = int(self.average.n_averaged)  # `count` is a copy on the GPU; this one is on the CPU
         decay = min(self._ema_decay, (1 + steps) / (10 + steps))
         if torch.is_floating_point(averaged[0]):
             torch._foreach_lerp_(averaged, current, 1 - decay)
@@ -101,20 +103,20 @@ def train_step(
     precision: Callable[[], contextlib.AbstractContextManager],
     scaler: torch.amp.GradScaler | None = None,
 ) -> tuple[dict[str, Tensor], bool]:
-    """Let each learner take its turn.
+    """Take one step with each learner, in the order of the objective.
 
     Args:
-        objective: names the turns.
-        learners: by the name of their module.
+        objective: objective that yields the loss terms of each learner's step.
+        learners: name of the module -> its learner.
         image: (B, C, *spatial) preprocessed patch.
-        target: as nnU-Net's loader gives it.
-        segmentation_loss: nnU-Net's own.
-        generator: of all randomness, on the image's device.
-        precision: autocast of the networks' evaluations.
-        scaler: of float16.
+        target: target as returned by nnU-Net's loader.
+        segmentation_loss: nnU-Net's own loss.
+        generator: generator of all random numbers, on the image's device.
+        precision: returns the autocast context for evaluations of the networks.
+        scaler: gradient scaler for float16.
 
     Returns:
-        `loss`, the sum of all terms, and the terms by name; and whether all steps were taken.
+        `loss`, the sum of all terms, and each term by name; and whether all steps were taken.
     """
     evaluate = {name: learner.evaluate for name, learner in learners.items()}
     for learner in learners.values():
@@ -134,13 +136,13 @@ def compile_and_distribute(
     wrap: Callable[[nn.Module], nn.Module] | None,
     log: Callable[[str], None],
 ) -> None:
-    """Compile the learners' training steps, and wrap them for distributed training.
+    """Compile the learners' evaluations, and wrap them for distributed training.
 
     Args:
-        learners: by the name of their module.
+        learners: name of the module -> its learner.
         wanted: whether nnU-Net would compile its network here.
-        wrap: module -> the same as torch's DistributedDataParallel; None on a single GPU.
-        log: takes one line.
+        wrap: wraps a module in torch's DistributedDataParallel; None without distributed training.
+        log: writes one line.
     """
     for name, learner in learners.items():
         if wanted and any(isinstance(module, nn.SyncBatchNorm) for module in learner.module.modules()):
@@ -154,7 +156,7 @@ def compile_and_distribute(
 
 @contextlib.contextmanager
 def averaged_weights(segmenter: nn.Module, learners: Mapping[str, Learner]) -> Iterator[None]:
-    """Put the learners' averaged modules into a segmenter for a `with` block."""
+    """Use the learners' averaged modules in a segmenter for a `with` block."""
     for name, learner in learners.items():
         setattr(segmenter, name, learner.average.module)
     try:
@@ -165,7 +167,7 @@ def averaged_weights(segmenter: nn.Module, learners: Mapping[str, Learner]) -> I
 
 
 class _Evaluation(nn.Module):
-    """A learner's evaluation as a module, which torch's DistributedDataParallel wants."""
+    """A learner's evaluation as a module, as torch's DistributedDataParallel requires."""
 
     def __init__(self, learner: Learner) -> None:
         super().__init__()
@@ -173,5 +175,5 @@ class _Evaluation(nn.Module):
         self._evaluate = learner.undistributed
 
     def forward(self, *inputs: Any) -> Any:
-        """Evaluate."""
+        """Evaluate the module."""
         return self._evaluate(*inputs)

@@ -1,4 +1,4 @@
-"""The segmenter as the plans describe it: all that inference has to build it from."""
+"""Building the segmenter from the plans alone, for training and inference."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def build_segmenter(
     """Build pre-segmentor and denoiser with random weights.
 
     Args:
-        plans_manager: of the plans.
-        configuration_manager: of the configuration; its `diffusion` section may be absent or partial.
-        num_input_channels: of the image, in the cascade with those of the previous stage.
+        plans_manager: manager of the plans.
+        configuration_manager: manager of the configuration, whose `diffusion` section may be absent or partial.
+        num_input_channels: number of image channels, in the cascade including those of the previous stage.
         num_output_channels: K.
-        default_presegmentor: trainer of the pre-segmentor where the settings name none.
+        default_presegmentor: trainer of the pre-segmentor if the settings name none.
 
     Raises:
-        ValueError: if the settings are wrong or do not fit the plans' network.
+        ValueError: the settings are not valid or do not fit the plans' network.
     """
     settings = DiffusionSettings.from_plans(configuration_manager.configuration)
     presegmentor = build_presegmentor(

@@ -8,7 +8,10 @@ from nnunet_diffusion.training.diffusion_trainer import DiffusionTrainer
 
 
 class DiffusionTrainerNoMirroring(DiffusionTrainer):
-    """As `nnUNetTrainerNoMirroring`, its pre-segmentor: no mirroring in augmentation, validation and prediction."""
+    """DiffusionTrainer without mirroring in augmentation, validation and prediction, as nnUNetTrainerNoMirroring.
+
+    Its pre-segmentor is trained by nnUNetTrainerNoMirroring.
+    """
 
     presegmentor_trainer = "nnUNetTrainerNoMirroring"
 

@@ -1,4 +1,4 @@
-"""What a training is about to do and how long it will take, for the log."""
+"""Log lines about what a training will do and how long it will take."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 
 def two_networks(presegmentor: str, state: str, trainer: str, epochs: int, done: int = 0) -> str:
-    """Return the block that begins the log of a training.
+    """Return the first lines of a training's log.
 
     Args:
-        presegmentor: its trainer.
-        state: of the pre-segmentor, such as "to be trained first".
-        trainer: of the denoiser.
-        epochs: of the denoiser.
-        done: those that a resumed training has behind it.
+        presegmentor: name of the pre-segmentor's trainer.
+        state: state of the pre-segmentor, such as "to be trained first".
+        trainer: name of the denoiser's trainer.
+        epochs: number of epochs of the denoiser.
+        done: number of epochs already finished, if the training is resumed.
     """
     left = f"{epochs} epochs" if done == 0 else f"resumed after {done} of {epochs} epochs"
     return (
@@ -24,17 +24,17 @@ def two_networks(presegmentor: str, state: str, trainer: str, epochs: int, done:
         f"  1. pre-segmentor, an ordinary nnU-Net ({presegmentor}): {state}\n"
         f"  2. denoiser, which corrects what the first one segments ({trainer}): {left}, then validated and compared with "
         "nnU-Net\n"
-        "The hours left are estimated after the first epoch of each."
+        "The remaining time is estimated after the first epoch of each."
     )
 
 
 def announce(trainer: nnUNetTrainer, network: str, log: Callable[[str], None]) -> None:
-    """Log that a network's training begins, and after its first epoch how long the others will take.
+    """Log that a network's training begins, and after the first epoch the estimated remaining time.
 
     Args:
-        trainer: of the network, before its first epoch.
-        network: what the log calls it.
-        log: takes one line.
+        trainer: trainer of the network, before its first epoch.
+        network: name of the network in the log.
+        log: writes one line.
     """
     first, epochs = trainer.current_epoch, trainer.num_epochs
     log(f"Now training the {network}: {epochs} epochs" + (f", of which {first} are done." if first else "."))
@@ -56,15 +56,15 @@ def announce(trainer: nnUNetTrainer, network: str, log: Callable[[str], None]) -
 
 
 def remaining_time(network: str, seconds: float, epochs: int) -> str:
-    """Return the sentence that estimates a training's rest from the duration of one epoch.
+    """Return a sentence with the remaining time of a training, estimated from the duration of one epoch.
 
     Args:
-        network: what the log calls it.
-        seconds: of the epoch.
-        epochs: that are left.
+        network: name of the network in the log.
+        seconds: duration of one epoch.
+        epochs: number of remaining epochs.
     """
     return (
-        f"An epoch of the {network} took {seconds:.1f} s: at this pace the rest of its training (epochs: {epochs}) takes about "
+        f"An epoch of the {network} took {seconds:.1f} s. At this pace its remaining epochs ({epochs}) take about "
         f"{_duration(seconds * epochs)}, without the validation at the end."
     )
 

@@ -1,4 +1,4 @@
-"""The settings of a training in its plans: read and checked before nnU-Net makes a folder, and written for inference."""
+"""Settings in the plans: read and checked before nnU-Net creates a folder, and written into them for inference."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def planned_settings(
     """Return the settings of a configuration, with `regions` from the dataset.
 
     Raises:
-        NotImplementedError: the reverse process is to start from the previous stage, and the labels are regions.
-        ValueError: the plans are those of another dataset, or their `diffusion` section is wrong.
+        NotImplementedError: the settings start the reverse process from the previous stage, but the labels are regions.
+        ValueError: the plans are for another dataset, or their `diffusion` section is not valid.
     """
     refuse_foreign_plans(plans["dataset_name"], dataset_json)
     refuse_unknown_networks(plans, f"{plans.get('plans_name')}.json")
@@ -42,12 +42,12 @@ def planned_settings(
 def with_presegmentor(
     settings: DiffusionSettings, given: GivenPresegmentor | None, default_trainer: str
 ) -> DiffusionSettings:
-    """Return the settings with the pre-segmentor that this training starts from.
+    """Return the settings with the trainer and architecture of this training's pre-segmentor.
 
     Args:
-        settings: those of the plans.
-        given: the model that the user named; None for an nnU-Net of the same plans.
-        default_trainer: trainer of the pre-segmentor where neither the user nor the plans name one.
+        settings: settings in the plans.
+        given: trained model named by the user; None for an nnU-Net of the same plans.
+        default_trainer: trainer of the pre-segmentor if neither the user nor the plans name one.
     """
     if given is not None:
         settings = dataclasses.replace(
@@ -57,21 +57,21 @@ def with_presegmentor(
 
 
 def notes_on_version(configuration: Mapping[str, Any]) -> list[str]:
-    """Return a line for the log if a configuration's settings have an older layout."""
+    """Return a line for the log if a configuration's settings have an older version, else an empty list."""
     version = configuration.get(PLANS_KEY, {}).get("version", VERSION)
     if version >= VERSION:
         return []
     return [
-        f"The plans' {PLANS_KEY} section has version {version}; it is read as version {VERSION}, in which it means the same, "
-        "and written so into the model's plans.json."
+        f"The {PLANS_KEY} section of the plans has version {version}. It has the same meaning in version {VERSION}, and is "
+        "written in that version into the model's plans.json."
     ]
 
 
 def adopt(trainer: DiffusionTrainer, settings: DiffusionSettings) -> None:
-    """Have a trainer use these settings, and write them into its plans, where inference finds them."""
+    """Set the settings of a trainer and write them into its plans, where inference finds them."""
     trainer.settings = settings
     trainer.initial_lr, trainer.weight_decay = settings.learning_rate, settings.weight_decay
-    # both: the manager of a configuration holds a copy
+    # write both, because the configuration manager holds a copy
     trainer.plans_manager.plans["configurations"][trainer.configuration_name][PLANS_KEY] = settings.to_plans()
     trainer.configuration_manager.configuration[PLANS_KEY] = settings.to_plans()
     if trainer.is_cascaded:

@@ -1,4 +1,4 @@
-"""What a diffusion training keeps in a checkpoint, and goes on from (layer 3)."""
+"""The state of a diffusion training: saved in a checkpoint, and restored from it (layer 3)."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 
 def checkpoint_of(trainer: DiffusionTrainer) -> dict[str, Any]:
-    """Return the checkpoint of a trainer, in nnU-Net's layout with a section of ours.
+    """Return the checkpoint of a trainer, in nnU-Net's layout with an additional section.
 
-    The network's weights are the averaged ones, which inference uses.
+    `network_weights` are the averaged weights, which inference uses.
     """
     with averaged_weights(trainer.segmenter, trainer.learners):
         averaged = trainer.segmenter.state_dict()
@@ -41,14 +41,14 @@ def checkpoint_of(trainer: DiffusionTrainer) -> dict[str, Any]:
 
 
 def own_checkpoint(trainer: DiffusionTrainer, given: dict | str | Path) -> dict[str, Any]:
-    """Return the checkpoint that a trainer is to go on from, read without running code from it.
+    """Return the checkpoint from which a trainer continues, read without running code from it.
 
     Args:
-        trainer: of the same dataset, configuration and fold.
-        given: the checkpoint, or its file.
+        trainer: trainer of the same dataset, configuration and fold.
+        given: checkpoint, or path of its file.
 
     Raises:
-        ValueError: it is not a checkpoint of a diffusion trainer, or of another dataset, configuration or fold.
+        ValueError: the checkpoint is not from a diffusion trainer, or from another dataset, configuration or fold.
     """
     if isinstance(given, dict):
         name, checkpoint = "The given dictionary", given
@@ -65,13 +65,13 @@ def own_checkpoint(trainer: DiffusionTrainer, given: dict | str | Path) -> dict[
 
 
 def restore(trainer: DiffusionTrainer, checkpoint: dict[str, Any]) -> None:
-    """Put a checkpoint of `own_checkpoint` into an initialised trainer."""
+    """Restore an initialised trainer from a checkpoint that `own_checkpoint` returned."""
     with averaged_weights(trainer.segmenter, trainer.learners):
         trainer.segmenter.load_state_dict(checkpoint["network_weights"])
     trainer.my_init_kwargs = checkpoint["init_args"]
     trainer.current_epoch = checkpoint["current_epoch"]
     trainer.logger.load_checkpoint(checkpoint["logging"])
-    # nnU-Net saves before it notes the epoch's own value: a worse epoch would then overwrite checkpoint_best
+    # nnU-Net saves before it updates `_best_ema`, so a worse epoch could otherwise overwrite checkpoint_best
     trainer._best_ema = max(curves_of(trainer)["ema_fg_dice"], default=checkpoint["_best_ema"])
     trainer.inference_allowed_mirroring_axes = checkpoint["inference_allowed_mirroring_axes"]
     own = checkpoint[DIFFUSION_KEY]

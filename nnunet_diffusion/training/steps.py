@@ -1,4 +1,4 @@
-"""Optimizer steps; those whose gradients are not finite are skipped, as torch's GradScaler does, and counted."""
+"""Optimizer steps. Steps with gradients that are not finite are skipped, as by torch's GradScaler, and counted."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-MAXIMAL_NORM = 12.0  # of the gradients, as in nnU-Net
+MAXIMAL_NORM = 12.0  # norm to which gradients are clipped, as in nnU-Net
 SKIPPED_IN_A_ROW = 20
-"""More skipped steps in a row end the training. A GradScaler (float16) that looks for its scale skips up to 16: it begins at
-2^16 and halves it each time."""
+"""Largest accepted number of consecutive skipped steps. While a GradScaler (float16) searches its scale it skips up to 16
+steps: it starts at 2^16 and halves the scale each time."""
 
 
 def take_step(
@@ -19,15 +19,15 @@ def take_step(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler | None = None,
 ) -> bool:
-    """Update the parameters if the norm of their gradients is finite; return whether it was.
+    """Update the parameters if the norm of their gradients is finite, and return whether it was.
 
-    The gradients of distributed training are the same on all ranks, so all ranks take the same decision.
+    In distributed training the gradients are the same on all ranks, so all ranks make the same decision.
 
     Args:
-        loss: scalar.
-        parameters: of the network.
-        optimizer: of these parameters; neither changes in a skipped step.
-        scaler: of float16; it lowers its scale in a skipped step.
+        loss: scalar loss.
+        parameters: parameters of the network.
+        optimizer: optimizer of these parameters; neither changes in a skipped step.
+        scaler: gradient scaler for float16; it lowers its scale in a skipped step.
     """
     (loss if scaler is None else scaler.scale(loss)).backward()
     if scaler is not None:
@@ -44,7 +44,7 @@ def take_step(
 
 
 class SkippedSteps:
-    """Counts skipped steps: of an epoch, for the log, and in a row, to end a training that learns nothing any more."""
+    """Counter of skipped steps: per epoch for the log, and consecutive ones to end a training that no longer learns."""
 
     def __init__(self) -> None:
         self._in_epoch = 0
@@ -54,12 +54,13 @@ class SkippedSteps:
         """Count a step.
 
         Args:
-            taken: whether it was not skipped.
-            epoch: from 0.
-            cases: of its batch, for the message.
+            taken: False if the step was skipped.
+            epoch: number of the epoch, from 0.
+            cases: cases of the batch, for the message.
 
         Raises:
-            FloatingPointError: more than `SKIPPED_IN_A_ROW` were skipped in a row; names the cases and the cure.
+            FloatingPointError: more than `SKIPPED_IN_A_ROW` consecutive steps were skipped. The message names the cases and
+                the cure.
         """
         self._in_epoch += not taken
         self._in_a_row = 0 if taken else self._in_a_row + 1
@@ -67,15 +68,15 @@ class SkippedSteps:
             raise FloatingPointError(
                 f"The gradients of {self._in_a_row} training steps in a row were NaN or infinite (epoch {epoch}, last on cases "
                 f"{cases}). These steps were skipped, and the finished epochs are saved: continue with --c. If it happens "
-                "again, look for extreme intensities in these cases, or lower diffusion.training.learning_rate under another "
-                "plans_name and train anew."
+                "again, look for extreme intensities in these cases, or start a new training with a lower "
+                "diffusion.training.learning_rate under another plans_name."
             )
 
     def told(self, steps: int) -> str | None:
-        """Return a line for the log if steps of the epoch that ends were skipped, and begin the next one.
+        """Return a line for the log if steps were skipped in this epoch, else None, and reset the epoch's count.
 
         Args:
-            steps: of the epoch.
+            steps: number of steps in the epoch.
         """
         skipped, self._in_epoch = self._in_epoch, 0
         if not skipped:

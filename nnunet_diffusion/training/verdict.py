@@ -1,4 +1,4 @@
-"""The end of a training: nnU-Net and PD-DDPM compared on the validation cases, in the log and as a file."""
+"""Comparison of nnU-Net and PD-DDPM on the validation cases at the end of a training, in the log and in a file."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ SIGNIFICANT = 0.05
 FEWEST_CASES = 6  # the exact two-sided Wilcoxon p of 5 pairs is at least 2 / 2^5 = 0.0625
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 MEASURE = "Dice, mean over the foreground classes of each case; classes absent from label and segmentation are left out"
-HOW_WEIGHTS = "predicted as by `nnunet_diffusion predict`, measured on the preprocessed grid, not on the images' own"
+HOW_WEIGHTS = "predicted as by `nnunet_diffusion predict`, measured on the preprocessed grid, not on that of the images"
 
 
 def give_verdict(trainer: DiffusionTrainer) -> None:
     """Log which of the two networks is better on the validation cases and write `validation/comparison.json`.
 
-    The validation is finished by then: whatever goes wrong here ends in a warning in the log.
+    Errors are logged as warnings, because training and validation are finished.
 
     Args:
-        trainer: after its validation, the averaged weights in its network; of a distributed training, on rank 0.
+        trainer: trainer after its validation, with the averaged weights in its network; on rank 0 only.
     """
     log, path = trainer.print_to_log_file, Path(trainer.output_folder) / COMPARISON
     with _warned_about(trainer, "The comparison with nnU-Net"):
-        path.unlink(missing_ok=True)  # of an earlier validation
+        path.unlink(missing_ok=True)  # may be left from an earlier validation
         content = _compare_networks(trainer)
         write_json(content, path)
         log(content["sentence"])
@@ -64,22 +64,27 @@ def _warned_about(trainer: DiffusionTrainer, what: str) -> Iterator[None]:
 
 
 def _compare_networks(trainer: DiffusionTrainer) -> dict[str, Any]:
-    """Return the content of the file."""
+    """Return the content of `validation/comparison.json`, without the comparison of weights."""
     ending, ours = trainer.dataset_json["file_ending"], Path(trainer.output_folder) / SUMMARY
     pddpm = dice_of_cases(ours, ending, "validate again with --val")
     try:
         nnunet, reason = _dice_of_presegmentor(trainer, ending), ""
     except (OSError, ValueError) as error:
-        nnunet, reason = {}, f"PD-DDPM has no nnU-Net to be compared with: {error}"
+        nnunet, reason = {}, f"PD-DDPM cannot be compared with nnU-Net: {error}"
     content = comparison_content(nnunet, pddpm, trainer.fold == "all")
     return {**content, "sentence": reason or content["sentence"]}
 
 
 def _dice_of_presegmentor(trainer: DiffusionTrainer, file_ending: str) -> dict[str, float]:
-    """Read the validation of the embedded pre-segmentor; raise OSError or ValueError if there is none of that network."""
+    """Return the Dice of each case from the embedded pre-segmentor's validation.
+
+    Raises:
+        OSError: there is no such validation.
+        ValueError: its file is damaged, or belongs to a network with other weights.
+    """
     folder = presegmentor_folder(trainer)
     cure = (
-        f"validate that nnU-Net, or name its model folder by {PRESEGMENTOR_FOLDER} if this training did, then give this "
+        f"validate that nnU-Net (or set {PRESEGMENTOR_FOLDER} to its model folder if this training used it), then run this "
         "command with --val"
     )
     found = dice_of_cases(folder / SUMMARY, file_ending, cure)
@@ -88,7 +93,7 @@ def _dice_of_presegmentor(trainer: DiffusionTrainer, file_ending: str) -> dict[s
     embedded = trainer.segmenter.presegmentor.state_dict()
     same = theirs.keys() == embedded.keys() and all(torch.equal(theirs[key], embedded[key].cpu()) for key in theirs)
     if not same:
-        raise ValueError(f"{folder} has another network than the one in this model (was it trained again?); {cure}")
+        raise ValueError(f"the weights in {folder} are not those in this model (was it trained again?); {cure}")
     return found
 
 
@@ -96,16 +101,16 @@ def dice_of_cases(summary: Path, file_ending: str, cure: str) -> dict[str, float
     """Read the mean Dice of each case from nnU-Net's summary of a validation.
 
     Args:
-        summary: its path.
-        file_ending: of the segmentations, such as ".nii.gz".
-        cure: what to do if it cannot be read; a sentence's end.
+        summary: path of the summary.
+        file_ending: file ending of the segmentations, such as ".nii.gz".
+        cure: what to do if the file cannot be read, as the end of a sentence.
 
     Returns:
-        Case -> mean over the classes with a Dice; NaN for a case without any.
+        Case -> mean over the classes that have a Dice; NaN if no class has one.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged.
     """
     cases = read_dictionary(summary, cure, {"metric_per_case": list})["metric_per_case"]
     return {
@@ -125,12 +130,12 @@ def mean_known(values: list[float]) -> float:
 def comparison_content(
     nnunet: Mapping[str, float], pddpm: Mapping[str, float], on_training_cases: bool = False
 ) -> dict[str, Any]:
-    """Compare two networks over the cases that both have and return what `validation/comparison.json` says of them.
+    """Compare two networks on the cases that both have and return the content of `validation/comparison.json`.
 
     Args:
         nnunet: case -> Dice of the pre-segmentor alone.
         pddpm: case -> Dice of this model.
-        on_training_cases: as with fold "all".
+        on_training_cases: whether the cases were used in training, as with fold "all".
     """
     cases = sorted(nnunet.keys() & pddpm.keys())
     comparison = compare_paired([pddpm[case] for case in cases], [nnunet[case] for case in cases])
@@ -153,14 +158,14 @@ def comparison_content(
 
 
 def verdict_sentence(comparison: PairedComparison, on_training_cases: bool = False) -> str:
-    """Say in plain words which network is better; begins with "WARNING" if it is nnU-Net.
+    """Return a sentence that says which network is better; it begins with "WARNING" if it is nnU-Net.
 
     Args:
-        comparison: PD-DDPM against nnU-Net as the baseline.
-        on_training_cases: as with fold "all".
+        comparison: comparison of PD-DDPM with nnU-Net as the baseline.
+        on_training_cases: whether the cases were used in training, as with fold "all".
     """
     if comparison.cases == 0:
-        return "PD-DDPM and nnU-Net have no validation case in common that has a Dice: there is nothing to compare."
+        return "PD-DDPM and nnU-Net cannot be compared: no validation case has a Dice for both."
     better, worse = is_better(comparison), _significant(comparison) and comparison.mean_difference < 0
     if better:
         said = "Verdict: PD-DDPM is better than nnU-Net."
@@ -177,16 +182,16 @@ def verdict_sentence(comparison: PairedComparison, on_training_cases: bool = Fal
     )
     notes = []
     if comparison.undefined:
-        notes.append(f"Cases left out, because one of the two has no Dice there: {comparison.undefined}.")
+        notes.append(f"Number of cases left out because one of the two has no Dice: {comparison.undefined}.")
     if comparison.cases < FEWEST_CASES:
-        notes.append(f"With fewer than {FEWEST_CASES} cases p and interval mean little.")
+        notes.append(f"With fewer than {FEWEST_CASES} cases, p and the interval are not meaningful.")
     if on_training_cases:
-        notes.append("Both networks were trained on these cases, so this says nothing about new ones.")
+        notes.append("Both networks were trained on these cases, so this result says nothing about new cases.")
     return " ".join([said, figures, *notes])
 
 
 def is_better(comparison: PairedComparison) -> bool:
-    """Return whether the candidate is better than the baseline on average and by the paired test of enough cases."""
+    """Return whether the candidate's mean is higher than the baseline's, significantly and on enough cases."""
     return _significant(comparison) and comparison.mean_difference > 0
 
 
@@ -198,10 +203,10 @@ def _significant(comparison: PairedComparison) -> bool:
 
 
 def _compare_weights(trainer: DiffusionTrainer, cases: Sequence[str]) -> dict[str, Any]:
-    """Predict the cases once more and return what the file says of each weight."""
-    if trainer.is_ddp:  # the other ranks would wait in a collective call, which does not last that long
+    """Predict the cases once more and return the comparison of weights for the file."""
+    if trainer.is_ddp:  # the other ranks would wait in a collective call until it times out
         return {"sentence": "Other values of presegmentation_weight are compared on one GPU only: --val -num_gpus 1."}
-    # late: `inference` imports this package
+    # imported here because `inference` imports this package
     from nnunet_diffusion.training.weights import dice_by_weight
 
     own = trainer.segmenter.settings.presegmentation_weight
@@ -211,11 +216,11 @@ def _compare_weights(trainer: DiffusionTrainer, cases: Sequence[str]) -> dict[st
 
 
 def weights_content(dice: Mapping[float, Mapping[str, float]], own: float, plans: str) -> dict[str, Any]:
-    """Compare each weight with the model's own and return what `validation/comparison.json` says of them.
+    """Compare each weight with the model's own and return the section of `validation/comparison.json` about them.
 
     Args:
-        dice: weight -> case -> Dice, of the same cases in the same order.
-        own: weight of the model.
+        dice: weight -> case -> Dice, with the same cases in the same order.
+        own: weight in the model's settings.
         plans: path of the file in which the weight is set.
     """
     baseline = list(dice[own].values())
@@ -241,12 +246,12 @@ def weights_content(dice: Mapping[float, Mapping[str, float]], own: float, plans
 
 
 def weights_sentence(comparisons: Mapping[float, PairedComparison], own: float, best: float | None, plans: str) -> str:
-    """Say in plain words whether another weight is better.
+    """Return sentences with the mean Dice of each weight and whether another weight is better.
 
     Args:
-        comparisons: weight -> its comparison with the model's own.
-        own: weight of the model.
-        best: the weight to recommend; None if no other is better.
+        comparisons: weight -> comparison with the model's own weight.
+        own: weight in the model's settings.
+        best: recommended weight; None if no other is better.
         plans: path of the file in which the weight is set.
     """
     notes = {0.0: " (denoiser alone)", 1.0: " (nnU-Net alone)"}
@@ -270,7 +275,7 @@ def weights_sentence(comparisons: Mapping[float, PairedComparison], own: float, 
 
 
 def write_json(content: Mapping[str, Any], path: Path) -> None:
-    """Write JSON, with null for NaN and infinite numbers, which JSON does not know."""
+    """Write JSON, with null for NaN and infinite numbers, which JSON does not have."""
     path.write_text(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 

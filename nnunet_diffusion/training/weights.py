@@ -23,18 +23,18 @@ if TYPE_CHECKING:
 
 
 def predict_members(predictor: DiffusionPredictor, data: Tensor) -> tuple[Tensor, Tensor]:
-    """Predict a volume by nnU-Net alone and by the denoiser alone, pre-segmenting once.
+    """Predict a volume with nnU-Net alone and with the denoiser alone; the pre-segmentation is computed once.
 
     Args:
-        predictor: of one fold; its settings keep the denoiser's weight of 1.
-        data: (C, *volume).
+        predictor: predictor with the weights of one fold; afterwards its `presegmentation_weight` is 0.
+        data: preprocessed volume (C, *volume).
 
     Returns:
-        The probabilities (K, *volume) of nnU-Net and of the denoiser.
+        Probabilities (K, *volume) of nnU-Net, and of the denoiser.
     """
     found, presegmented = [], None
     for weight in (1.0, 0.0):
-        # of this predictor's own copy of the network
+        # the predictor has its own copy of the network's settings
         settings = dataclasses.replace(predictor.network.settings, presegmentation_weight=weight)
         predictor.network.settings = settings
         run = VolumeRun(predictor, data, presegmented=presegmented)
@@ -46,15 +46,16 @@ def predict_members(predictor: DiffusionPredictor, data: Tensor) -> tuple[Tensor
 def dice_by_weight(
     trainer: DiffusionTrainer, cases: Sequence[str], weights: Sequence[float]
 ) -> dict[float, dict[str, float]]:
-    """Predict each case once by the network in memory and measure it at each weight.
+    """Predict each case once with the network in memory and return its Dice at each weight.
 
     Args:
-        trainer: with the averaged weights of inference in its network.
-        cases: of the preprocessed data.
-        weights: of the pre-segmentor's probabilities, 0..1.
+        trainer: trainer with the averaged weights in its network.
+        cases: names of preprocessed cases.
+        weights: values of `presegmentation_weight`, 0..1.
 
     Returns:
-        Weight -> case -> mean Dice of the foreground classes or regions on the preprocessed grid; NaN without any.
+        Weight -> case -> mean Dice of the foreground classes or regions on the preprocessed grid; NaN if all are absent from
+        truth and prediction.
     """
     predictor = DiffusionPredictor(device=trainer.device, allow_tqdm=False)
     predictor.manual_initialization(
@@ -86,8 +87,8 @@ def mean_dice(segmentation: NDArray, truth: NDArray, label_manager: LabelManager
 
     Args:
         segmentation: label map (*volume).
-        truth: preprocessed label map (*volume); -1 is background, voxels of the ignore label are left out.
-        label_manager: of the dataset.
+        truth: preprocessed label map (*volume); -1 is background, voxels with the ignore label are left out.
+        label_manager: label manager of the dataset.
     """
     known = np.ones(truth.shape, bool)
     if label_manager.has_ignore_label:

@@ -50,7 +50,7 @@ def test_demo_runs_end_to_end_and_a_second_run_reuses_it(tmp_path, monkeypatch, 
     capsys.readouterr()
     monkeypatch.setattr(demo, "stream", lambda *_: pytest.fail("a second run starts no command"))
     assert demo.run_recipe(folder, "cpu", TINY) == report
-    assert capsys.readouterr().out.count("there already") == 6
+    assert capsys.readouterr().out.count("already done") == 6
 
 
 def test_default_recipe_names_the_presegmentor_that_its_trainer_trains():
@@ -97,7 +97,7 @@ def test_folder_of_another_recipe_is_refused(tmp_path):
 def test_failed_command_names_its_log_and_is_not_marked_as_finished(tmp_path, monkeypatch, capsys):
     place = demo.Workplace(tmp_path, "cpu", TINY)
     monkeypatch.setattr(demo, "find_command", lambda name: sys.executable)
-    with pytest.raises(CommandError, match=r"failed with exit code 3; its output is in .*x\.log"):
+    with pytest.raises(CommandError, match=r"failed with exit code 3; see its output in .*x\.log"):
         demo.run_command(["x", "-c", "print('so far'); raise SystemExit(3)"], place)
     assert (tmp_path / "logs" / "x.log").read_text() == "so far\n"
     assert "so far" in capsys.readouterr().out
@@ -107,7 +107,7 @@ def test_silence_shows_a_sign_of_life(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "SILENCE_SECONDS", 0.5)
     words = [sys.executable, "-c", "import time; time.sleep(2.5)"]
     assert demo.stream(words, os.environ, tmp_path / "log") == 0
-    assert "... at work for 0:0" in capsys.readouterr().out
+    assert "... running for 0:0" in capsys.readouterr().out
 
 
 def test_missing_command_names_the_package():

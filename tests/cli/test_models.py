@@ -66,5 +66,7 @@ def test_folds_are_those_that_are_finished(results):
     (model / "fold_1").mkdir()
     assert finished_folds(model, CHECKPOINT) == ["0", "2"]
     assert finished_folds(results("Only__all__2d", ("all",)), CHECKPOINT) == ["all"]
-    with pytest.raises(CommandError, match="no fold of .* has checkpoint_best.pth; .* there is: checkpoint_final.pth"):
+    with pytest.raises(
+        CommandError, match="no fold of .* has checkpoint_best.pth, but there is checkpoint_final.pth: choose"
+    ):
         finished_folds(model, "checkpoint_best.pth")

@@ -46,7 +46,7 @@ def error_of(capsys, *words: str) -> str:
     ("words", "told"),
     [
         (("-d", "7", "-pl", "MyPlanner"), ["-pl is MyPlanner", *PLANNERS]),
-        (("-d", "7", "-step_seconds", "2"), ["-step_seconds is for plans for a CPU", "add -device cpu"]),
+        (("-d", "7", "-step_seconds", "2"), ["-step_seconds plans for a CPU", "add -device cpu"]),
         (("-d", "7", "-gpu_memory_target", "0"), ["-gpu_memory_target is 0", "positive"]),
         (("-d", "7", "-device", "cpu", "-step_seconds", "-1"), ["-step_seconds is -1", "positive"]),
         (("-d", "7", "--preprocess", "-c", "2d", "3d_fullres", "-np", "1", "2", "3"), ["-np has 3 numbers", "2d"]),

@@ -214,7 +214,7 @@ def test_help_tells_the_default_trainer(folders, capsys):
     with pytest.raises(SystemExit) as end:
         main(["train", "--help"])
     assert end.value.code == 0
-    assert "without -tr the trainer is DiffusionTrainer" in capsys.readouterr().out
+    assert "the default of -tr is DiffusionTrainer" in capsys.readouterr().out
 
 
 class Bomb:

@@ -144,7 +144,7 @@ def test_zip_is_installed_once(model, tmp_path):
     path = zipped(model, tmp_path / "model.zip")
     (installed,) = install(path, tmp_path / "results")
     assert read_model(installed, [0], NAME, trust=False).folds == ["0"]
-    with pytest.raises(CommandError, match="there already"):
+    with pytest.raises(CommandError, match="exists already"):
         install(path, tmp_path / "results")
 
 
@@ -160,12 +160,12 @@ def test_what_nnunet_exports_beside_the_models_is_installed_too(model, tmp_path,
     install(zipped(model, tmp_path / "model.zip", whole=True), results)
     place = results / ensemble.relative_to(model.parents[1]) / "postprocessing.pkl"
     assert place.read_bytes() == pickle.dumps(([], []))
-    assert kept.read_text() == "mine" and f"{kept} is there already" in capsys.readouterr().out
+    assert kept.read_text() == "mine" and f"{kept} exists already" in capsys.readouterr().out
 
 
 def test_files_of_models_that_are_there_already_are_not_added_to(model, tmp_path):
     name = f"{model.parent.name}/DiffusionTrainer__mine__2d/fold_1/checkpoint_final.pth"
-    with pytest.raises(CommandError, match="belongs to no model with plans in it"):
+    with pytest.raises(CommandError, match="neither in a model folder with plans nor"):
         install(zipped(model, tmp_path / "model.zip", extra=name), tmp_path / "results")
     assert not list((tmp_path / "results").iterdir())
 
@@ -238,7 +238,7 @@ def test_checkpoint_without_what_nnunet_saves_is_refused(model):
 def test_damaged_zip_and_results_that_are_no_folder_are_named(model, tmp_path):
     path = zipped(model, tmp_path / "a.zip")
     (tmp_path / "file").touch()
-    with pytest.raises(CommandError, match="is not a folder that can be made"):
+    with pytest.raises(CommandError, match="cannot be created or written"):
         install(path, tmp_path / "file")
     content = bytearray(path.read_bytes())
     place = content.index(b"network_class_name")
@@ -269,7 +269,7 @@ def test_zip_that_grows_out_of_proportion_is_not_unpacked(model, tmp_path):
         file.truncate(150_000_000)
     path = rewritten(zipped(model, tmp_path / "a.zip"), tmp_path / "bomb.zip", compress_type=zipfile.ZIP_DEFLATED)
     assert path.stat().st_size < 1_000_000
-    assert_refused(path, tmp_path / "results", "would grow to 150 MB, more than 10 times its size")
+    assert_refused(path, tmp_path / "results", "would expand to 150 MB, more than 10 times its size")
 
 
 @pytest.mark.parametrize(

@@ -201,5 +201,5 @@ def test_start_from_the_previous_stage_is_its_label_map(trained):
 
 
 def test_a_start_from_a_previous_stage_that_is_not_there_is_refused(workplace):
-    with pytest.raises(ValueError, match="start_from is 'previous_stage', but 2d has none"):
+    with pytest.raises(ValueError, match="start_from is 'previous_stage', but 2d has no previous stage"):
         workplace.trainer(DiffusionTrainer, start_from="previous_stage")

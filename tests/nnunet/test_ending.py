@@ -61,8 +61,8 @@ def test_a_training_is_ended_three_times_and_goes_on_as_each_line_says(hippocamp
     text = "".join(lines)
     assert "Traceback" not in text, text[-3000:]
     assert "Ended by SIGTERM: the denoiser has no finished epoch yet; the pre-segmentor's" in text
-    assert f"{first / 'checkpoint_latest.pth'} is on disk. To go on" in text
-    assert "To go on: nnUNetv2_train " + " ".join(TRAIN) + "\n" in text
+    assert f"{first / 'checkpoint_latest.pth'} is on disk. To continue" in text
+    assert "To continue: nnUNetv2_train " + " ".join(TRAIN) + "\n" in text
     assert read_checkpoint(first / "checkpoint_latest.pth")["current_epoch"] in range(1, 20)
 
     ours = results / "LongTinyDiffusionTrainer__Tiny__2d" / "fold_0"
@@ -70,7 +70,7 @@ def test_a_training_is_ended_three_times_and_goes_on_as_each_line_says(hippocamp
     text = "".join(lines)
     assert code == 130 and "Traceback" not in text and "KeyboardInterrupt" not in text, text[-3000:]
     assert f"Interrupted: {ours / 'checkpoint_latest.pth'} is on disk, with the last finished epoch" in text
-    assert "To go on: nnUNetv2_train " + " ".join([*TRAIN, "--c"]) in text
+    assert "To continue: nnUNetv2_train " + " ".join([*TRAIN, "--c"]) in text
     assert read_checkpoint(ours / "checkpoint_latest.pth")["current_epoch"] in range(1, 20)
 
     code, lines = ended_at(hippocampus, tmp_path, seen("predicting"), to_the_group, ["--c"])

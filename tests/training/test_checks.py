@@ -30,9 +30,7 @@ def test_results_folder_that_cannot_be_made_is_named(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "file" / "results"))
-    with pytest.raises(
-        OSError, match=r"nnUNet_results is .*file/results, where nothing can be written \(Not a directory"
-    ):
+    with pytest.raises(OSError, match=r"nnUNet_results is .*file/results, which cannot be written \(Not a directory"):
         refuse_unusable_folders()
 
 
@@ -43,7 +41,7 @@ def test_read_only_results_folder_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "TemporaryFile", read_only)  # root may write into folders that are read-only
     monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
-    with pytest.raises(OSError, match=r"results, where nothing can be written \(Permission denied\): make it writable"):
+    with pytest.raises(OSError, match=r"results, which cannot be written \(Permission denied\): make it writable"):
         refuse_unusable_folders()
 
 

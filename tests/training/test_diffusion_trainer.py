@@ -353,7 +353,7 @@ def test_what_happens_to_a_finished_training_is_said_and_it_is_kept(workplace, t
     trainer.save_checkpoint(str(folder / "checkpoint_final.pth"))
     finished = (folder / "checkpoint_final.pth").read_bytes()
     (line,) = what_happens_to_finished(trainer, resumed=False)
-    assert str(folder) in line and "holds a finished training, and this one starts anew" in line
+    assert str(folder) in line and "holds a finished training, and this command starts a new one" in line
     again = started(workplace)
     again.save_checkpoint(str(folder / "checkpoint_latest.pth"))
     assert not (folder / "checkpoint_final.pth").exists()  # --c would go on from it

@@ -52,7 +52,7 @@ def test_hours_left_are_said_once_after_the_first_epoch(monkeypatch):
     first, then = lines_of(monkeypatch, [90, 500, 500], 3)
     assert first == "Now training the denoiser: 3 epochs."
     assert then == (
-        "An epoch of the denoiser took 90.0 s: at this pace the rest of its training (epochs: 2) takes about 3 minutes, "
+        "An epoch of the denoiser took 90.0 s. At this pace its remaining epochs (2) take about 3 minutes, "
         "without the validation at the end."
     )
 
@@ -61,7 +61,7 @@ def test_a_resumed_training_counts_from_its_own_first_epoch(monkeypatch):
     first, then = lines_of(monkeypatch, [0, 0, 7200, 5, 5], 5, 2)
     assert first == "Now training the denoiser: 5 epochs, of which 2 are done."
     assert "took 7200.0 s" in then
-    assert "(epochs: 2) takes about 4.0 hours" in then
+    assert "(2) take about 4.0 hours" in then
 
 
 @pytest.mark.parametrize("epochs, done", [(1, 0), (3, 2), (3, 3)])
@@ -71,7 +71,7 @@ def test_nothing_is_estimated_where_nothing_is_left(monkeypatch, epochs, done):
 
 @pytest.mark.parametrize("seconds, words", [(36, "9.9 hours"), (1.2, "20 minutes"), (0.05, "50 s")])
 def test_durations_are_in_units_of_their_size(seconds, words):
-    assert f"takes about {words}," in remaining_time("denoiser", seconds, 990 if seconds > 0.1 else 1000)
+    assert f"take about {words}," in remaining_time("denoiser", seconds, 990 if seconds > 0.1 else 1000)
 
 
 def test_block_names_both_networks_and_what_is_done():

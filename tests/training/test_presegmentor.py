@@ -417,7 +417,7 @@ def test_an_nnunet_trained_by_itself_meanwhile_is_waited_for(workplace, tmp_path
         assert job.wait() == 0
     assert time.monotonic() - begin < 30
     assert "nnU-Net is being trained by itself" in lines[0]
-    (seconds,) = re.findall(r"goes on in (\d+) s", lines[0])
+    (seconds,) = re.findall(r"continues in (\d+) s", lines[0])
     assert 60 < int(seconds) <= 90
 
 

@@ -112,7 +112,7 @@ def test_differences_both_ways_show_nothing():
 @pytest.mark.parametrize("number, little", [(5, True), (6, False)])
 def test_few_cases_show_nothing_and_the_log_says_so(number, little):
     sentence = comparison_content(*rising(number))["sentence"]
-    assert ("With fewer than 6 cases p and interval mean little." in sentence) == little
+    assert ("With fewer than 6 cases, p and the interval are not meaningful." in sentence) == little
     assert ("PD-DDPM is better" in sentence) != little
 
 
@@ -122,7 +122,7 @@ def test_cases_without_a_dice_are_left_out_counted_and_null_in_the_file(tmp_path
     pddpm |= {"empty": 0.0}
     content = comparison_content(nnunet, pddpm)
     assert (content["n"], content["left_out"]) == (8, 2)
-    assert "left out, because one of the two has no Dice there: 1." in content["sentence"]
+    assert "left out because one of the two has no Dice: 1." in content["sentence"]
     write_json(content, tmp_path / "comparison.json")
     written = strict(tmp_path / "comparison.json")
     assert written["cases"]["empty"] == {"nnunet": None, "pddpm": 0.0}
@@ -133,7 +133,7 @@ def test_cases_without_a_dice_are_left_out_counted_and_null_in_the_file(tmp_path
 def test_without_a_common_case_there_is_nothing_to_compare(tmp_path):
     content = comparison_content({"a": 0.5}, {"b": 0.5})
     assert (content["n"], content["left_out"]) == (0, 2)
-    assert "nothing to compare" in content["sentence"]
+    assert "no validation case has a Dice for both" in content["sentence"]
     write_json(content, tmp_path / "comparison.json")
     assert strict(tmp_path / "comparison.json")["interval_95"] == [None, None]
 
@@ -142,7 +142,7 @@ def test_fold_all_is_said_not_to_tell_of_new_cases():
     content = comparison_content(*rising(8), on_training_cases=True)
     assert content["on_training_cases"] is True
     assert "On 8 training cases (fold all)" in content["sentence"]
-    assert "says nothing about new ones" in content["sentence"]
+    assert "says nothing about new cases" in content["sentence"]
 
 
 def test_the_best_of_the_significantly_better_weights_is_named():
@@ -242,7 +242,7 @@ def retrained(checkpoint):
     [
         (lambda folder: (folder / "validation" / "summary.json").unlink(), "summary.json is missing; validate that nnU-Net"),
         (lambda folder: (folder / "checkpoint_final.pth").unlink(), "No checkpoint at"),
-        (lambda folder: retrained(folder / "checkpoint_final.pth"), "has another network than the one in this model"),
+        (lambda folder: retrained(folder / "checkpoint_final.pth"), "are not those in this model"),
     ],
     ids=["no validation", "no checkpoint", "retrained"],
 )  # fmt: skip
@@ -250,7 +250,7 @@ def test_without_the_embedded_networks_validation_there_is_nothing_to_compare_wi
     trainer, lines = finished
     spoil(presegmentor_folder(trainer))
     give_verdict(trainer)
-    assert lines[0].startswith("PD-DDPM has no nnU-Net to be compared with: ")
+    assert lines[0].startswith("PD-DDPM cannot be compared with nnU-Net: ")
     assert words in lines[0]
     assert lines[1] == "weights"
     content = written(trainer)

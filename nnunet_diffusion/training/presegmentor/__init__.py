@@ -1,4 +1,4 @@
-"""The pre-segmentor: a normal nnU-Net of the same dataset, plans, configuration and fold, found or trained first."""
+"""The pre-segmentor: an ordinary nnU-Net of the same dataset, plans, configuration and fold; trained first if missing."""
 
 from nnunet_diffusion.training.presegmentor.embed import presegmentor_folder, presegmentor_weights
 from nnunet_diffusion.training.presegmentor.fit import (

@@ -1,4 +1,4 @@
-"""The weights of the pre-segmentor that a diffusion training embeds (layer 3)."""
+"""Weights of the pre-segmentor that a diffusion training embeds (layer 3)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def presegmentor_folder(trainer: DiffusionTrainer) -> Path:
-    """Return the folder of the pre-segmentor's fold; a resumed training does not need it, and it may be gone."""
+    """Return the fold's folder of the pre-segmentor. It may be missing if the training is resumed, which does not need it."""
     if trainer.given_presegmentor is not None:
         return trainer.given_presegmentor.checkpoint.parent
     manager, name = trainer.plans_manager, trainer.settings.presegmentor_trainer
@@ -27,13 +27,13 @@ def presegmentor_folder(trainer: DiffusionTrainer) -> Path:
 
 
 def presegmentor_weights(trainer: DiffusionTrainer) -> dict[str, Tensor]:
-    """Return the weights of the pre-segmentor of a training, trained first where it does not exist.
+    """Return the weights of a training's pre-segmentor, which is trained first if it does not exist.
 
     Args:
-        trainer: of the denoiser.
+        trainer: trainer of the denoiser.
 
     Raises:
-        ValueError: it does not fit; see `load_presegmentor_weights`.
+        ValueError: the pre-segmentor does not fit; see `load_presegmentor_weights`.
     """
     given = trainer.given_presegmentor
     manager, configuration, fold = trainer.plans_manager, trainer.configuration_name, trainer.fold

@@ -1,4 +1,4 @@
-"""Whether a trained nnU-Net can be the pre-segmentor of a training, and its network (layer 3)."""
+"""Checks that a trained nnU-Net can be the pre-segmentor of a training, and building its network (layer 3)."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from nnunet_diffusion.planning.data_reuse import SAME_DATA, same_entries
 from nnunet_diffusion.training.checkpoints import DIFFUSION_KEY, read_checkpoint
 from nnunet_diffusion.training.presegmentor.lock import SUMMARY, measured_cases
 
-# what must agree for one network's output to be another's start
+# entries that must agree, so that the denoiser can start from the pre-segmentor's output
 SAME_DATASET = ("labels", "regions_class_order", "channel_names")
 SAME_PLANS = ("dataset_name", "transpose_forward", "image_reader_writer")
 SAME_PREPROCESSING = (*SAME_DATA, "previous_stage")
-INTENSITIES = "foreground_intensity_properties_per_channel"  # CT is normalised by them
+INTENSITIES = "foreground_intensity_properties_per_channel"  # CT images are normalised with them
 SAME_NETWORK = ("patch_size", "architecture")
 
 
 @dataclass(frozen=True)
 class GivenPresegmentor:
-    """A trained nnU-Net that the user names, of any architecture.
+    """A trained nnU-Net of any architecture, named by the user.
 
     Attributes:
-        checkpoint: Its final checkpoint of the fold.
-        trainer_name: Its trainer.
-        architecture: `architecture` of its plans.
+        checkpoint: path of the fold's final checkpoint.
+        trainer_name: name of its trainer.
+        architecture: `architecture` in its plans.
     """
 
     checkpoint: Path
@@ -48,13 +48,13 @@ def given_presegmentor(fold: int | str, patch_size: Sequence[int]) -> GivenPrese
     """Return the pre-segmentor in the model folder that `nnUNet_diffusion_presegmentor` names; None if it is not set.
 
     Args:
-        fold: of the training.
-        patch_size: of the training.
+        fold: fold of this training.
+        patch_size: patch size of this training.
 
     Raises:
         FileNotFoundError: the folder has no finished training of that fold.
-        ValueError: it holds a diffusion model, one of other axes or with a network of an unknown package, or the patch is not
-            divisible by the network's strides.
+        ValueError: the model is a diffusion model, has another number of axes or a network class that is not allowed, or the
+            patch size is not divisible by the network's strides.
     """
     folder = os.environ.get(PRESEGMENTOR_FOLDER)
     if not folder:
@@ -62,8 +62,8 @@ def given_presegmentor(fold: int | str, patch_size: Sequence[int]) -> GivenPrese
     path = Path(folder) / f"fold_{fold}" / "checkpoint_final.pth"
     if not path.is_file():
         raise FileNotFoundError(
-            f"{PRESEGMENTOR_FOLDER} is {folder}, but {path} does not exist: name the folder of a model of nnU-Net's "
-            "(TRAINER__PLANS__CONFIGURATION) whose training of this fold is finished, or unset the variable."
+            f"{PRESEGMENTOR_FOLDER} is {folder}, but {path} does not exist: name a model folder of nnU-Net "
+            "(TRAINER__PLANS__CONFIGURATION) in which the training of this fold is finished, or unset the variable."
         )
     checkpoint = read_checkpoint(path)
     if DIFFUSION_KEY in checkpoint:
@@ -78,8 +78,8 @@ def given_presegmentor(fold: int | str, patch_size: Sequence[int]) -> GivenPrese
     if len(theirs["patch_size"]) != len(patch_size):
         raise ValueError(
             f"{PRESEGMENTOR_FOLDER} is {folder}, a model of the configuration {init['configuration']} in "
-            f"{len(theirs['patch_size'])}D, but this training is in {len(patch_size)}D: name one of as many axes, or unset the "
-            "variable."
+            f"{len(theirs['patch_size'])}D, but this training is in {len(patch_size)}D: name a model in {len(patch_size)}D, or "
+            "unset the variable."
         )
     for axis, size in enumerate(patch_size):
         stride = math.prod(each[axis] for each in architecture["arch_kwargs"].get("strides", []))
@@ -106,18 +106,18 @@ def load_presegmentor_weights(
     """Return the weights of a pre-segmentor after checking that it fits.
 
     Args:
-        path: its final checkpoint, in the folder of its fold.
-        plans: of this training.
-        configuration: of this training.
-        fold: of this training.
-        dataset_json: of this training.
-        validation_cases: of this training's fold.
+        path: final checkpoint of the pre-segmentor, in the folder of its fold.
+        plans: plans of this training.
+        configuration: configuration of this training.
+        fold: fold of this training.
+        dataset_json: dataset.json of this training.
+        validation_cases: validation cases of this training.
         given: whether the user named it; it may then have another architecture, patch size and configuration name.
         mirrored: axes along which this training mirrors.
 
     Raises:
-        ValueError: naming what differs, if it was trained on another dataset, fold, split, labels, channels,
-            preprocessing or (unless given) architecture, or never mirrored along one of these axes.
+        ValueError: the pre-segmentor was trained on another dataset, fold or split, with other labels, channels, preprocessing
+            or (unless given) architecture, or without mirroring along one of these axes. The message names the difference.
     """
     checkpoint = read_checkpoint(path)
     init = checkpoint["init_args"]
@@ -127,8 +127,8 @@ def load_presegmentor_weights(
     if untrained:
         raise ValueError(
             f"Pre-segmentor {path} ({checkpoint.get('trainer_name')}) never saw images mirrored along axis "
-            f"{', '.join(map(str, untrained))}, but this training mirrors them, in prediction too: take "
-            "-tr DiffusionTrainerNoMirroring, a diffusion trainer of your own that mirrors as that one did, or a pre-segmentor "
+            f"{', '.join(map(str, untrained))}, but this training mirrors them, in prediction too: use "
+            "-tr DiffusionTrainerNoMirroring, a diffusion trainer of your own with the same mirroring, or a pre-segmentor "
             "that was trained with mirroring."
         )
     return {key.removeprefix("module."): value for key, value in checkpoint["network_weights"].items()}
@@ -143,7 +143,17 @@ def refuse_misfit(
     dataset_json: Mapping[str, Any],
     given: bool,
 ) -> None:
-    """Raise ValueError, naming what differs, unless a checkpoint's `init_args` are of this dataset, fold and network."""
+    """Raise ValueError, which names the difference, if a checkpoint's `init_args` do not fit this training.
+
+    Args:
+        path: path of the checkpoint, for the message.
+        init: `init_args` of the checkpoint.
+        plans: plans of this training.
+        configuration: configuration of this training.
+        fold: fold of this training.
+        dataset_json: dataset.json of this training.
+        given: as for `load_presegmentor_weights`.
+    """
     theirs, ours = PlansManager(init["plans"]), PlansManager(dict(plans))
     differing = {
         "fold": (str(init["fold"]), str(fold)),
@@ -164,12 +174,12 @@ def refuse_misfit(
             cure = f"Unset {PRESEGMENTOR_FOLDER}" if given else "Move its folder away"
             raise ValueError(
                 f"Pre-segmentor {path} does not fit: its {key} is {other_value!r}, this training has {own_value!r}. {cure} "
-                "and start again: a fitting one is then trained first."
+                "and start again: a pre-segmentor that fits is then trained first."
             )
 
 
 def _refuse_other_split(path: Path, validation_cases: Sequence[str], file_ending: str) -> None:
-    """Raise ValueError if the pre-segmentor's own validation had other cases; without one there is nothing to compare."""
+    """Raise ValueError if the pre-segmentor was validated on other cases; nothing is checked if it was not validated."""
     measured = measured_cases(path.parent / SUMMARY)
     if not measured:
         return
@@ -184,15 +194,15 @@ def _refuse_other_split(path: Path, validation_cases: Sequence[str], file_ending
 
 
 def trainer_class(name: str, trained: str) -> type[nnUNetTrainer]:
-    """Return the trainer that nnU-Net's own search finds under a name, which may come from a stranger's file.
+    """Return the trainer that nnU-Net's own search finds under a name, which may come from an untrusted file.
 
     Args:
-        name: of the trainer.
-        trained: what it trained, for the messages.
+        name: name of the trainer.
+        trained: description of the network that it trained, for the messages.
 
     Raises:
-        RuntimeError: if nnU-Net finds nothing of that name.
-        ValueError: if it finds something that is not a trainer.
+        RuntimeError: nnU-Net finds nothing of that name.
+        ValueError: nnU-Net finds something that is not a trainer.
     """
     try:
         found = recursive_find_trainer_class_by_name(name)
@@ -219,22 +229,22 @@ def build_presegmentor(
     """Build the network of the pre-segmentor's trainer, without deep supervision, as nnU-Net's inference does.
 
     Args:
-        trainer_name: found by nnU-Net's own search.
-        plans_manager: of the plans.
-        configuration_manager: of the configuration.
-        num_input_channels: of the image.
+        trainer_name: name of a trainer that nnU-Net's own search finds.
+        plans_manager: manager of the plans.
+        configuration_manager: manager of the configuration.
+        num_input_channels: number of input channels.
         num_output_channels: K.
-        architecture: in the place of the configuration's own.
+        architecture: architecture to use instead of the configuration's; None for the configuration's.
 
     Raises:
-        ValueError: if that trainer needs a pre-segmentor itself, or the plans name anything but a network class they may name.
-        RuntimeError: if nnU-Net does not find it.
+        ValueError: the trainer is itself a diffusion trainer, or the plans name a class that is not an allowed network class.
+        RuntimeError: nnU-Net does not find the trainer.
     """
     trainer = trainer_class(trainer_name, "The pre-segmentor of this model")
     if hasattr(trainer, "presegmentor_trainer"):
         raise ValueError(
-            f"diffusion.presegmentor.trainer is {trainer_name!r}, itself a diffusion trainer: give one of nnU-Net's, "
-            "for example 'nnUNetTrainer', or leave it empty."
+            f"diffusion.presegmentor.trainer is {trainer_name!r}, itself a diffusion trainer: set it to one of "
+            "nnU-Net's trainers, for example 'nnUNetTrainer', or leave it empty."
         )
     if architecture:
         configuration_manager = ConfigurationManager(

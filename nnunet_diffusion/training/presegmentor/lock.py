@@ -1,4 +1,4 @@
-"""Other jobs in the same folder: ours are kept apart by locks, nnU-Net's own go first."""
+"""Several jobs in one folder: locks separate our own jobs, and jobs of nnU-Net's own take precedence."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SUMMARY = "validation/summary.json"
 
 
 def agreed(own: bool) -> bool:
-    """Return what rank 0 found, on every rank of a distributed training: files may appear between two looks."""
+    """Return rank 0's value on every rank of a distributed training, because files may appear between two checks."""
     if not (dist.is_available() and dist.is_initialized()):
         return own
     found = [own]
@@ -38,11 +38,11 @@ def agreed(own: bool) -> bool:
 
 @contextlib.contextmanager
 def locked(folder: Path, log: Callable[[str], None]) -> Iterator[None]:
-    """Hold the lock of a fold's folder for a `with` block; of a distributed training rank 0 does, and all wait until then.
+    """Hold the lock of a fold's folder for a `with` block. In distributed training rank 0 holds it, and all ranks wait for it.
 
     Args:
-        folder: of the fold.
-        log: takes one line.
+        folder: folder of the fold.
+        log: writes one line.
     """
     path = folder / LOCK_NAME
     lock = HeldLock(path)
@@ -59,15 +59,15 @@ def locked(folder: Path, log: Callable[[str], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def only_job_in(folder: Path, log: Callable[[str], None]) -> Iterator[None]:
-    """Keep other jobs of ours out of a fold's output folder for a `with` block, on all ranks of a distributed training.
+    """Keep our other jobs out of a fold's output folder for a `with` block. All ranks of a distributed training call this.
 
     Args:
-        folder: of the fold.
-        log: takes one line.
+        folder: folder of the fold.
+        log: writes one line.
 
     Raises:
-        RuntimeError: another job trains or validates there.
-        OSError: the lock cannot be made; names it and the cure.
+        RuntimeError: another job trains or validates in the folder.
+        OSError: the lock cannot be created. The message names its file and the cure.
     """
     lock = HeldLock(folder / FOLD_LOCK_NAME)
     first = True
@@ -75,10 +75,10 @@ def only_job_in(folder: Path, log: Callable[[str], None]) -> Iterator[None]:
         if agreed(lock.seen_alive):
             raise RuntimeError(
                 f"Another job trains or validates in {folder} now ({lock.path.name} there is locked): wait until it has ended, "
-                "or end it; for a second training of this fold, give the plans another plans_name."
+                "or end it. For a second training of this fold, give the plans another plans_name."
             )
         if first:
-            log(f"Another job may be at work in {folder}: waiting for a sign of it.{_if_dead(lock)}")
+            log(f"Another job may be running in {folder}; waiting to see whether it is alive.{_if_dead(lock)}")
             first = False
         time.sleep(LOCK_SECONDS)
     with lock:
@@ -86,8 +86,8 @@ def only_job_in(folder: Path, log: Callable[[str], None]) -> Iterator[None]:
 
 
 def _if_dead(lock: HeldLock) -> str:
-    # a flock ends with its job, so only a marker may be a dead job's
-    return f" If it is dead, this one goes on in {STALE_SECONDS:.0f} s." if lock.kind == "marker" else ""
+    # a flock ends with its job, so only a marker may belong to a dead job
+    return f" If it is dead, this job continues in {STALE_SECONDS:.0f} s." if lock.kind == "marker" else ""
 
 
 def _acquired(lock: HeldLock) -> bool:
@@ -97,28 +97,28 @@ def _acquired(lock: HeldLock) -> bool:
 
 
 def wait_for_stock_training(folder: Path, log: Callable[[str], None]) -> None:
-    """Wait while a job of nnU-Net's own, which knows no lock, trains or validates in this fold's folder.
+    """Wait while a job of nnU-Net's own, which does not use our locks, trains or validates in this fold's folder.
 
-    Such a job writes its training log at least once an epoch. It is taken for dead once that log has been silent for
-    `SILENT_EPOCHS` of its longest epochs and `SILENT_SECONDS`; it has finished when checkpoint and validation are there.
+    Such a job writes to its training log at least once per epoch. It is considered dead if nothing was written for
+    `SILENT_EPOCHS` times its longest epoch and at least `SILENT_SECONDS`. It has finished when checkpoint and validation exist.
 
     Args:
-        folder: of the fold.
-        log: takes one line.
+        folder: folder of the fold.
+        log: writes one line.
     """
     first = True
     while agreed((left := seconds_until_silent(folder)) > 0):
         if first:
             log(
-                f"Pre-segmentor: nnU-Net is being trained by itself in {folder}; waiting for that job. If it is dead, this one "
-                f"goes on in {max(left, 0):.0f} s."
+                f"Pre-segmentor: nnU-Net is being trained by itself in {folder}; waiting for that job. If it is dead, this job "
+                f"continues in {max(left, 0):.0f} s."
             )
             first = False
         time.sleep(LOCK_SECONDS)
 
 
 def seconds_until_silent(folder: Path) -> float:
-    """Return in how many seconds a job of nnU-Net's own in this fold's folder would be taken for dead; 0 if none lives."""
+    """Return the seconds after which nnU-Net's own job in a fold's folder counts as dead; at most 0 if none is alive."""
     newest = _stock_log(folder)
     if newest is None or ((folder / "checkpoint_final.pth").is_file() and measured_cases(folder / SUMMARY) is not None):
         return 0.0
@@ -128,7 +128,7 @@ def seconds_until_silent(folder: Path) -> float:
 
 
 def _time_of_file_server(folder: Path) -> float:
-    """Return the time, in seconds, that the machine which stores `folder` puts on a file now: its clock may be another."""
+    """Return the current time (s) of the machine that stores `folder`, whose clock may differ from this machine's."""
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".time_", suffix=ASIDE) as file:
         file.write(b"now")
         file.flush()
@@ -137,25 +137,25 @@ def _time_of_file_server(folder: Path) -> float:
 
 
 def measured_cases(summary: Path) -> list[Any] | None:
-    """Return the cases of a validation's summary; None if it is not there or not whole, as nnU-Net writes it in place."""
+    """Return the cases in a validation's summary; None if the file is missing or incomplete (nnU-Net writes it in place)."""
     if not summary.is_file():
         return None
     try:
         cases = json.loads(summary.read_text(encoding="utf-8"))["metric_per_case"]
-    except (ValueError, KeyError, TypeError):  # ValueError: no JSON, or no text at all
+    except (ValueError, KeyError, TypeError):  # ValueError: not JSON or not text
         return None
     return cases if isinstance(cases, list) else None
 
 
 class StockTrainingBegan(Exception):
-    """nnU-Net's own job began in the folder in which ours trains the same network."""
+    """A job of nnU-Net's own began to train the same network in the folder of our job."""
 
 
 def give_way_to_stock_training(trainer: nnUNetTrainer) -> None:
-    """Have `trainer` raise StockTrainingBegan, all ranks together, before it writes beside a job of nnU-Net's own.
+    """Make `trainer` raise StockTrainingBegan on all ranks before it writes into the folder of a job of nnU-Net's own.
 
-    Such a job knows no lock, so the one that does steps aside. It looks at the end of each epoch, which is when files are
-    written; a final checkpoint is not its own then.
+    Such a job does not use our locks, so our job gives way. It checks at the end of each epoch, when files are written; a
+    final checkpoint that exists at that time was written by the other job.
     """
     end, folder = trainer.on_epoch_end, Path(trainer.output_folder)
 
@@ -168,14 +168,14 @@ def give_way_to_stock_training(trainer: nnUNetTrainer) -> None:
 
 
 def _stock_log(folder: Path) -> Path | None:
-    """Return the newest training log that none of our jobs wrote."""
+    """Return the newest training log that was not written by one of our jobs; None if there is none."""
     claimed = set((folder / CLAIMED_LOGS).read_text().split()) if (folder / CLAIMED_LOGS).is_file() else set()
     logs = [path for path in folder.glob("training_log_*.txt") if path.name not in claimed]
     return max(logs, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def claim_log(path: Path, rank: int = 0) -> None:
-    """Note that a training log is one of our jobs': while those live, they hold the lock, whatever the log's age."""
+    """Record that a training log was written by one of our jobs, which hold the lock while they are alive."""
     if rank == 0:
         with path.with_name(CLAIMED_LOGS).open("a") as file:
             file.write(f"{path.name}\n")

@@ -1,4 +1,4 @@
-"""The pre-segmentor: a normal nnU-Net of the same dataset, plans, configuration and fold, found or trained first."""
+"""Training and validation of the pre-segmentor, by nnU-Net's own trainer."""
 
 from __future__ import annotations
 
@@ -46,20 +46,21 @@ def ensure_presegmentor(
     device: torch.device,
     log: Callable[[str], None],
 ) -> Path:
-    """Return the final checkpoint of the pre-segmentor, training and validating it first where it does not exist.
+    """Return the path of the pre-segmentor's final checkpoint, after training and validating it if necessary.
 
-    The training is nnU-Net's own, with a checkpoint each epoch; a half-trained one is resumed. A lock in the fold's folder
-    keeps other jobs from training the same network meanwhile; it ends with its job. A job of nnU-Net's own, which knows no
-    lock, is waited for, also if it begins later. All ranks of a distributed training call this together.
+    The training is nnU-Net's own, with a checkpoint after each epoch; an unfinished training is resumed. A lock in the fold's
+    folder keeps other jobs from training the same network at the same time; it is released when its job ends. If a job of
+    nnU-Net's own, which does not use the lock, trains the network or begins to, this function waits for it. All ranks of a
+    distributed training must call this function together.
 
     Args:
-        trainer_name: an nnU-Net trainer that nnU-Net's own search finds.
-        dataset_name: DatasetXXX_NAME.
-        configuration: for example "2d".
-        fold: 0.. or "all".
-        plans_name: plans in nnUNet_preprocessed/DATASET, without .json.
-        device: of training and validation.
-        log: takes one line.
+        trainer_name: name of a trainer that nnU-Net's own search finds.
+        dataset_name: name of the dataset, DatasetXXX_NAME.
+        configuration: name of the configuration, for example "2d".
+        fold: fold number from 0, or "all".
+        plans_name: name of the plans in nnUNet_preprocessed/DATASET, without .json.
+        device: device for training and validation.
+        log: writes one line.
     """
     folder = Path(get_output_folder(dataset_name, trainer_name, plans_name, configuration, fold))
     final, summary = folder / "checkpoint_final.pth", folder / SUMMARY
@@ -87,10 +88,11 @@ def ensure_presegmentor(
             log("Pre-segmentor: validation with probabilities.")
             trainer.perform_actual_validation(save_probabilities=True)
             while trainer.local_rank != 0 and measured_cases(summary) is None:
-                time.sleep(LOCK_SECONDS)  # rank 0 measures all cases: a collective call would not wait that long
+                # rank 0 evaluates all cases, which takes longer than a collective call would wait
+                time.sleep(LOCK_SECONDS)
         if trainer is not None:
             _finish_loggers(trainer)
-    # its wrapped methods hold it in cycles, and so its network, gradients and momentum on the GPU
+    # reference cycles through its wrapped methods keep the trainer, and its network and optimizer state on the GPU, alive
     trainer = None
     gc.collect()
     empty_cache(device)
@@ -98,10 +100,10 @@ def ensure_presegmentor(
 
 
 def presegmentor_state(folder: Path, given: bool = False) -> str:
-    """Say what is there of a pre-segmentor and what is left to do.
+    """Return how far a pre-segmentor is trained and what is left to do, for the log.
 
     Args:
-        folder: of its fold.
+        folder: folder of its fold.
         given: whether the user named it.
     """
     final = folder / "checkpoint_final.pth"
@@ -116,7 +118,7 @@ def presegmentor_state(folder: Path, given: bool = False) -> str:
 
 
 def _trained(trainer: nnUNetTrainer, resumable: bool, log: Callable[[str], None]) -> bool:
-    """Train to the end; return False if nnU-Net's own job began to train the same network meanwhile."""
+    """Train to the end. Return False if a job of nnU-Net's own began to train the same network."""
     _save_often_and_whole(trainer)
     _check_batches(trainer)
     give_way_to_stock_training(trainer)
@@ -137,7 +139,7 @@ def _trained(trainer: nnUNetTrainer, resumable: bool, log: Callable[[str], None]
 
 
 def _finish_loggers(trainer: nnUNetTrainer) -> None:
-    """End the runs of nnU-Net's loggers (W&B): nnU-Net lets them end with the process, ours goes on with another run."""
+    """End the runs of nnU-Net's loggers (W&B), because this process continues with another run."""
     for logger in trainer.logger.loggers:
         if hasattr(logger, "run"):
             logger.run.finish()
@@ -152,7 +154,7 @@ def _make_trainer(
 
 
 def _save_often_and_whole(trainer: nnUNetTrainer) -> None:
-    """Save each epoch, aside: nnU-Net saves every 50 and writes over the last file, which a killed job leaves in pieces."""
+    """Save after each epoch through a temporary file. nnU-Net saves every 50 epochs and overwrites the file in place."""
     save = trainer.save_checkpoint
 
     def save_whole(path: str) -> None:
@@ -164,7 +166,7 @@ def _save_often_and_whole(trainer: nnUNetTrainer) -> None:
 
 
 def _load_last_checkpoint(trainer: nnUNetTrainer, resumable: bool) -> None:
-    """Go on from the last checkpoint; raise ValueError, naming it and the cure, if it is damaged or of other plans."""
+    """Load the last checkpoint. Raise ValueError, which names it and the cure, if it is damaged or from other plans."""
     if resumable:
         folder = Path(trainer.output_folder)
         kinds = (folder / f"checkpoint_{kind}.pth" for kind in ("final", "latest", "best"))  # nnU-Net's order
@@ -173,7 +175,7 @@ def _load_last_checkpoint(trainer: nnUNetTrainer, resumable: bool) -> None:
 
 
 def _check_batches(trainer: nnUNetTrainer) -> None:
-    """Have bad cases refused by name: nnU-Net would train on NaN to the end, and stop at labels without a name."""
+    """Check each batch, so that errors name the case; nnU-Net would train on NaN, and fail on labels without a case name."""
 
     def checked(step: Callable[[dict], dict]) -> Callable[[dict], dict]:
         def run(batch: dict) -> dict:
@@ -187,7 +189,7 @@ def _check_batches(trainer: nnUNetTrainer) -> None:
 
 
 def _refuse_other_plans(path: Path, trainer: nnUNetTrainer) -> None:
-    """Raise ValueError if a pre-segmentor's training cannot go on from its checkpoint: damaged, or of other plans."""
+    """Raise ValueError if a checkpoint of the pre-segmentor is damaged or from other plans."""
     init = read_checkpoint(path)["init_args"]
     plans, configuration = trainer.plans_manager.plans, trainer.configuration_name
     refuse_misfit(path, init, plans, configuration, trainer.fold, trainer.dataset_json, False)
