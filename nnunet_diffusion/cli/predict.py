@@ -73,6 +73,7 @@ def _add_own_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sampler", choices=SAMPLERS)
     add("--steps", type=int, help="number of evaluations in one reverse process")
     add("--start_step", type=int, help="T' of PD-DDPM: number of noising steps at the start")
+    add("--start_snr", type=float, help="T' as a signal-to-noise ratio, which means the same in every noise schedule")
     add("--samples", type=int, help="number of reverse processes, whose probabilities are averaged")
     add(
         "--presegmentation_weight",
@@ -201,6 +202,7 @@ def _loaded_predictor(options: argparse.Namespace, model: Path, folds: list[str]
             sampler=options.sampler,
             steps=options.steps,
             start_step=options.start_step,
+            start_snr=options.start_snr,
             samples=options.samples,
             seed=options.seed,
             presegmentation_weight=options.presegmentation_weight,

@@ -68,6 +68,21 @@ class NoiseSchedule:
         return torch.cumprod(1 - self.betas, dim=0)
 
     @cached_property
+    def snr(self) -> Tensor:
+        """Signal-to-noise ratio alpha_bar / (1 - alpha_bar) at each timestep, (T,) float64, falling."""
+        return self.alpha_bar / (1 - self.alpha_bar)
+
+    def start_step_at(self, snr: float) -> int:
+        """Return T', the number of noising steps whose signal-to-noise ratio is nearest to `snr` (in its logarithm).
+
+        Raises:
+            ValueError: `snr` is not a positive number.
+        """
+        if not 0 < snr < math.inf:
+            raise ValueError(f"start_snr is {snr}; it must be a positive number")
+        return int((self.snr.log() - math.log(snr)).abs().argmin()) + 1
+
+    @cached_property
     def alpha_bar_prev(self) -> Tensor:
         """alpha_bar one timestep earlier, (T,) float64; its first entry is 1, the clean state."""
         return self._from_clean[:-1]
@@ -157,24 +172,51 @@ def cosine_betas(timesteps: int) -> Tensor:
     return (1 - curve[1:] / curve[:-1]).clamp(max=0.999)
 
 
+def scaled_betas(betas: Tensor, signal_scale: float) -> Tensor:
+    """Betas of a process that noises b times the state and divides it by its standard deviation (Chen 2023).
+
+    A mask is redundant: a mean over a few voxels reads it under noise that hides an image. A smaller b hides it. As the
+    state's entries are -1 or 1, the scaled process is exactly one with another schedule, so that every sampler is valid.
+
+    Args:
+        betas: (T,) float64 of the process with the state itself.
+        signal_scale: b, above 0 and at most 1.
+
+    Returns:
+        (T,) float64.
+
+    Raises:
+        ValueError: `signal_scale` is out of range.
+    """
+    if not 0 < signal_scale <= 1:
+        raise ValueError(f"signal_scale is {signal_scale}; it must be above 0 and at most 1")
+    if signal_scale == 1:
+        return betas
+    alpha_bar = torch.cumprod(1 - betas, dim=0)
+    # alpha_bar_b = b^2 alpha_bar / (b^2 alpha_bar + 1 - alpha_bar): the signal-to-noise ratio is multiplied by b^2
+    scaled = signal_scale**2 * alpha_bar / (signal_scale**2 * alpha_bar + 1 - alpha_bar)
+    return 1 - scaled / torch.cat([torch.ones(1, dtype=scaled.dtype), scaled[:-1]])
+
+
 SCHEDULES: dict[str, Callable[[int], Tensor]] = {"linear": linear_betas, "cosine": cosine_betas}
 
 
-def noise_schedule(name: str, timesteps: int) -> NoiseSchedule:
+def noise_schedule(name: str, timesteps: int, signal_scale: float = 1.0) -> NoiseSchedule:
     """The noise schedule of that name with that many noising steps.
 
     Args:
         name: a key of SCHEDULES.
         timesteps: T, at least 1.
+        signal_scale: b of `scaled_betas`; 1 for the schedule itself.
 
     Returns:
         The schedule.
 
     Raises:
-        ValueError: an unknown name, no timesteps, or too few for this schedule.
+        ValueError: an unknown name, no timesteps or too few for this schedule, or a scale out of range.
     """
     if name not in SCHEDULES:
         raise ValueError(f"schedule is {name!r}; known schedules: {', '.join(SCHEDULES)}")
     if timesteps < 1:
         raise ValueError(f"timesteps is {timesteps}; at least one noising step is needed")
-    return NoiseSchedule(name, SCHEDULES[name](timesteps))
+    return NoiseSchedule(name, scaled_betas(SCHEDULES[name](timesteps), signal_scale))

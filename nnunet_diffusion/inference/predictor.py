@@ -62,9 +62,10 @@ class DiffusionPredictor(nnUNetPredictor):
         verbose: as in nnU-Net.
         verbose_preprocessing: as in nnU-Net.
         allow_tqdm: show a bar over tiles x steps.
-        sampler: name of the sampler. For this and the next five arguments, None means the model's setting.
+        sampler: name of the sampler. For this and the next six arguments, None means the model's setting.
         steps: number of evaluations in one reverse process.
         start_step: T' of PD-DDPM.
+        start_snr: T' stated as a signal-to-noise ratio, which means the same in every noise schedule.
         samples: number of reverse processes.
         seed: seed of their noise.
         presegmentation_weight: weight of the pre-segmentor's probabilities in the result, 0..1; in a vote, one vote if > 0.
@@ -100,6 +101,7 @@ class DiffusionPredictor(nnUNetPredictor):
         sampler: str | None = None,
         steps: int | None = None,
         start_step: int | None = None,
+        start_snr: float | None = None,
         samples: int | None = None,
         seed: int | None = None,
         presegmentation_weight: float | None = None,
@@ -124,6 +126,9 @@ class DiffusionPredictor(nnUNetPredictor):
         self.overrides: dict[str, Any] = {
             key: value for key, value in zip(OVERRIDES, given, strict=True) if value is not None
         }
+        if start_step is not None and start_snr is not None:
+            raise ValueError(f"start_step is {start_step} and start_snr {start_snr}, but both state T': give one")
+        self.start_snr = start_snr
         self.fusion, self.joint, self.keep_samples = fusion, joint, keep_samples
         self.trust_checkpoint, self.state_memory_gb = trust_checkpoint, state_memory_gb
         self.threads, self.deterministic = threads_of(device) if threads is None else threads, deterministic
@@ -194,6 +199,8 @@ class DiffusionPredictor(nnUNetPredictor):
     def _fitting_overrides(self, network: DiffusionSegmenter) -> dict[str, Any]:
         """Return the given settings. If `start_step` is given but `steps` is not, limit the model's steps to it."""
         changes = dict(self.overrides)
+        if self.start_snr is not None:
+            changes["start_step"] = network.settings.start_step_at(self.start_snr)
         if "start_step" in changes:
             changes.setdefault("steps", min(network.settings.steps, changes["start_step"]))
             changes["from_noise"] = False

@@ -57,6 +57,7 @@ def case_report(
         "images": [str(path) for path in case.images],
         "voxels": list(prepared.data.shape[1:]),
         "start": own if given is None else given.source,
+        "start_snr": float(f"{predictor.network.process.schedule.snr[settings.start_step - 1]:.4g}"),
         "network_evaluations": dataclasses.asdict(prediction.evaluations),
         "seconds": round(prediction.seconds, 3),
         "peak_memory_bytes": prediction.peak_bytes,

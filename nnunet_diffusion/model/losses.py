@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
@@ -51,19 +50,15 @@ def weighted_cross_entropy(logits: Tensor, wanted: Tensor, weight: Tensor) -> Te
     return _mean(terms, weight)
 
 
-def squared_error(
-    prediction: Tensor, target: Tensor, weight: Tensor | None = None, known: Tensor | None = None
-) -> Tensor:
+def squared_error(prediction: Tensor, target: Tensor, known: Tensor | None = None) -> Tensor:
     """Mean squared error (PGDiffSeg Eq. 19).
 
     Args:
         prediction: (B, K, *spatial).
         target: same shape.
-        weight: factor of each sample's errors, (B, 1, ..., 1).
         known: (B, 1, *spatial) bool; other voxels do not count.
     """
     error = (prediction.float() - target) ** 2
-    error = error if weight is None else error * weight
     return error.mean() if known is None else _mean(error, known.to(error))
 
 
@@ -79,19 +74,3 @@ def _over_ranks(sums: Tensor) -> Tensor:
 def _mean(terms: Tensor, weight: Tensor) -> Tensor:
     weight = weight.expand_as(terms)
     return (terms * weight).sum() / weight.sum().clamp(min=1)
-
-
-def min_snr_weight(alpha_bar: Tensor, prediction_type: str, gamma: float) -> Tensor:
-    """Weight of the squared error at a noise level (Hang et al. 2023, "Efficient diffusion training via Min-SNR").
-
-    Args:
-        alpha_bar: (B, 1, ..., 1), 0 < alpha_bar < 1.
-        prediction_type: `x0`, `epsilon` or `v`.
-        gamma: cap of the signal-to-noise ratio, > 0.
-
-    Returns:
-        min(SNR, gamma) for x0, divided by SNR for epsilon and by SNR + 1 for v.
-    """
-    snr = alpha_bar / (1 - alpha_bar)
-    divisor = {"x0": torch.ones_like(snr), "epsilon": snr, "v": snr + 1}[prediction_type]
-    return snr.clamp(max=gamma) / divisor

@@ -147,13 +147,9 @@ class PGDiffSegObjective:
     def _squared_error(
         self, prediction: Tensor, clean: Tensor, noisy: Tensor, timestep: Tensor, known: Tensor | None
     ) -> Tensor:
-        settings, process = self.segmenter.settings, self.segmenter.process
+        process = self.segmenter.process
         # a start other than the truth is noise too
         noise = process.to_noise(clean, noisy, timestep)
         target = self.segmenter.prediction.target(clean, noise, timestep, process)
-        weight = None
-        if settings.min_snr_gamma > 0:
-            alpha_bar = process.schedule.at(timestep, clean)
-            weight = losses.min_snr_weight(alpha_bar, settings.prediction_type, settings.min_snr_gamma)
         # Eq. 19, on the chosen target
-        return losses.squared_error(prediction, target, weight, known)
+        return losses.squared_error(prediction, target, known)

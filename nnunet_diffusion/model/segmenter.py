@@ -62,7 +62,7 @@ class DiffusionSegmenter(nn.Module):
         self.presegmentor = presegmentor.requires_grad_(False).eval()
         self.denoiser = denoiser
         self.settings = settings
-        self.process = GaussianProcess(noise_schedule(settings.schedule, settings.timesteps))
+        self.process = GaussianProcess(noise_schedule(settings.schedule, settings.timesteps, settings.signal_scale))
         self.prediction = prediction_of(
             settings.prediction_type, lambda logits: labels.activate(logits, settings.regions)
         )

@@ -11,7 +11,7 @@ from typing import Any
 
 from nnunet_diffusion.diffusion.predictions import PREDICTION_TYPES
 from nnunet_diffusion.diffusion.samplers import SAMPLERS
-from nnunet_diffusion.diffusion.schedules import SCHEDULES
+from nnunet_diffusion.diffusion.schedules import SCHEDULES, noise_schedule
 from nnunet_diffusion.networks.blocks import NORMS
 
 PLANS_KEY = "diffusion"
@@ -24,6 +24,10 @@ SPECIAL = {
     "presegmentor_architecture": ("`{}`", "as `architecture` in the plans"),
 }
 """Settings of no plain type: default and legal values as text."""
+START_SNR = "start_snr"
+"""Key of `inference` that states T' as a signal-to-noise ratio; it is read as `start_step`."""
+REMOVED = ("min_snr_gamma",)
+"""Training settings of earlier versions that exist no more (documentation/design_decisions.md); plans with them are read."""
 
 
 def _setting(
@@ -62,6 +66,14 @@ class DiffusionSettings:
     prediction_type: str = _setting("process", "x0", "What the denoiser predicts.", choices=PREDICTION_TYPES)
     schedule: str = _setting("process", "linear", "Noise schedule; `linear` is the paper's.", choices=tuple(SCHEDULES))
     timesteps: int = _setting("process", 1000, "Length T of the forward process, in steps.", low=2)
+    signal_scale: float = _setting(
+        "process",
+        1.0,
+        "Scale b of the clean state under the noise: the signal-to-noise ratio is multiplied by b^2. Below 1 the noisy state "
+        "shows less of the mask (Chen 2023).",
+        low=1e-3,
+        high=1,
+    )
     # the denoiser
     sdb_depth: int = _setting("network", 4, "Layers of each slim dense block (PGDiffSeg Fig. 3).", low=1, high=16)
     attention_tokens: int = _setting(
@@ -110,9 +122,6 @@ class DiffusionSettings:
     presegmentation_start_probability: float = _setting(
         "training", 0.0, "Share of training samples whose noisy state is made from the pre-segmentation.", low=0, high=1
     )
-    min_snr_gamma: float = _setting(
-        "training", 0.0, "Min-SNR weight of the squared error (Hang et al. 2023); 0 switches it off.", low=0
-    )
     presence_weight: float = _setting("training", 1.0, "lambda 1 of Eq. 10: weight of the presence loss.", low=0)
     location_weight: float = _setting("training", 1.0, "lambda 2 of Eq. 10: weight of the location loss.", low=0)
     learning_rate: float = _setting(
@@ -129,7 +138,11 @@ class DiffusionSettings:
     # inference
     sampler: str = _setting("inference", "ddim", "Sampler of the reverse process.", choices=tuple(SAMPLERS))
     start_step: int = _setting(
-        "inference", 100, "T' of PD-DDPM: noising steps at the start of the reverse process, 1..max_train_step.", low=1
+        "inference",
+        100,
+        "T' of PD-DDPM: noising steps at the start of the reverse process, 1..max_train_step. `start_snr` in its place states "
+        "T' as a signal-to-noise ratio, which means the same in every schedule.",
+        low=1,
     )
     steps: int = _setting("inference", 1, "Network evaluations of one reverse process, 1..start_step.", low=1)
     eta: float = _setting("inference", 0.0, "Randomness of DDIM: 0 deterministic, 1 as DDPM.", low=0, high=1)
@@ -205,6 +218,16 @@ class DiffusionSettings:
                 f"presegmentation_start_probability must be 1, got {altered}."
             )
 
+    def start_step_at(self, snr: float) -> int:
+        """Return T' for a start of this signal-to-noise ratio alpha_bar / (1 - alpha_bar), by the settings' schedule.
+
+        Raises:
+            ValueError: `snr` is not a positive number.
+        """
+        if isinstance(snr, bool) or not isinstance(snr, (int, float)):
+            raise ValueError(f"diffusion.inference.start_snr must be a positive number, got {snr!r}.")
+        return noise_schedule(self.schedule, self.timesteps, self.signal_scale).start_step_at(snr)
+
     def to_plans(self) -> dict[str, Any]:
         """Return the JSON-ready section of the plans; `from_plans` reads it back unchanged."""
         content: dict[str, Any] = {"version": VERSION, **{section: {} for section in SECTIONS}}
@@ -230,7 +253,17 @@ class DiffusionSettings:
                 f"The plans' {PLANS_KEY!r} section must be a dictionary, got {type(section).__name__}: {section!r}."
             )
         given = values_of(section)
+        snr = given.pop(START_SNR, None)
         settings = default_settings(configuration, prediction_type=given.get("prediction_type", "x0"))
+        if snr is not None:
+            if "start_step" in given:
+                raise ValueError(
+                    f"diffusion.inference has start_step {given['start_step']} and start_snr {snr}, which both state T': "
+                    "keep one."
+                )
+            process = {key: value for key, value in given.items() if key in ("schedule", "timesteps", "signal_scale")}
+            limit = {"max_train_step": process["timesteps"]} if "timesteps" in process else {}
+            given["start_step"] = dataclasses.replace(settings, **process, **limit, start_step=1).start_step_at(snr)
         return dataclasses.replace(settings, **given)
 
 
@@ -257,6 +290,7 @@ def values_of(section: Mapping[str, Any]) -> dict[str, Any]:
         places = {entry.name: entry.name for entry in dataclasses.fields(DiffusionSettings)}
     else:
         places = {path_of(entry.name): entry.name for entry in dataclasses.fields(DiffusionSettings)}
+        places[f"inference.{START_SNR}"] = START_SNR
         for key in SECTIONS:
             if not isinstance(entries.get(key, {}), Mapping):
                 raise ValueError(f"diffusion.{key} must be a dictionary, got {entries[key]!r}.")
@@ -269,6 +303,8 @@ def values_of(section: Mapping[str, Any]) -> dict[str, Any]:
         }
     found = {}
     for key, value in entries.items():
+        if key.split(".")[-1] in REMOVED:
+            continue
         if key not in places:
             meant = [place for place in places if place.split(".")[-1] == key.split(".")[-1]]
             near = meant or difflib.get_close_matches(str(key), places, n=3) or places

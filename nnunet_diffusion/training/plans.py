@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_diffusion.model.settings import PLANS_KEY, VERSION, DiffusionSettings
+from nnunet_diffusion.model.settings import PLANS_KEY, REMOVED, VERSION, DiffusionSettings
 from nnunet_diffusion.planning.record import PlanRecord
 from nnunet_diffusion.training.cascade import previous_stage_folder, refuse_impossible_start
 from nnunet_diffusion.training.checkpoints import refuse_unknown_networks
@@ -57,13 +57,17 @@ def with_presegmentor(
 
 
 def notes_on_version(configuration: Mapping[str, Any]) -> list[str]:
-    """Return a line for the log if a configuration's settings have an older version, else an empty list."""
+    """Return lines for the log on what changed since an older version of the settings; an empty list if nothing did."""
+    section = configuration.get(PLANS_KEY, {})
+    removed = [key for key in REMOVED if section.get(key) or section.get("training", {}).get(key)]
+    lost = [f"WARNING: the plans' {key} does not exist any more; this training does without it." for key in removed]
     version = configuration.get(PLANS_KEY, {}).get("version", VERSION)
     if version >= VERSION:
-        return []
+        return lost
     return [
+        *lost,
         f"The {PLANS_KEY} section of the plans has version {version}. It has the same meaning in version {VERSION}, and is "
-        "written in that version into the model's plans.json."
+        "written in that version into the model's plans.json.",
     ]
 
 

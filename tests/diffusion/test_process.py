@@ -8,7 +8,8 @@ from nnunet_diffusion.diffusion.samplers import sample, timestep_grid
 from nnunet_diffusion.diffusion.schedules import noise_schedule
 
 PROCESSES = {
-    f"gaussian {name}": (GaussianProcess(noise_schedule(name, 1000)), torch.randn) for name in ("linear", "cosine")
+    f"gaussian {name}, signal scale {scale}": (GaussianProcess(noise_schedule(name, 1000, scale)), torch.randn)
+    for name, scale in (("linear", 1.0), ("cosine", 1.0), ("linear", 0.1))
 }
 
 

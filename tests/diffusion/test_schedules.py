@@ -114,3 +114,42 @@ def test_bad_arguments_are_named():
         NoiseSchedule("mine", torch.tensor([0.5, float("nan")]))
     with pytest.raises(ValueError, match=r"shape \(2, 1\)"):
         NoiseSchedule("mine", torch.full((2, 1), 0.5))
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("scale", [0.01, 0.1, 0.5, 1.0])
+def test_scaling_the_signal_multiplies_its_ratio_to_the_noise(name, scale):
+    plain, scaled = noise_schedule(name, 1000), noise_schedule(name, 1000, scale)
+    torch.testing.assert_close(scaled.snr, scale**2 * plain.snr, rtol=1e-10, atol=0)
+    assert scale != 1 or torch.equal(scaled.betas, plain.betas)
+
+
+def test_a_scaled_process_noises_the_scaled_state_and_divides_by_its_standard_deviation():
+    plain, scaled = noise_schedule("linear", 1000), noise_schedule("linear", 1000, 0.1)
+    state = torch.where(torch.rand(200, generator=torch.Generator().manual_seed(0)) < 0.5, -1.0, 1.0).double()
+    noise = torch.randn(200, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for timestep in (0, 99, 499, 999):
+        before, after = plain.alpha_bar[timestep], scaled.alpha_bar[timestep]
+        # x = b x_0 sqrt(alpha_bar) + noise sqrt(1 - alpha_bar), whose variance is b^2 alpha_bar + 1 - alpha_bar
+        noisy = 0.1 * before.sqrt() * state + (1 - before).sqrt() * noise
+        expected = noisy / (0.01 * before + 1 - before).sqrt()
+        torch.testing.assert_close(after.sqrt() * state + (1 - after).sqrt() * noise, expected, rtol=0, atol=1e-12)
+
+
+def test_start_step_of_a_ratio_is_the_nearest_and_the_same_noise_in_every_schedule():
+    for schedule in (
+        noise_schedule("linear", 1000),
+        noise_schedule("cosine", 1000),
+        noise_schedule("linear", 1000, 0.3),
+    ):
+        for step in (1, 150, 990):
+            assert schedule.start_step_at(schedule.snr[step - 1].item()) == step
+    assert noise_schedule("linear", 1000).start_step_at(noise_schedule("cosine", 1000).snr[299].item()) == 151
+    with pytest.raises(ValueError, match="start_snr is 0"):
+        noise_schedule("linear", 1000).start_step_at(0)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.5])
+def test_signal_scale_is_above_zero_and_at_most_one(scale):
+    with pytest.raises(ValueError, match=f"signal_scale is {scale}"):
+        noise_schedule("linear", 1000, scale)

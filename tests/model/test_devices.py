@@ -54,7 +54,7 @@ def test_reverse_process(gpu, sampler):
         {"prediction_type": "x0", "presegmentation_start_probability": 0.5},
         {"prediction_type": "logits", "regions": True},
         {"prediction_type": "epsilon", "corruption_probability": 0.0},
-        {"prediction_type": "v", "corruption_probability": 0.0, "min_snr_gamma": 5.0},
+        {"prediction_type": "v", "corruption_probability": 0.0},
     ],
     ids=lambda settings: settings["prediction_type"],
 )

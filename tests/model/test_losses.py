@@ -27,10 +27,9 @@ def test_perfect_location_has_no_loss_and_empty_foreground_is_finite():
     assert torch.isfinite(logits.grad).all()
 
 
-def test_squared_error_and_its_weight():
+def test_squared_error():
     prediction, target = torch.tensor([[1.0], [2.0]]), torch.zeros(2, 1)
     assert losses.squared_error(prediction, target).item() == pytest.approx(2.5)
-    assert losses.squared_error(prediction, target, torch.tensor([[1.0], [0.0]])).item() == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("regions", [False, True])
@@ -50,7 +49,7 @@ def test_ignored_voxels_change_no_loss(regions):
         for logits, target in zip((location, location_other), hidden, strict=True)
     )
     assert first.item() == pytest.approx(second.item())
-    errors = [losses.squared_error(prediction, each, None, known).item() for each in (masks, other)]
+    errors = [losses.squared_error(prediction, each, known).item() for each in (masks, other)]
     assert errors[0] == pytest.approx(errors[1])
     assert errors[0] == pytest.approx(((prediction - masks) ** 2)[..., :3].mean().item())
 
@@ -62,8 +61,3 @@ def test_what_may_hide_behind_ignored_voxels_is_no_absence():
     certain, wrong = torch.tensor([[20.0, 20.0]]), torch.tensor([[-20.0, 20.0]])
     assert losses.presence_loss(certain, target).item() == pytest.approx(0, abs=1e-6)  # class 2 may be there
     assert losses.presence_loss(wrong, target).item() == pytest.approx(20, rel=1e-3)
-
-
-@pytest.mark.parametrize(("kind", "expected"), [("x0", 5.0), ("epsilon", 5 / 9), ("v", 0.5)])
-def test_min_snr_weight_at_snr_nine(kind, expected):
-    assert losses.min_snr_weight(torch.tensor(0.9), kind, 5.0).item() == pytest.approx(expected, rel=1e-5)

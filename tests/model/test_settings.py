@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from nnunet_diffusion.diffusion.schedules import noise_schedule
 from nnunet_diffusion.model.settings import (
     SECTIONS,
     DiffusionSettings,
@@ -152,3 +153,27 @@ def test_table_names_every_setting():
     for entry in dataclasses.fields(DiffusionSettings):
         section, key = path_of(entry.name).split(".")
         assert f"| `{section}` | `{key}` |" in table
+
+
+def test_start_may_be_stated_as_a_signal_to_noise_ratio_in_any_schedule():
+    for process in ({}, {"schedule": "cosine"}, {"signal_scale": 0.1}, {"timesteps": 200}):
+        training = {"max_train_step": process.get("timesteps", 1000)}
+        section = {"process": process, "inference": {"start_snr": 0.6}, "training": training}
+        settings = DiffusionSettings.from_plans({**configuration(), "diffusion": section})
+        schedule = noise_schedule(settings.schedule, settings.timesteps, settings.signal_scale)
+        nearest = schedule.snr[settings.start_step - 1].item()
+        assert nearest == pytest.approx(0.6, rel=0.05)
+        assert DiffusionSettings.from_plans({**configuration(), "diffusion": settings.to_plans()}) == settings
+
+
+@pytest.mark.parametrize(
+    ("inference", "words"),
+    [
+        ({"start_snr": -1}, "start_snr is -1"),
+        ({"start_snr": "low"}, "start_snr.*'low'"),
+        ({"start_snr": 1, "start_step": 9}, "keep one"),
+    ],
+)
+def test_wrong_signal_to_noise_ratios_are_refused(inference, words):
+    with pytest.raises(ValueError, match=words):
+        DiffusionSettings.from_plans({**configuration(), "diffusion": {"inference": inference}})
