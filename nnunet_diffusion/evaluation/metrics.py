@@ -5,6 +5,7 @@ Where the reference has an ignore label, mask its voxels first (`known`), as nnU
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -61,6 +62,12 @@ def dice(prediction: ArrayLike, reference: ArrayLike) -> float:
     predicted, true = _masks(prediction, reference)
     total = np.count_nonzero(predicted) + np.count_nonzero(true)
     return 2.0 * np.count_nonzero(predicted & true) / total if total else float("nan")
+
+
+def mean_known(values: Sequence[float]) -> float:
+    """Return the mean of all values that are not NaN; NaN if there are none."""
+    known = [value for value in values if not math.isnan(value)]
+    return float(np.mean(known)) if known else math.nan
 
 
 def hd95(prediction: ArrayLike, reference: ArrayLike, spacing_mm: Sequence[float]) -> float:

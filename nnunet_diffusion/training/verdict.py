@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from nnunet_diffusion.evaluation.comparison import PairedComparison, compare_paired
+from nnunet_diffusion.evaluation.metrics import mean_known
 from nnunet_diffusion.files import PRESEGMENTOR_FOLDER, read_dictionary
 from nnunet_diffusion.training.checkpoints import read_checkpoint
 from nnunet_diffusion.training.presegmentor import presegmentor_folder
@@ -119,12 +119,6 @@ def dice_of_cases(summary: Path, file_ending: str, cure: str) -> dict[str, float
         )
         for case in cases
     }
-
-
-def mean_known(values: list[float]) -> float:
-    """Return the mean of all values that are not NaN; NaN if there are none."""
-    known = [value for value in values if not math.isnan(value)]
-    return float(np.mean(known)) if known else math.nan
 
 
 def comparison_content(

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from nnunetv2.utilities.label_handling.label_handling import LabelManager, convert_labelmap_to_one_hot
-from numpy.typing import NDArray
 from torch import Tensor
 
-from nnunet_diffusion.evaluation.metrics import dice
+from nnunet_diffusion.evaluation.preprocessed import mean_dice, preprocessed_cases
 from nnunet_diffusion.inference.predictor import DiffusionPredictor
 from nnunet_diffusion.inference.volume_run import VolumeRun
 from nnunet_diffusion.model import labels
-from nnunet_diffusion.training.verdict import mean_known
 
 if TYPE_CHECKING:
     from nnunet_diffusion.training.diffusion_trainer import DiffusionTrainer
@@ -62,36 +59,12 @@ def dice_by_weight(
         trainer.segmenter, trainer.plans_manager, trainer.configuration_manager, None, trainer.dataset_json,
         type(trainer).__name__, trainer.inference_allowed_mirroring_axes,
     )  # fmt: skip
-    dataset = trainer.dataset_class(
-        trainer.preprocessed_dataset_folder,
-        list(cases),
-        folder_with_segs_from_previous_stage=trainer.folder_with_segs_from_previous_stage,
-    )
+    previous = Path(trainer.folder_with_segs_from_previous_stage) if trainer.is_cascaded else None
     found: dict[float, dict[str, float]] = {weight: {} for weight in weights}
-    for case in dataset.identifiers:
-        image, truth, previous, _ = dataset.load_case(case)
-        data = np.array(image[:])  # a mapped file would be read-only
-        if trainer.is_cascaded:
-            one_hot = convert_labelmap_to_one_hot(previous[:], trainer.label_manager.foreground_labels, data.dtype)
-            data = np.vstack((data, one_hot))
-        nnunet, denoiser = predict_members(predictor, torch.from_numpy(data))
+    for case in preprocessed_cases(Path(trainer.preprocessed_dataset_folder), cases, trainer.label_manager, previous):
+        nnunet, denoiser = predict_members(predictor, torch.from_numpy(case.image))
         for weight in weights:
             mixed = torch.lerp(denoiser, nnunet, weight)
             segmentation = trainer.label_manager.convert_probabilities_to_segmentation(mixed).numpy()
-            found[weight][case] = mean_dice(segmentation, truth[:][0], trainer.label_manager)
+            found[weight][case.name] = mean_dice(segmentation, case.truth, trainer.label_manager)
     return found
-
-
-def mean_dice(segmentation: NDArray, truth: NDArray, label_manager: LabelManager) -> float:
-    """Return the mean Dice of a label map over the foreground labels or regions; NaN if all are absent from both.
-
-    Args:
-        segmentation: label map (*volume).
-        truth: preprocessed label map (*volume); -1 is background, voxels with the ignore label are left out.
-        label_manager: label manager of the dataset.
-    """
-    known = np.ones(truth.shape, bool)
-    if label_manager.has_ignore_label:
-        known = truth != label_manager.ignore_label
-    classes = label_manager.foreground_regions if label_manager.has_regions else label_manager.foreground_labels
-    return mean_known([dice(np.isin(segmentation, each) & known, np.isin(truth, each) & known) for each in classes])

@@ -5,12 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunet_diffusion.inference import DiffusionPredictor
 from nnunet_diffusion.training import DiffusionTrainer
 from nnunet_diffusion.training import plans as plans_of_trainings
-from nnunet_diffusion.training.weights import dice_by_weight, mean_dice
+from nnunet_diffusion.training.weights import dice_by_weight
 
 pytestmark = pytest.mark.nnunet
 REGIONS = {"labels": {"background": 0, "whole": [1, 2], "Posterior": 2}, "regions_class_order": [1, 2]}
@@ -59,12 +58,3 @@ def test_dice_at_each_weight_is_that_of_predictions_with_this_weight(
             expected = [overlap(logits.argmax(0) == label, truth == label) for label in (1, 2)]
         assert cases[case] == pytest.approx(np.mean(expected), abs=1e-4)
     assert len({round(cases[case], 3) for cases in found.values()}) > 1
-
-
-def test_mean_dice_by_hand():
-    manager = LabelManager({"background": 0, "a": 1, "b": 2, "absent": 3, "ignore": 4}, None)
-    truth = np.array([[-1, 1, 1, 2, 4, 4]])
-    segmentation = np.array([[0, 1, 2, 2, 1, 2]])
-    # a: 2 * 1 / (1 + 2), b: 2 * 1 / (2 + 1), absent from both: left out; the last two voxels do not count
-    assert mean_dice(segmentation, truth, manager) == pytest.approx(2 / 3)
-    assert np.isnan(mean_dice(np.zeros((1, 2)), np.zeros((1, 2)), manager))

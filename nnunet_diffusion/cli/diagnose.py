@@ -1,0 +1,102 @@
+"""`nnunet_diffusion diagnose`: what a trained denoiser does with its start, on the validation cases of its fold."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from nnunet_diffusion.cli.devices import DEVICES, check_device
+from nnunet_diffusion.cli.errors import CommandError, named_for_the_user
+from nnunet_diffusion.cli.folders import PREPROCESSED, folder_in
+from nnunet_diffusion.cli.models import finished_folds, model_folder
+from nnunet_diffusion.cli.trainers_directory import with_trainers
+
+FILE = "diagnostic.json"
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add `diagnose` to the command line."""
+    parser = subparsers.add_parser(
+        "diagnose",
+        help="show whether a model's denoiser copies, uses or ignores its start",
+        description="Takes one step from the truth, nnU-Net's output, an empty mask and the mask of another image at several "
+        "T', and one step with parts of the denoiser switched off, on the validation cases of one fold. Prints two tables "
+        f"and writes {FILE} into the fold's folder. The preprocessed data must be there.",
+    )
+    add = parser.add_argument
+    add("-d", metavar="ID", help="dataset, number or name")
+    add("-c", metavar="CONFIG", help="configuration, for example 2d (that of the one trained model)")
+    add("-tr", help="trainer of the model (that of the one trained model)")
+    add("-p", help="plans (those of the one trained model)")
+    add("-m", metavar="FOLDER", help="model folder, in the place of -d, -p, -tr and -c")
+    add("-f", metavar="FOLD", help="fold (the first that is finished)")
+    add("-chk", default="checkpoint_final.pth", help="checkpoint (checkpoint_final.pth)")
+    add("-device", default="cuda", choices=DEVICES)
+    add("--cases", type=int, metavar="N", help="number of validation cases, evenly spaced in their list (all)")
+    add("--start_steps", type=int, nargs="+", metavar="T'", help="noising steps (50 100 300 500 700, max_train_step)")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the diagnostic and print its tables.
+
+    Raises:
+        CommandError: wrong arguments, or the model or its preprocessed data cannot be read.
+    """
+    if options.cases is not None and options.cases < 2:
+        raise CommandError(f"--cases is {options.cases}, but must be 2 or more: one start is another case's mask")
+    model = model_folder(options, os.environ)
+    fold = options.f or finished_folds(model, options.chk)[0]
+    preprocessed = Path(folder_in(os.environ, PREPROCESSED))
+    os.environ.update(with_trainers(os.environ))
+    # nnU-Net reads its paths from the environment: import it only now
+    import torch
+
+    from nnunet_diffusion.evaluation.diagnostic import diagnose
+    from nnunet_diffusion.inference import DiffusionPredictor
+
+    check_device(options.device)
+    with named_for_the_user(FileNotFoundError, ValueError, RuntimeError, NotImplementedError):
+        predictor = DiffusionPredictor(device=torch.device(options.device), allow_tqdm=False)
+        predictor.initialize_from_trained_model_folder(str(model), [fold], options.chk)
+        cases = _validation_cases(predictor, preprocessed, fold, options.cases)
+        found = diagnose(predictor, cases, options.start_steps, lambda name: print(f"{name} ...", flush=True))
+    path = model / f"fold_{fold}" / FILE
+    path.write_text(json.dumps(found.to_json(), indent=2) + "\n", encoding="utf-8")
+    print(f"\n{found.tables()}\nWritten to {path}")
+    return 0
+
+
+def _validation_cases(predictor: Any, preprocessed: Path, fold: str, number: int | None) -> list[Any]:
+    """Read the validation cases of a fold, `number` of them evenly spaced in their list, or all if it is None.
+
+    Raises:
+        FileNotFoundError: the split or the preprocessed data are missing.
+        ValueError: the split has no such fold, or fewer than two cases.
+    """
+    from nnunet_diffusion.evaluation.preprocessed import preprocessed_cases
+
+    plans, configuration = predictor.plans_manager, predictor.configuration_manager
+    if configuration.previous_stage_name is not None:
+        raise NotImplementedError("the diagnostic does not support the second stage of a cascade")
+    dataset = preprocessed / plans.dataset_name
+    folder, splits = dataset / configuration.data_identifier, dataset / "splits_final.json"
+    for path in (folder, splits):
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{path} does not exist: preprocess the data and train the fold on this machine first"
+            )
+    split = json.loads(splits.read_text(encoding="utf-8"))
+    if not fold.isdecimal() or int(fold) >= len(split):
+        raise ValueError(
+            f"fold {fold} has no validation cases: {splits} has folds 0 to {len(split) - 1}; choose one with -f"
+        )
+    names = sorted(split[int(fold)]["val"])
+    if len(names) < 2:
+        raise ValueError(f"fold {fold} has {len(names)} validation case; the diagnostic needs two")
+    if number is not None and number < len(names):
+        names = [names[round(index * (len(names) - 1) / (number - 1))] for index in range(number)]
+    return list(preprocessed_cases(folder, names, predictor.label_manager))

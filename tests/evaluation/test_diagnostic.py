@@ -1,0 +1,150 @@
+"""The diagnostic tells a denoiser that copies its state from one that ignores it, and sees which parts matter."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nnunet_diffusion.cli.main import main
+from nnunet_diffusion.evaluation.diagnostic import diagnose, fitted
+from nnunet_diffusion.evaluation.preprocessed import preprocessed_cases
+from nnunet_diffusion.inference import DiffusionPredictor
+from nnunet_diffusion.training import DiffusionTrainer
+
+pytestmark = pytest.mark.nnunet
+STEPS = (50, 700)
+
+
+@dataclass(frozen=True)
+class Image:
+    image: Tensor
+
+    def repeat_interleave(self, samples):
+        return Image(self.image.repeat_interleave(samples, 0))
+
+
+class Copying(nn.Module):
+    """Returns the clean state that its noisy one comes closest to."""
+
+    state_channels = 3
+
+    def __init__(self, process):
+        super().__init__()
+        self.process = process
+
+    def encode(self, image, timestep):
+        return Image(image)
+
+    def forward(self, noisy, timestep, condition):
+        signal, _ = self.process.signal_and_spread(timestep, noisy)
+        # a mean over a few voxels removes most of the noise
+        return nn.functional.avg_pool2d(noisy / signal, 3, 1, 1, count_include_pad=False).clamp(-1, 1)
+
+
+class Reading(Copying):
+    """Reads the image and ignores the state: class 1 where it is bright."""
+
+    def forward(self, noisy, timestep, condition):
+        bright = (condition.image > 0).float()
+        return torch.cat((1 - bright, bright, torch.zeros_like(bright)), 1) * 2 - 1
+
+
+@pytest.fixture
+def loaded(workplace):
+    """A function of a denoiser's class that returns a predictor with it, and two validation cases."""
+
+    def load(kind):
+        torch.manual_seed(0)
+        trainer = workplace.trainer(DiffusionTrainer)
+        trainer.initialize()
+        if kind is not None:
+            trainer.segmenter.denoiser = kind(trainer.segmenter.process)
+        trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        predictor = DiffusionPredictor(device=torch.device("cpu"), allow_tqdm=False)
+        predictor.manual_initialization(
+            trainer.segmenter, trainer.plans_manager, trainer.configuration_manager, None, trainer.dataset_json,
+            "DiffusionTrainer", None,
+        )  # fmt: skip
+        names = trainer.do_split()[1][:2]
+        cases = preprocessed_cases(Path(trainer.preprocessed_dataset_folder), names, trainer.label_manager)
+        return predictor, list(cases)
+
+    return load
+
+
+def test_a_denoiser_that_copies_its_state_keeps_every_start(loaded):
+    found = diagnose(*loaded(Copying), STEPS)
+    assert found.dice["truth"][50] > 0.9 and found.dice["empty"][50] == 0
+    assert found.dice["mask of another image"][50] < 0.9
+    assert found.dice["nnU-Net"][50] == pytest.approx(found.nnunet, abs=0.1)
+    assert found.dice["truth"][50] > found.dice["truth"][700], "more noise hides more"
+    assert found.ablations["image of another case"].change == pytest.approx(0, abs=1e-6)
+
+
+def test_a_denoiser_that_ignores_its_state_returns_the_same_from_every_start(loaded):
+    found = diagnose(*loaded(Reading), STEPS)
+    assert len({dice for steps in found.dice.values() for dice in steps.values()}) == 1
+    assert found.ablations["image of another case"].change > 0.1
+
+
+def test_parts_of_pgdiffseg_are_switched_off_one_by_one_and_on_again(loaded):
+    predictor, cases = loaded(None)
+    for parameter in predictor.network.denoiser.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    predictor.list_of_parameters = [predictor.network.state_dict()]
+    found = diagnose(predictor, cases, STEPS)
+    for part in ("prior branch", "parameter-shared attention", "bottleneck", "image of another case"):
+        assert found.ablations[part].largest > 1e-4, part
+    again = diagnose(predictor, cases, STEPS)
+    assert again == found
+    tables = found.tables()
+    assert "T' = 50 (SNR " in tables and "| bottleneck |" in tables
+
+
+def test_too_few_cases_and_steps_beyond_the_training_are_refused(loaded):
+    predictor, cases = loaded(None)
+    with pytest.raises(ValueError, match="got 1 cases"):
+        diagnose(predictor, cases[:1])
+    with pytest.raises(ValueError, match="max_train_step, 1000"):
+        diagnose(predictor, cases, [2000])
+
+
+def test_arrays_are_cropped_and_padded_around_their_centre():
+    array = np.arange(1, 7).reshape(1, 1, 6)
+    assert np.array_equal(fitted(array, (3, 4)), [[[0] * 4, [2, 3, 4, 5], [0] * 4]])
+    assert np.array_equal(fitted(array, (1, 8)), [[[0, 1, 2, 3, 4, 5, 6, 0]]])
+
+
+@pytest.mark.slow
+def test_the_command_writes_its_tables_beside_the_model(trained_2d, monkeypatch, capsys):
+    place, _ = trained_2d
+    for name, value in place.environment.items():
+        monkeypatch.setenv(name, value)
+    words = [
+        "diagnose",
+        "-d",
+        "4",
+        "-tr",
+        "TinyDiffusionTrainer",
+        "-p",
+        "Tiny",
+        "-device",
+        "cpu",
+        "--start_steps",
+        "100",
+    ]
+    assert main(words) == 0
+    path = place.results / "TinyDiffusionTrainer__Tiny__2d" / "fold_0" / "diagnostic.json"
+    content = json.loads(path.read_text())
+    split = json.loads((place.preprocessed / "splits_final.json").read_text())[0]["val"]
+    assert content["cases"] == sorted(split)
+    printed = capsys.readouterr().out
+    assert f"| truth | {content['dice']['truth']['100']:.4f} |" in printed and str(path) in printed
+    assert main([*words, "-f", "7"]) == 2
+    assert "Folds that have one: 0" in capsys.readouterr().err
+    assert main([*words, "--cases", "1"]) == 2
+    assert "--cases is 1" in capsys.readouterr().err
