@@ -49,6 +49,8 @@ def build_denoiser(
         attention_stages=settings.attention_stages or None,
         norm=settings.norm,
         time_in_condition_flow=settings.time_in_condition_flow,
+        guidance=settings.guidance,
+        attention=settings.attention,
     )
 
 

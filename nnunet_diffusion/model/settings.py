@@ -12,7 +12,9 @@ from typing import Any
 from nnunet_diffusion.diffusion.predictions import PREDICTION_TYPES
 from nnunet_diffusion.diffusion.samplers import SAMPLERS
 from nnunet_diffusion.diffusion.schedules import SCHEDULES, noise_schedule
+from nnunet_diffusion.networks.attention import ATTENTIONS
 from nnunet_diffusion.networks.blocks import NORMS
+from nnunet_diffusion.networks.pgdiffseg import GUIDANCES
 
 PLANS_KEY = "diffusion"
 VERSION = 3
@@ -99,6 +101,19 @@ class DiffusionSettings:
         "network",
         True,
         "Embed the timestep in the condition flow too (the paper); false makes that flow a constant of the image.",
+    )
+    guidance: str = _setting(
+        "network",
+        "paper",
+        "`paper` adds both flows and the prior branch as they are (Eq. 6); `normalised` normalises each of them first, and "
+        "gives the location map to every up unit.",
+        choices=GUIDANCES,
+    )
+    attention: str = _setting(
+        "network",
+        "paper",
+        "`paper`: each flow attends to itself (Eq. 2-5); `cross`: the denoising flow attends to the condition flow.",
+        choices=ATTENTIONS,
     )
     condition_on_presegmentation: bool = _setting(
         "network", False, "Give the start's probabilities to the condition flow as further image channels."

@@ -12,6 +12,7 @@ from torch.nn import functional
 from nnunet_diffusion.networks.blocks import group_norm, pointwise
 
 FLOWS = ("condition", "denoising")
+ATTENTIONS = ("paper", "cross")
 KEY_REDUCTION = 8
 
 
@@ -72,11 +73,18 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 class ParameterSharedAttention(nn.Module):
     """Attention of each flow to itself with shared query and key projections; PGDiffSeg, Eq. 2-5 and Fig. 4.
 
-    The flows share parameters, not activations, so the condition flow stays independent of the noisy state.
+    By the equations the flows share parameters, not activations. With "cross" the denoising flow attends to the condition
+    flow instead, as the paper's text describes. In both the condition flow stays independent of the noisy state.
     """
 
-    def __init__(self, channels: int, conv_op: type[nn.Module], tokens: int) -> None:
-        """Build the projections; keys and values are pooled to at most `tokens` voxels."""
+    def __init__(self, channels: int, conv_op: type[nn.Module], tokens: int, kind: str = "paper") -> None:
+        """Build the projections; keys and values are pooled to at most `tokens` voxels.
+
+        Raises:
+            ValueError: if the kind is unknown.
+        """
+        if kind not in ATTENTIONS:
+            raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}, got {kind!r}")
         super().__init__()
         self.tokens = tokens
         key_channels = max(1, channels // KEY_REDUCTION)
@@ -84,12 +92,20 @@ class ParameterSharedAttention(nn.Module):
         self.query = pointwise(conv_op, channels, key_channels)
         self.key = pointwise(conv_op, channels, key_channels, bias=False)
         self.value = nn.ModuleDict({flow: pointwise(conv_op, channels, channels) for flow in FLOWS})
-        # Eq. 5: eta1 and eta2 start at 0. As scalars they do not promote half-precision features
-        self.eta = nn.ParameterDict({flow: nn.Parameter(torch.zeros(())) for flow in FLOWS})
+        # Eq. 5: eta1 and eta2 start at 0, and stay near it in training; "cross" starts as a plain residual connection.
+        # As scalars they do not promote half-precision features
+        start = torch.zeros(()) if kind == "paper" else torch.ones(())
+        self.eta = nn.ParameterDict({flow: nn.Parameter(start.clone()) for flow in FLOWS})
 
-    def forward(self, features: Tensor, flow: str) -> Tensor:
-        """Map features (B, C, *spatial) of a flow, "condition" or "denoising", to the same shape."""
-        pooled = pool_tokens(features, self.tokens)
+    def forward(self, features: Tensor, flow: str, seen: Tensor | None = None) -> Tensor:
+        """Map features (B, C, *spatial) of a flow, "condition" or "denoising", to the same shape.
+
+        Args:
+            features: features of the flow.
+            flow: its name.
+            seen: features of the same shape to attend to; None for the flow's own.
+        """
+        pooled = pool_tokens(features if seen is None else seen, self.tokens)
         # Eq. 3-4: X = v Softmax(q^T k)
         mixed = attend(self.query(features), self.key(pooled), self.value[flow](pooled))
         # Eq. 5: x = eta X + x

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nnunet_diffusion.networks.attention import ParameterSharedAttention, SelfAttention
+from nnunet_diffusion.networks.attention import ATTENTIONS, ParameterSharedAttention, SelfAttention
 from nnunet_diffusion.networks.blocks import (
     ResidualBlock,
     SlimDenseBlock,
@@ -24,6 +24,8 @@ from nnunet_diffusion.networks.blocks import (
 )
 from nnunet_diffusion.networks.prior_supervision import PriorSupervision
 from nnunet_diffusion.networks.time_embedding import TimeEmbedding, TimeShift
+
+GUIDANCES = ("paper", "normalised")
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Condition:
         prior: features of the prior-supervision branch, same shape as the bottleneck.
         presence_logits: (B, presence_classes), one logit per foreground class.
         location_logits: (B, location_classes, *size of the last stage but one).
+        attended: with attention "cross", features of the condition flow after each unit with attention, in their order.
     """
 
     skips: tuple[Tensor, ...]
@@ -43,6 +46,7 @@ class Condition:
     prior: Tensor
     presence_logits: Tensor
     location_logits: Tensor
+    attended: tuple[Tensor, ...] = ()
 
     def repeat_interleave(self, samples: int) -> Condition:
         """Repeat each image's condition for `samples` noisy states; the states of one image are adjacent.
@@ -59,6 +63,7 @@ class Condition:
             repeat(self.prior),
             repeat(self.presence_logits),
             repeat(self.location_logits),
+            tuple(repeat(features) for features in self.attended),
         )
 
 
@@ -99,18 +104,25 @@ class UpUnit(nn.Module):
         kernel_size: Sequence[int],
         conv_op: type[nn.Module],
         time_width: int,
+        map_channels: int = 0,
     ) -> None:
-        """Build the unit for a skip of `in_channels`."""
+        """Build the unit for a skip of `in_channels` and, with normalised guidance, `map_channels` of a location map."""
         super().__init__()
         self.time = TimeShift(time_width, in_channels)
         self.up = make_conv(conv_op, in_channels, in_channels, kernel_size)
-        self.residual = ResidualBlock(2 * in_channels, out_channels, kernel_size, conv_op)
+        self.residual = ResidualBlock(2 * in_channels + map_channels, out_channels, kernel_size, conv_op)
 
-    def forward(self, features: Tensor, skip: Tensor, time: Tensor) -> Tensor:
-        """Map features (B, in_channels, *smaller) and the skip (B, in_channels, *spatial) to the skip's size."""
+    def forward(self, features: Tensor, skip: Tensor, time: Tensor, location: Tensor | None = None) -> Tensor:
+        """Map features (B, in_channels, *smaller) and the skip (B, in_channels, *spatial) to the skip's size.
+
+        A location map (B, map_channels, *any) is brought to that size too.
+        """
         # upsample to the skip's size, not by a factor, to restore odd sizes
         larger = functional.interpolate(self.time(features, time), size=skip.shape[2:], mode="nearest")
-        return self.residual(torch.cat([self.up(larger), skip], dim=1))
+        parts = [self.up(larger), skip]
+        if location is not None:
+            parts.append(functional.interpolate(location, size=skip.shape[2:], mode="nearest"))
+        return self.residual(torch.cat(parts, dim=1))
 
 
 class PGDiffSeg(nn.Module):
@@ -137,6 +149,8 @@ class PGDiffSeg(nn.Module):
         attention_stages: Sequence[int] | None = None,
         norm: str = "batch",
         time_in_condition_flow: bool = True,
+        guidance: str = "paper",
+        attention: str = "paper",
     ) -> None:
         """Build the network on nnU-Net's topology.
 
@@ -155,6 +169,9 @@ class PGDiffSeg(nn.Module):
             attention_stages: stages with parameter-shared attention, from 1 to n_stages - 1; None: all (paper).
             norm: "batch" (paper), "instance" or "group", in the slim dense blocks and the prior branch.
             time_in_condition_flow: whether the condition flow sees the timestep (paper: yes).
+            guidance: "paper" adds the terms of Eq. 6 as they are; "normalised" normalises each of them first, and gives the
+                location map to every up unit. Without it the sum hides the prior branch, whose features are 40 times smaller.
+            attention: "paper", or "cross": the denoising flow attends to the condition flow.
 
         Raises:
             ValueError: if the topology or an option is not valid.
@@ -171,6 +188,9 @@ class PGDiffSeg(nn.Module):
             raise ValueError(f"attention_stages must lie in 1..{len(features) - 1}, got {sorted(attended)}")
         if attention_tokens < 1:
             raise ValueError(f"attention_tokens must be at least 1, got {attention_tokens}")
+        if guidance not in GUIDANCES:
+            raise ValueError(f"guidance must be one of {', '.join(GUIDANCES)}, got {guidance!r}")
+        self.guidance, self.crosses = guidance, attention == ATTENTIONS[1]
         self.image_channels, self.state_channels = image_channels, state_channels
         self.time_in_condition_flow = time_in_condition_flow
         time_width = 8 * features[0]
@@ -191,7 +211,10 @@ class PGDiffSeg(nn.Module):
         self.condition_flow = flow(time_width if time_in_condition_flow else None)
         self.denoising_flow = flow(time_width)
         self.attention = nn.ModuleDict(
-            {str(s): ParameterSharedAttention(features[s], conv_op, attention_tokens) for s in sorted(attended)}
+            {
+                str(s): ParameterSharedAttention(features[s], conv_op, attention_tokens, attention)
+                for s in sorted(attended)
+            }
         )
         # Fig. 2c: prior knowledge guidance
         self.prior = PriorSupervision(
@@ -204,6 +227,8 @@ class PGDiffSeg(nn.Module):
             location_classes=location_classes,
             norm=norm,
         )
+        normalised = guidance == "normalised"
+        self.guidance_norms = nn.ModuleList(group_norm(features[-1]) for _ in range(3 * normalised))
         # Fig. 2d, 12b: residual - self-attention - residual
         self.bottleneck = nn.Sequential(
             ResidualBlock(features[-1], features[-1], kernels[-1], conv_op),
@@ -212,7 +237,8 @@ class PGDiffSeg(nn.Module):
         )
         # Fig. 2e: up units, from the deepest to the full resolution
         self.up_units = nn.ModuleList(
-            UpUnit(features[s], features[s - 1], kernels[s - 1], conv_op, time_width) for s in reversed(stages)
+            UpUnit(features[s], features[s - 1], kernels[s - 1], conv_op, time_width, location_classes * normalised)
+            for s in reversed(stages)
         )
         self.output = nn.Sequential(
             group_norm(features[0]),
@@ -238,9 +264,9 @@ class PGDiffSeg(nn.Module):
             if timestep is None:
                 raise ValueError("timestep is missing: the condition flow of this network depends on it")
             time = self.time_embedding(timestep)
-        skips, bottleneck = self._encode_flow(self.image_dense(image), time, "condition")
+        skips, bottleneck, attended = self._encode_flow(self.image_dense(image), time, "condition")
         prior = self.prior(image)
-        return Condition(skips, bottleneck, prior.features, prior.presence_logits, prior.location_logits)
+        return Condition(skips, bottleneck, prior.features, prior.presence_logits, prior.location_logits, attended)
 
     def forward(self, noisy: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         """Return the prediction for a noisy state.
@@ -263,22 +289,33 @@ class PGDiffSeg(nn.Module):
                 "for several states per image use condition.repeat_interleave"
             )
         time = self.time_embedding(timestep)
-        skips, bottleneck = self._encode_flow(self.noisy_dense(noisy), time, "denoising")
+        skips, bottleneck, _ = self._encode_flow(self.noisy_dense(noisy), time, "denoising", condition.attended)
+        terms = (bottleneck, condition.bottleneck, condition.prior)
+        location = None
+        if self.guidance == "normalised":
+            terms = tuple(norm(term) for norm, term in zip(self.guidance_norms, terms, strict=True))
+            # -1 where the branch sees no lesion, 1 where it sees one
+            location = condition.location_logits.div(2).tanh()
         # Eq. 6: sum of both flows and the prior branch
-        features = self.bottleneck(bottleneck + condition.bottleneck + condition.prior)
+        features = self.bottleneck(terms[0] + terms[1] + terms[2])
         # Fig. 2: the skips are the sums of both flows
         for unit, ours, theirs in zip(self.up_units, reversed(skips), reversed(condition.skips), strict=True):
-            features = unit(features, ours + theirs, time)
+            features = unit(features, ours + theirs, time, location)
         return self.output(features)
 
-    def _encode_flow(self, features: Tensor, time: Tensor | None, flow: str) -> tuple[tuple[Tensor, ...], Tensor]:
-        skips = []
+    def _encode_flow(
+        self, features: Tensor, time: Tensor | None, flow: str, seen: Sequence[Tensor] = ()
+    ) -> tuple[tuple[Tensor, ...], Tensor, tuple[Tensor, ...]]:
+        """Return skips, last features and, in the condition flow with attention "cross", what the other flow attends to."""
+        skips, attended, others = [], [], iter(seen)
         for stage, unit in enumerate(self.condition_flow if flow == "condition" else self.denoising_flow, start=1):
             skip, features = unit(features, time)
             skips.append(skip)
             if str(stage) in self.attention:
-                features = self.attention[str(stage)](features, flow)
-        return tuple(skips), features
+                if self.crosses and flow == "condition":
+                    attended.append(features)
+                features = self.attention[str(stage)](features, flow, next(others, None))
+        return tuple(skips), features, tuple(attended)
 
 
 def _check_topology(

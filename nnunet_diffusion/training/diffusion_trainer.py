@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
 
@@ -176,11 +177,14 @@ class DiffusionTrainer(nnUNetTrainer):
         image = batch["data"].to(self.device, non_blocking=True)
         target = batch["target"].to(self.device, non_blocking=True)
         found, taken = train_step(self.objective, self.learners, image, target, self.loss, self._generator,
-                                  lambda: training_precision(self.device), self.grad_scaler)  # fmt: skip
+                                  self._autocast, self.grad_scaler)  # fmt: skip
         self._skipped.note(taken, self.current_epoch, batch.get("keys"))
         # read all values at once and last, because each read waits for the GPU
         values = dict(zip(found, torch.stack(list(found.values())).detach().tolist(), strict=True))
         return {**values, "taken": taken}
+
+    def _autocast(self) -> AbstractContextManager:
+        return training_precision(self.device)
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         """Log the loss and each of its terms without skipped steps, and the number of skipped steps."""

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nnunet_diffusion.cli.main import main
 from nnunet_diffusion.evaluation.diagnostic import diagnose, fitted
 from nnunet_diffusion.evaluation.preprocessed import preprocessed_cases
 from nnunet_diffusion.inference import DiffusionPredictor
@@ -64,7 +63,7 @@ def loaded(workplace):
         if kind is not None:
             trainer.segmenter.denoiser = kind(trainer.segmenter.process)
         trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-        predictor = DiffusionPredictor(device=torch.device("cpu"), allow_tqdm=False)
+        predictor = DiffusionPredictor(device=torch.device("cpu"), allow_tqdm=False, threads=1)
         predictor.manual_initialization(
             trainer.segmenter, trainer.plans_manager, trainer.configuration_manager, None, trainer.dataset_json,
             "DiffusionTrainer", None,
@@ -120,31 +119,16 @@ def test_arrays_are_cropped_and_padded_around_their_centre():
 
 
 @pytest.mark.slow
-def test_the_command_writes_its_tables_beside_the_model(trained_2d, monkeypatch, capsys):
+def test_the_command_writes_its_tables_beside_the_model(trained_2d):
     place, _ = trained_2d
-    for name, value in place.environment.items():
-        monkeypatch.setenv(name, value)
-    words = [
-        "diagnose",
-        "-d",
-        "4",
-        "-tr",
-        "TinyDiffusionTrainer",
-        "-p",
-        "Tiny",
-        "-device",
-        "cpu",
-        "--start_steps",
-        "100",
-    ]
-    assert main(words) == 0
+    words = ["diagnose", "-d", 4, "-tr", "TinyDiffusionTrainer", "-p", "Tiny", "-device", "cpu", "--start_steps", 100]
+    printed = place.run("nnunet_diffusion", *words).stdout
     path = place.results / "TinyDiffusionTrainer__Tiny__2d" / "fold_0" / "diagnostic.json"
     content = json.loads(path.read_text())
     split = json.loads((place.preprocessed / "splits_final.json").read_text())[0]["val"]
     assert content["cases"] == sorted(split)
-    printed = capsys.readouterr().out
     assert f"| truth | {content['dice']['truth']['100']:.4f} |" in printed and str(path) in printed
-    assert main([*words, "-f", "7"]) == 2
-    assert "Folds that have one: 0" in capsys.readouterr().err
-    assert main([*words, "--cases", "1"]) == 2
-    assert "--cases is 1" in capsys.readouterr().err
+    refused = place.run("nnunet_diffusion", *words, "-f", 7, check=False)
+    assert refused.returncode == 2 and "Folds that have one: 0" in refused.stderr
+    refused = place.run("nnunet_diffusion", *words, "--cases", 1, check=False)
+    assert refused.returncode == 2 and "--cases is 1" in refused.stderr

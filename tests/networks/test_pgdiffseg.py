@@ -333,3 +333,48 @@ def test_networks_import_neither_nnunet_nor_diffusion():
         "assert not {'nnunetv2', 'nnunet_diffusion.diffusion'} & set(sys.modules), sorted(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(("topology", "size"), [(PLAIN_2D, (9, 7)), (ANISOTROPIC_3D, (4, 6, 5))])
+@pytest.mark.parametrize("options", [{"guidance": "normalised"}, {"attention": "cross"}], ids=lambda given: str(given))
+def test_variants_keep_the_interface_and_the_condition_knows_no_state(topology, size, options):
+    net = build(topology, **options).double().eval()
+    image, noisy, timestep = inputs(size)
+    condition = net.encode(image, timestep)
+    found = net(noisy, timestep, condition)
+    assert found.shape == (2, 4, *size) and torch.isfinite(found).all()
+    assert not torch.equal(found, net(noisy + 1, timestep, condition))
+    # two states of one image, by one condition
+    twice = net(noisy.repeat_interleave(2, 0), timestep.repeat_interleave(2), condition.repeat_interleave(2))
+    torch.testing.assert_close(twice[::2], found, rtol=0, atol=1e-10)
+
+
+def test_normalised_guidance_does_not_depend_on_the_scale_of_its_terms():
+    net = build(guidance="normalised").double().eval()
+    image, noisy, timestep = inputs()
+    condition = net.encode(image, timestep)
+    larger = replace(condition, bottleneck=1000 * condition.bottleneck, prior=1000 * condition.prior)
+    torch.testing.assert_close(net(noisy, timestep, larger), net(noisy, timestep, condition), rtol=0, atol=1e-3)
+    elsewhere = replace(condition, location_logits=condition.location_logits + 3)
+    assert (net(noisy, timestep, elsewhere) - net(noisy, timestep, condition)).abs().max() > 1e-3
+    papers = build().double().eval()
+    condition = papers.encode(image, timestep)
+    elsewhere = replace(condition, location_logits=condition.location_logits + 3)
+    assert torch.equal(papers(noisy, timestep, elsewhere), papers(noisy, timestep, condition))
+
+
+def test_in_cross_attention_the_denoising_flow_attends_to_the_condition_flow():
+    net = build(awake=False, attention="cross").double().eval()
+    image, noisy, timestep = inputs()
+    condition = net.encode(image, timestep)
+    assert len(condition.attended) == len(net.attention) == 2
+    other = replace(condition, attended=tuple(features.flip(2) + 1 for features in condition.attended))
+    assert (net(noisy, timestep, other) - net(noisy, timestep, condition)).abs().max() > 1e-4
+    assert build().encode(image.float(), timestep).attended == ()
+
+
+@pytest.mark.parametrize("options", [{"guidance": "strong"}, {"attention": "full"}])
+def test_unknown_variants_name_the_known_ones(options):
+    ((name, value),) = options.items()
+    with pytest.raises(ValueError, match=f"{name} must be one of paper.*'{value}'"):
+        build(**options)
