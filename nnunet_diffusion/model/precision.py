@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+PRECISIONS = ("auto", "float32", "bfloat16")
+
 
 def outside_inference_mode(function: Callable[..., Any], *arguments: Any) -> Any:
     """Evaluate a network without gradients, but not in inference mode, where autocast keeps no converted weights.
@@ -27,9 +29,17 @@ def has_bfloat16(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
 
 
-def training_precision(device: torch.device) -> contextlib.AbstractContextManager:
-    """Return nnU-Net's autocast, in bfloat16 where the device has it; none on a CPU."""
-    if device.type != "cuda":
+def training_precision(device: torch.device, precision: str = "auto") -> contextlib.AbstractContextManager:
+    """Return the autocast of a training step.
+
+    Args:
+        device: device of the networks.
+        precision: "auto" for half precision on a CUDA GPU (bfloat16 where it has it) and float32 elsewhere, as in nnU-Net;
+            "float32" or "bfloat16" on any device.
+    """
+    if precision == "bfloat16":
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    if precision == "float32" or device.type != "cuda":
         return contextlib.nullcontext()
     return torch.autocast("cuda", dtype=torch.bfloat16 if has_bfloat16(device) else torch.float16)
 

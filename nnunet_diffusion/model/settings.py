@@ -12,6 +12,7 @@ from typing import Any
 from nnunet_diffusion.diffusion.predictions import PREDICTION_TYPES
 from nnunet_diffusion.diffusion.samplers import SAMPLERS
 from nnunet_diffusion.diffusion.schedules import SCHEDULES, noise_schedule
+from nnunet_diffusion.model.precision import PRECISIONS
 from nnunet_diffusion.networks.attention import ATTENTIONS
 from nnunet_diffusion.networks.blocks import NORMS
 from nnunet_diffusion.networks.pgdiffseg import GUIDANCES
@@ -143,6 +144,13 @@ class DiffusionSettings:
         "training", 1e-3, "Initial learning rate of AdamW; decays as nnU-Net's (poly 0.9).", low=0
     )
     weight_decay: float = _setting("training", 1e-2, "Weight decay of AdamW.", low=0)
+    precision: str = _setting(
+        "training",
+        "auto",
+        "Precision of the denoiser's training step. `auto`: half on a CUDA GPU, float32 elsewhere, as in nnU-Net. `bfloat16` on "
+        "a CPU is faster only if the processor has AMX or AVX-512 BF16.",
+        choices=PRECISIONS,
+    )
     ema_decay: float = _setting(
         "training",
         0.999,

@@ -112,7 +112,7 @@ class DiffusionTrainer(nnUNetTrainer):
         self.learners = {name: Learner(module, evaluate, self.optimizer, self.settings.ema_decay)}
         wrap = (lambda module: nnunet_trainer.DDP(module, device_ids=[self.local_rank])) if self.is_ddp else None
         compile_and_distribute(self.learners, super()._do_i_compile(), wrap, self.print_to_log_file)
-        if has_bfloat16(self.device):
+        if has_bfloat16(self.device) or self.settings.precision != "auto":
             self.grad_scaler = None  # bfloat16 has float32's range
 
     def _do_i_compile(self) -> bool:
@@ -184,7 +184,7 @@ class DiffusionTrainer(nnUNetTrainer):
         return {**values, "taken": taken}
 
     def _autocast(self) -> AbstractContextManager:
-        return training_precision(self.device)
+        return training_precision(self.device, self.settings.precision)
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         """Log the loss and each of its terms without skipped steps, and the number of skipped steps."""

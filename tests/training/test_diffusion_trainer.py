@@ -361,3 +361,13 @@ def test_what_happens_to_a_finished_training_is_said_and_it_is_kept(workplace, t
     again.current_epoch = again.num_epochs
     (line,) = what_happens_to_finished(again, resumed=True)
     assert "only validated again" in line
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("auto", torch.float32), ("float32", torch.float32), ("bfloat16", torch.bfloat16)]
+)
+def test_precision_of_the_training_step_is_a_setting(workplace, precision, dtype):
+    trainer, seen = started(workplace, precision=precision), []
+    trainer.segmenter.denoiser.register_forward_hook(lambda _, __, output: seen.append(output.dtype))
+    losses = trainer.train_step(make_batch())
+    assert seen == [dtype] and np.isfinite(losses["loss"]) and trainer.grad_scaler is None
