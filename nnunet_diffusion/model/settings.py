@@ -147,8 +147,8 @@ class DiffusionSettings:
     precision: str = _setting(
         "training",
         "auto",
-        "Precision of the denoiser's training step. `auto`: half on a CUDA GPU, float32 elsewhere, as in nnU-Net. `bfloat16` on "
-        "a CPU is faster only if the processor has AMX or AVX-512 BF16.",
+        "Precision of the denoiser's training step. `auto`: half on a CUDA GPU, float32 elsewhere, as in nnU-Net. `bfloat16` "
+        "on a CPU is faster only if the processor has AMX or AVX-512 BF16.",
         choices=PRECISIONS,
     )
     ema_decay: float = _setting(

@@ -96,8 +96,8 @@ def with_unknown_label(image, labels):
 
 
 BAD_CASES = {
-    "NaN": (with_voxel(np.nan), "has NaN or infinite voxels.*Replace them"),
-    "infinite": (with_voxel(np.inf), "has NaN or infinite voxels.*Replace them"),
+    "NaN": (with_voxel(np.nan), "has NaN or infinite voxels.*Replace such voxels"),
+    "infinite": (with_voxel(np.inf), "has NaN or infinite voxels.*Replace such voxels"),
     "unknown label": (with_unknown_label, "is not in dataset.json.*Correct the label map"),
 }
 
