@@ -32,9 +32,8 @@ class Learner:
         self, module: nn.Module, evaluate: Callable[..., Any], optimizer: torch.optim.Optimizer, ema_decay: float
     ) -> None:
         self.module, self.optimizer = module, optimizer
-        self.average = AveragedModel(module, multi_avg_fn=self._move, use_buffers=True)
-        self.average.eval()
-        self._evaluate, self._ema_decay = evaluate, ema_decay
+        self.average = moving_average(module, ema_decay)
+        self._evaluate = evaluate
         self._wrapped: nn.Module | None = None
 
     def compile(self) -> None:
@@ -83,14 +82,26 @@ class Learner:
             ]  # as on this device, not as on the device of the saved training
         self.optimizer.load_state_dict(dict(optimizer))
 
-    def _move(self, averaged: Any, current: Any, count: Any) -> None:
-        """Update the average with decay = min(d, (1 + n) / (10 + n)), so that the initial weights are soon forgotten."""
-        steps = int(self.average.n_averaged)  # `count` is a copy on the GPU; this one is on the CPU
-        decay = min(self._ema_decay, (1 + steps) / (10 + steps))
+
+def moving_average(module: nn.Module, decay: float) -> AveragedModel:
+    """Return the moving average of a module's weights and buffers (EMA); `update_parameters` moves it.
+
+    Args:
+        module: module whose weights are averaged.
+        decay: decay d of the average, reached by the warm-up (1 + n) / (10 + n) over n steps.
+    """
+
+    def move(averaged: Any, current: Any, count: Any) -> None:
+        # decay = min(d, (1 + n) / (10 + n)), so that the first weights are soon forgotten
+        steps = int(average.n_averaged)  # `count` is its copy on the GPU, this one is on the CPU
+        rate = 1 - min(decay, (1 + steps) / (10 + steps))
         if torch.is_floating_point(averaged[0]):
-            torch._foreach_lerp_(averaged, current, 1 - decay)
+            torch._foreach_lerp_(averaged, current, rate)
         else:
             torch._foreach_copy_(averaged, current)
+
+    average = AveragedModel(module, multi_avg_fn=move, use_buffers=True)
+    return average.eval()
 
 
 def train_step(
