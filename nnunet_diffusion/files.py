@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+COMPILE = "nnUNet_compile"
+"""nnU-Net's environment variable for torch.compile."""
 PRESEGMENTOR_FOLDER = "nnUNet_diffusion_presegmentor"
 """Environment variable: model folder of a trained nnU-Net to use as pre-segmentor, instead of training one."""
 
@@ -51,6 +54,19 @@ def read_dictionary(path: Path, cure: str, kinds: Mapping[str, type] | None = No
         raise ValueError(f"{path} holds {_word(content)}, not a dictionary; {cure}")
     require(content, kinds or {}, path, cure)
     return content
+
+
+def write_json(content: Mapping[str, Any], path: Path) -> None:
+    """Write JSON, with null for NaN and infinite numbers, which JSON does not have."""
+    path.write_text(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def require(content: Mapping[str, Any], kinds: Mapping[str, type], path: Path, cure: str) -> None:

@@ -13,6 +13,7 @@ from nnunet_diffusion.cli.errors import CommandError, named_for_the_user
 from nnunet_diffusion.cli.folders import PREPROCESSED, folder_in
 from nnunet_diffusion.cli.models import finished_folds, model_folder
 from nnunet_diffusion.cli.trainers_directory import with_trainers
+from nnunet_diffusion.files import COMPILE, write_json
 
 FILE = "diagnostic.json"
 
@@ -51,37 +52,42 @@ def run(options: argparse.Namespace) -> int:
     model = model_folder(options, os.environ)
     fold = options.f or finished_folds(model, options.chk)[0]
     preprocessed = Path(folder_in(os.environ, PREPROCESSED))
-    os.environ.update(with_trainers(os.environ))
+    # not compiled: a compiled network does not notice that a part is switched off
+    os.environ.update({**with_trainers(os.environ), COMPILE: "f"})
     # nnU-Net reads its paths from the environment: import it only now
     import torch
 
     from nnunet_diffusion.evaluation.diagnostic import diagnose
+    from nnunet_diffusion.evaluation.preprocessed import preprocessed_cases
     from nnunet_diffusion.inference import DiffusionPredictor
 
     check_device(options.device)
-    with named_for_the_user(FileNotFoundError, ValueError, RuntimeError, NotImplementedError):
+    with named_for_the_user(FileNotFoundError, ValueError, RuntimeError):
         predictor = DiffusionPredictor(device=torch.device(options.device), allow_tqdm=False)
         predictor.initialize_from_trained_model_folder(str(model), [fold], options.chk)
-        cases = _validation_cases(predictor, preprocessed, fold, options.cases)
-        found = diagnose(predictor, cases, options.start_steps, lambda name: print(f"{name} ...", flush=True))
+        cases, folder = _validation_cases(predictor, preprocessed, fold, options.cases)
+
+    def load(name: str) -> Any:
+        return next(preprocessed_cases(folder, [name], predictor.label_manager))
+
+    with named_for_the_user(ValueError, MemoryError):
+        found = diagnose(predictor, cases, load, options.start_steps, lambda name: print(f"{name} ...", flush=True))
     path = model / f"fold_{fold}" / FILE
-    path.write_text(json.dumps(found.to_json(), indent=2) + "\n", encoding="utf-8")
+    write_json(found.to_json(), path)
     print(f"\n{found.tables()}\nWritten to {path}")
     return 0
 
 
-def _validation_cases(predictor: Any, preprocessed: Path, fold: str, number: int | None) -> list[Any]:
-    """Read the validation cases of a fold, `number` of them evenly spaced in their list, or all if it is None.
+def _validation_cases(predictor: Any, preprocessed: Path, fold: str, number: int | None) -> tuple[list[str], Path]:
+    """Return the names of a fold's validation cases, `number` of them evenly spaced in their list, and their folder.
 
     Raises:
         FileNotFoundError: the split or the preprocessed data are missing.
         ValueError: the split has no such fold, or fewer than two cases.
     """
-    from nnunet_diffusion.evaluation.preprocessed import preprocessed_cases
-
     plans, configuration = predictor.plans_manager, predictor.configuration_manager
     if configuration.previous_stage_name is not None:
-        raise NotImplementedError("the diagnostic does not support the second stage of a cascade")
+        raise NotImplementedError("nnunet_diffusion diagnose does not support the second stage of a cascade")
     dataset = preprocessed / plans.dataset_name
     folder, splits = dataset / configuration.data_identifier, dataset / "splits_final.json"
     for path in (folder, splits):
@@ -99,4 +105,4 @@ def _validation_cases(predictor: Any, preprocessed: Path, fold: str, number: int
         raise ValueError(f"fold {fold} has {len(names)} validation case; the diagnostic needs two")
     if number is not None and number < len(names):
         names = [names[round(index * (len(names) - 1) / (number - 1))] for index in range(number)]
-    return list(preprocessed_cases(folder, names, predictor.label_manager))
+    return names, folder

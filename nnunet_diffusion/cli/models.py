@@ -1,4 +1,4 @@
-"""Selection of the trained model for `nnunet_diffusion predict`, without importing torch."""
+"""Selection of the trained model for `nnunet_diffusion predict` and `diagnose`, without importing torch."""
 
 from __future__ import annotations
 

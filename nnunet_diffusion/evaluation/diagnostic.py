@@ -1,7 +1,8 @@
 """What a trained denoiser does with its start: is the noisy state copied, used or ignored, and which parts matter.
 
 From each of four starts one step is taken at several T'. A denoiser that copies its state returns the start, however wrong;
-one that ignores it returns the same from every start. Then parts of the denoiser are switched off, one at a time.
+one that ignores it returns the same from every start (unless the start is also an input of the condition flow, by
+`condition_on_presegmentation`). Then parts of the denoiser are switched off, one at a time.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from nnunet_diffusion.evaluation.comparison import markdown_table
 from nnunet_diffusion.evaluation.metrics import mean_known
 from nnunet_diffusion.evaluation.preprocessed import PreprocessedCase, mean_dice
 from nnunet_diffusion.inference.predictor import DiffusionPredictor
-from nnunet_diffusion.inference.presegmentation import Presegmentation
+from nnunet_diffusion.inference.presegmentation import Presegmentation, one_hot
 from nnunet_diffusion.model import labels
 
 START_STEPS = (50, 100, 300, 500, 700)
@@ -50,6 +51,7 @@ class Diagnostic:
     """Mean Dice over cases on the preprocessed grid.
 
     Attributes:
+        model: trainer, plans, configuration, checkpoint and folds.
         cases: names of the cases.
         nnunet: mean Dice of the embedded nnU-Net.
         start_step: T' of the ablations.
@@ -59,6 +61,7 @@ class Diagnostic:
         ablations: part -> effect of switching it off.
     """
 
+    model: dict[str, Any]
     cases: list[str]
     nnunet: float
     start_step: int
@@ -90,7 +93,8 @@ class Diagnostic:
 
 def diagnose(
     predictor: DiffusionPredictor,
-    cases: Sequence[PreprocessedCase],
+    cases: Sequence[str],
+    load: Callable[[str], PreprocessedCase],
     start_steps: Sequence[int] | None = None,
     on_case: Callable[[str], object] = lambda name: None,
 ) -> Diagnostic:
@@ -98,7 +102,8 @@ def diagnose(
 
     Args:
         predictor: predictor with a loaded model of one fold.
-        cases: at least two cases that the model was not trained on.
+        cases: names of at least two cases that the model was not trained on.
+        load: returns a case of that name.
         start_steps: values of T'; those above the model's `max_train_step` are left out. None for `START_STEPS` and that one.
         on_case: called with the name of each case when it begins.
 
@@ -116,21 +121,22 @@ def diagnose(
     own_step = settings.start_step
     found: dict[Any, list[float]] = {}
     changes: dict[str, list[tuple[float, float]]] = {}
-    for case, other in zip(cases, [*cases[1:], cases[0]], strict=True):
-        on_case(case.name)
-        measured = _OneCase(predictor, case, other)
+    for name, following in zip(cases, [*cases[1:], cases[0]], strict=True):
+        on_case(name)
+        measured = _OneCase(predictor, load(name), load(following))
         found.setdefault(NNUNET, []).append(measured.dice_of(measured.nnunet))
-        for name, start in measured.starts().items():
+        for kind, start in measured.starts().items():
             for step in steps:
-                found.setdefault((name, step), []).append(measured.dice_of(measured.step(start, step)))
+                found.setdefault((kind, step), []).append(measured.dice_of(measured.step(start, step)))
         intact = measured.step(measured.nnunet, own_step)
         found.setdefault("intact", []).append(measured.dice_of(intact))
-        for name, without in measured.ablated(own_step):
-            changes.setdefault(name, []).append(measured.change(intact, without))
-            found.setdefault(name, []).append(measured.dice_of(without))
+        for part, without in measured.ablated(own_step):
+            changes.setdefault(part, []).append(measured.change(intact, without))
+            found.setdefault(part, []).append(measured.dice_of(without))
     schedule = predictor.network.process.schedule
     return Diagnostic(
-        [case.name for case in cases],
+        {**predictor.identity, "folds": predictor.folds},
+        list(cases),
         mean_known(found[NNUNET]),
         own_step,
         mean_known(found["intact"]),
@@ -172,13 +178,9 @@ class _OneCase:
 
     def _probabilities(self, label_map: NDArray) -> Tensor:
         known = label_map.clip(min=0)
-        if self.regions:
-            masks = [np.isin(known, region) for region in self.manager.foreground_regions]
-        else:
-            masks = [known == label for label in self.manager.all_labels]
-            if self.manager.has_ignore_label:
-                masks[0] = masks[0] | (known == self.manager.ignore_label)
-        return torch.from_numpy(np.stack(masks).astype(np.float32))
+        if self.manager.has_ignore_label:
+            known = np.where(known == self.manager.ignore_label, 0, known)
+        return torch.from_numpy(one_hot(known, self.manager))
 
     def step(self, start: Tensor, start_step: int, image: NDArray | None = None) -> Tensor:
         """Return the probabilities (K, *volume) of one step from a start at T'."""
@@ -204,7 +206,8 @@ class _OneCase:
     def change(self, intact: Tensor, without: Tensor) -> tuple[float, float]:
         """Return mean and largest absolute change of probabilities in voxels of foreground; NaN and the largest without."""
         found = [np.asarray(self.manager.convert_probabilities_to_segmentation(each)) for each in (intact, without)]
-        where = torch.from_numpy((found[0] > 0) | (found[1] > 0) | (self.case.truth > 0))
+        lesion = (self.case.truth > 0) & (self.case.truth != self.manager.ignore_label)
+        where = torch.from_numpy((found[0] > 0) | (found[1] > 0) | lesion)
         difference = (intact - without).abs()
         mean = difference[:, where].mean().item() if bool(where.any()) else float("nan")
         return mean, difference.max().item()

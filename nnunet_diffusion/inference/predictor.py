@@ -19,6 +19,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor
 
+from nnunet_diffusion.files import COMPILE
 from nnunet_diffusion.inference.cases import (
     CaseFiles,
     FailedCases,
@@ -43,7 +44,6 @@ from nnunet_diffusion.model.segmenter import DiffusionSegmenter
 
 Folds = Sequence[int | str] | None
 OVERRIDES = ("sampler", "steps", "start_step", "samples", "seed", "presegmentation_weight")
-COMPILE = "nnUNet_compile"
 
 
 class DiffusionPredictor(nnUNetPredictor):

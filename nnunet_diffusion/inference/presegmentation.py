@@ -88,7 +88,7 @@ def read_presegmentation(
     target = list(configuration_manager.spacing)
     target = target if len(target) == len(spacing) else [spacing[0], *target]
     moved = np.asarray(resample(array, list(volume), spacing, target))
-    probabilities = _one_hot(moved[0], label_manager) if certain else moved.astype(np.float32)
+    probabilities = one_hot(moved[0], label_manager) if certain else moved.astype(np.float32)
     return Presegmentation(probabilities, certain, str(path))
 
 
@@ -195,7 +195,7 @@ def _check_geometry(what: str, path: Path, theirs: Mapping[str, Any], properties
             )
 
 
-def _one_hot(label_map: NDArray, label_manager: LabelManager) -> NDArray:
+def one_hot(label_map: NDArray, label_manager: LabelManager) -> NDArray:
     """Return (K, *volume): classes, or masks of regions."""
     if label_manager.has_regions:
         heads = [np.isin(label_map, region) for region in label_manager.foreground_regions]

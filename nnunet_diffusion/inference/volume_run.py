@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from acvl_utils.cropping_and_padding.padding import pad_nd_image
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
@@ -42,7 +43,7 @@ class VolumeRun:
         presegmented: these probabilities, of the last fold; None if they were not needed.
 
     Raises:
-        ValueError: the image is not finite.
+        ValueError: the image is not finite, or `presegmented` is given for several folds.
     """
 
     def __init__(
@@ -55,6 +56,10 @@ class VolumeRun:
         if not all_finite(data):
             raise ValueError(
                 "the image has NaN or infinite voxels after preprocessing (one in the file spoils all of it)"
+            )
+        if presegmented is not None and len(predictor.folds) != 1:
+            raise ValueError(
+                f"presegmented is the result of one fold, but the predictor has {len(predictor.folds)} folds"
             )
         self.predictor, self.network, self.device = predictor, predictor.network, predictor.device
         self.settings, self.given, self._known = self.network.settings, given, presegmented
@@ -147,7 +152,7 @@ class VolumeRun:
 
     def _padded(self, given: Presegmentation) -> Tensor:
         """Pad with background where the image is padded with zeros."""
-        padded = pad_nd_image(torch.from_numpy(given.probabilities).contiguous().float(), *self._padding)
+        padded = pad_nd_image(torch.from_numpy(np.ascontiguousarray(given.probabilities)).float(), *self._padding)
         if not self.settings.regions:
             padded[0] += 1 - padded.sum(0)
         return padded

@@ -53,7 +53,8 @@ class DiffusionSegmenter(nn.Module):
         presegmentor: image (B, C, *spatial) -> logits (B, K, *spatial), or a list of such (deep supervision), the
             finest first. Frozen here, always in evaluation mode.
         denoiser: `encode(image, timestep) -> condition` and `denoiser(noisy, timestep, condition) -> prediction`.
-        settings: validated settings; `prediction_type`, `schedule` and `timesteps` are fixed by the denoiser's training.
+        settings: validated settings; the training of the denoiser fixes `prediction_type` and the
+            section `process`.
     """
 
     def __init__(self, presegmentor: nn.Module, denoiser: Any, settings: DiffusionSettings) -> None:

@@ -276,9 +276,9 @@ class DiffusionSettings:
                 f"The plans' {PLANS_KEY!r} section must be a dictionary, got {type(section).__name__}: {section!r}."
             )
         given = values_of(section)
-        snr = given.pop(START_SNR, None)
+        by_snr, snr = START_SNR in given, given.pop(START_SNR, None)
         settings = default_settings(configuration, prediction_type=given.get("prediction_type", "x0"))
-        if snr is not None:
+        if by_snr:
             if "start_step" in given:
                 raise ValueError(
                     f"diffusion.inference has start_step {given['start_step']} and start_snr {snr}, which both state T': "
@@ -286,7 +286,14 @@ class DiffusionSettings:
                 )
             process = {key: value for key, value in given.items() if key in ("schedule", "timesteps", "signal_scale")}
             limit = {"max_train_step": process["timesteps"]} if "timesteps" in process else {}
-            given["start_step"] = dataclasses.replace(settings, **process, **limit, start_step=1).start_step_at(snr)
+            step = dataclasses.replace(settings, **process, **limit, start_step=1).start_step_at(snr)
+            longest = given.get("max_train_step", settings.max_train_step)
+            if step > longest:
+                raise ValueError(
+                    f"diffusion.inference.start_snr is {snr}, which is T' = {step}, more than "
+                    f"diffusion.training.max_train_step ({longest}): give a larger ratio."
+                )
+            given["start_step"] = step
         return dataclasses.replace(settings, **given)
 
 
@@ -326,7 +333,7 @@ def values_of(section: Mapping[str, Any]) -> dict[str, Any]:
         }
     found = {}
     for key, value in entries.items():
-        if key.split(".")[-1] in REMOVED:
+        if key in (f"training.{name}" if version == VERSION else name for name in REMOVED):
             continue
         if key not in places:
             meant = [place for place in places if place.split(".")[-1] == key.split(".")[-1]]

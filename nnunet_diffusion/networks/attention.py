@@ -92,10 +92,11 @@ class ParameterSharedAttention(nn.Module):
         self.query = pointwise(conv_op, channels, key_channels)
         self.key = pointwise(conv_op, channels, key_channels, bias=False)
         self.value = nn.ModuleDict({flow: pointwise(conv_op, channels, channels) for flow in FLOWS})
-        # Eq. 5: eta1 and eta2 start at 0, and stay near it in training; "cross" starts as a plain residual connection.
+        # Eq. 5: eta1 and eta2 start at 0, and stay near it in training; attention across the flows starts at 1.
         # As scalars they do not promote half-precision features
-        start = torch.zeros(()) if kind == "paper" else torch.ones(())
-        self.eta = nn.ParameterDict({flow: nn.Parameter(start.clone()) for flow in FLOWS})
+        self.eta = nn.ParameterDict({flow: nn.Parameter(torch.zeros(())) for flow in FLOWS})
+        if kind == "cross":
+            nn.init.ones_(self.eta["denoising"])
 
     def forward(self, features: Tensor, flow: str, seen: Tensor | None = None) -> Tensor:
         """Map features (B, C, *spatial) of a flow, "condition" or "denoising", to the same shape.

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +11,7 @@ import torch
 
 from nnunet_diffusion.evaluation.comparison import PairedComparison, compare_paired
 from nnunet_diffusion.evaluation.metrics import mean_known
-from nnunet_diffusion.files import PRESEGMENTOR_FOLDER, read_dictionary
+from nnunet_diffusion.files import PRESEGMENTOR_FOLDER, read_dictionary, write_json
 from nnunet_diffusion.training.checkpoints import read_checkpoint
 from nnunet_diffusion.training.presegmentor import presegmentor_folder
 from nnunet_diffusion.training.presegmentor.lock import SUMMARY
@@ -263,19 +261,3 @@ def weights_sentence(comparisons: Mapping[float, PairedComparison], own: float, 
         f"(p = {p_value:.2g}); to use it, set presegmentation_weight to {best:g} in {plans}. It was chosen on "
         "these cases, so its Dice on them is optimistic."
     )
-
-
-# the file ------------------------------------------------------------------------------------------------------------
-
-
-def write_json(content: Mapping[str, Any], path: Path) -> None:
-    """Write JSON, with null for NaN and infinite numbers, which JSON does not have."""
-    path.write_text(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

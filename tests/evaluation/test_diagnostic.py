@@ -54,7 +54,7 @@ class Reading(Copying):
 
 @pytest.fixture
 def loaded(workplace):
-    """A function of a denoiser's class that returns a predictor with it, and two validation cases."""
+    """A function of a denoiser's class that returns a predictor, two validation cases and what loads one."""
 
     def load(kind):
         torch.manual_seed(0)
@@ -68,9 +68,8 @@ def loaded(workplace):
             trainer.segmenter, trainer.plans_manager, trainer.configuration_manager, None, trainer.dataset_json,
             "DiffusionTrainer", None,
         )  # fmt: skip
-        names = trainer.do_split()[1][:2]
-        cases = preprocessed_cases(Path(trainer.preprocessed_dataset_folder), names, trainer.label_manager)
-        return predictor, list(cases)
+        folder, manager = Path(trainer.preprocessed_dataset_folder), trainer.label_manager
+        return predictor, trainer.do_split()[1][:2], lambda name: next(preprocessed_cases(folder, [name], manager))
 
     return load
 
@@ -91,25 +90,25 @@ def test_a_denoiser_that_ignores_its_state_returns_the_same_from_every_start(loa
 
 
 def test_parts_of_pgdiffseg_are_switched_off_one_by_one_and_on_again(loaded):
-    predictor, cases = loaded(None)
+    predictor, cases, load = loaded(None)
     for parameter in predictor.network.denoiser.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     predictor.list_of_parameters = [predictor.network.state_dict()]
-    found = diagnose(predictor, cases, STEPS)
+    found = diagnose(predictor, cases, load, STEPS)
     for part in ("prior branch", "parameter-shared attention", "bottleneck", "image of another case"):
         assert found.ablations[part].largest > 1e-4, part
-    again = diagnose(predictor, cases, STEPS)
+    again = diagnose(predictor, cases, load, STEPS)
     assert again == found
     tables = found.tables()
     assert "T' = 50 (SNR " in tables and "| bottleneck |" in tables
 
 
 def test_too_few_cases_and_steps_beyond_the_training_are_refused(loaded):
-    predictor, cases = loaded(None)
+    predictor, cases, load = loaded(None)
     with pytest.raises(ValueError, match="got 1 cases"):
-        diagnose(predictor, cases[:1])
+        diagnose(predictor, cases[:1], load)
     with pytest.raises(ValueError, match="max_train_step, 1000"):
-        diagnose(predictor, cases, [2000])
+        diagnose(predictor, cases, load, [2000])
 
 
 def test_arrays_are_cropped_and_padded_around_their_centre():
@@ -127,6 +126,7 @@ def test_the_command_writes_its_tables_beside_the_model(trained_2d):
     content = json.loads(path.read_text())
     split = json.loads((place.preprocessed / "splits_final.json").read_text())[0]["val"]
     assert content["cases"] == sorted(split)
+    assert content["model"]["trainer"] == "TinyDiffusionTrainer" and content["model"]["folds"] == ["0"]
     assert f"| truth | {content['dice']['truth']['100']:.4f} |" in printed and str(path) in printed
     refused = place.run("nnunet_diffusion", *words, "-f", 7, check=False)
     assert refused.returncode == 2 and "Folds that have one: 0" in refused.stderr

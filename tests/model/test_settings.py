@@ -170,6 +170,7 @@ def test_start_may_be_stated_as_a_signal_to_noise_ratio_in_any_schedule():
     ("inference", "words"),
     [
         ({"start_snr": -1}, "start_snr is -1"),
+        ({"start_snr": None}, "start_snr.*None"),
         ({"start_snr": "low"}, "start_snr.*'low'"),
         ({"start_snr": 1, "start_step": 9}, "keep one"),
     ],
@@ -177,3 +178,16 @@ def test_start_may_be_stated_as_a_signal_to_noise_ratio_in_any_schedule():
 def test_wrong_signal_to_noise_ratios_are_refused(inference, words):
     with pytest.raises(ValueError, match=words):
         DiffusionSettings.from_plans({**configuration(), "diffusion": {"inference": inference}})
+
+
+def test_a_ratio_beyond_the_training_is_refused_in_the_users_own_terms():
+    section = {"inference": {"start_snr": 0.01}, "training": {"max_train_step": 200}}
+    with pytest.raises(ValueError, match=r"start_snr is 0.01, which is T' = \d+, more than .*max_train_step \(200\)"):
+        DiffusionSettings.from_plans({**configuration(), "diffusion": section})
+
+
+def test_removed_settings_are_read_from_their_own_section_only():
+    for old in ({"training": {"min_snr_gamma": 5.0}}, {"version": 2, "min_snr_gamma": 5.0}):
+        assert DiffusionSettings.from_plans({**configuration(), "diffusion": old}) == default_settings(configuration())
+    with pytest.raises(ValueError, match="Unknown key diffusion.process.min_snr_gamma"):
+        DiffusionSettings.from_plans({**configuration(), "diffusion": {"process": {"min_snr_gamma": 5.0}}})

@@ -1,6 +1,7 @@
 """Five folds submitted together, then everything nnU-Net offers on a cross-validation: choice, ensemble, postprocessing."""
 
 import json
+import os
 import re
 import signal
 import time
@@ -32,11 +33,12 @@ def wait_until(happened, log):
 
 
 @pytest.fixture(scope="module")
-def trained(hippocampus, tmp_path_factory):
+def trained(hippocampus, tmp_path_factory, request):
     """nnU-Net's own job of fold 0, then the five folds of ours at once; returns the results folder and the logs."""
     results = tmp_path_factory.mktemp("folds")
     model = results / hippocampus.dataset / f"{FIRST}__Tiny__2d"
     jobs = [submit(hippocampus, results, 0, FIRST, results / "first.txt")]
+    request.addfinalizer(lambda: [os.killpg(job.pid, signal.SIGKILL) for job in jobs if job.poll() is None])
     wait_until(lambda: list(model.glob("fold_0/training_log_*.txt")), results / "first.txt")
     # it would be over before ours looks
     jobs[0].send_signal(signal.SIGSTOP)

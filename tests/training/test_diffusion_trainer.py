@@ -371,3 +371,11 @@ def test_precision_of_the_training_step_is_a_setting(workplace, precision, dtype
     trainer.segmenter.denoiser.register_forward_hook(lambda _, __, output: seen.append(output.dtype))
     losses = trainer.train_step(make_batch())
     assert seen == [dtype] and np.isfinite(losses["loss"]) and trainer.grad_scaler is None
+
+
+@pytest.mark.parametrize("section", [{"training": {"min_snr_gamma": 5.0}}, {"version": 2, "min_snr_gamma": 5.0}])
+def test_a_setting_that_was_removed_is_named_in_the_log(workplace, section):
+    trainer = workplace.trainer(
+        DiffusionTrainer, change=lambda plans: plans["configurations"]["2d"].update(diffusion=section)
+    )
+    assert "WARNING: the plans' min_snr_gamma does not exist any more" in Path(trainer.log_file).read_text()

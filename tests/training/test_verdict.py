@@ -7,6 +7,7 @@ import pytest
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from nnunet_diffusion.files import write_json
 from nnunet_diffusion.training import DiffusionTrainer, diffusion_trainer, verdict
 from nnunet_diffusion.training.presegmentor import presegmentor_folder
 from nnunet_diffusion.training.verdict import (
@@ -14,7 +15,6 @@ from nnunet_diffusion.training.verdict import (
     dice_of_cases,
     give_verdict,
     weights_content,
-    write_json,
 )
 
 pytestmark = pytest.mark.nnunet
