@@ -53,8 +53,7 @@ class DiffusionSegmenter(nn.Module):
         presegmentor: image (B, C, *spatial) -> logits (B, K, *spatial), or a list of such (deep supervision), the
             finest first. Frozen here, always in evaluation mode.
         denoiser: `encode(image, timestep) -> condition` and `denoiser(noisy, timestep, condition) -> prediction`.
-        settings: validated settings; the training of the denoiser fixes `prediction_type` and the
-            section `process`.
+        settings: validated settings; the denoiser's training fixes the section `process`.
     """
 
     def __init__(self, presegmentor: nn.Module, denoiser: Any, settings: DiffusionSettings) -> None:

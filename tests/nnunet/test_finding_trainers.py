@@ -50,6 +50,17 @@ def test_every_trainer_and_its_presegmentor_is_found(directories):
         assert epochs == ("".join(filter(str.isdecimal, suffix)) or "None")
 
 
+def test_nnunet_with_averaged_weights_is_found_at_every_length():
+    names = ["nnUNetTrainerEMA", "nnUNetTrainerEMA_1epoch"]
+    names += [f"nnUNetTrainerEMA_{n}epochs" for n in (5, 10, 20, 50, 100, 250)]
+    done = search(SEARCH.replace("trainer.presegmentor_trainer", "name"), TRAINERS, names=names)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines() if line.startswith("FOUND")]
+    assert [line[1] for line in lines] == [line[2] for line in lines] == names
+    for _, name, _, epochs, _ in lines:
+        assert epochs == ("".join(filter(str.isdecimal, name)) or "None")
+
+
 def test_the_quick_starts_own_trainer_is_found_with_its_presegmentor(tmp_path):
     page = (TESTS.parent / "documentation" / "quick_start.md").read_text(encoding="utf-8")
     (block,) = (

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nnunet_diffusion.training import DiffusionTrainer, nnUNetTrainerEMA
+from nnunet_diffusion.training import nnUNetTrainerEMA
 from nnunet_diffusion.training.checkpoints import read_checkpoint
 
 pytestmark = pytest.mark.nnunet
@@ -75,9 +75,17 @@ def test_validation_is_by_the_average(workplace, monkeypatch):
 
 
 @pytest.mark.slow
-def test_it_is_trained_first_where_the_plans_name_it(workplace):
-    section = {"version": 3, "presegmentor": {"trainer": "nnUNetTrainerEMA_1epoch"}}
-    trainer = workplace.trainer(
-        DiffusionTrainer, change=lambda plans: plans["configurations"]["2d"].update(diffusion=section)
+def test_it_is_trained_first_where_the_plans_name_it_and_embedded_with_its_average(hippocampus, tmp_path):
+    place = hippocampus
+    place.write_plans("Averaged", "2d", patch=[32, 32], version=3, presegmentor={"trainer": "TinynnUNetTrainerEMA"})
+    words = [4, "2d", 0, "-tr", "TinyDiffusionTrainer", "-p", "Averaged", "-device", "cpu"]
+    log = place.run("nnUNetv2_train", *words, nnUNet_results=str(tmp_path)).stdout
+    assert "TinynnUNetTrainerEMA of fold 0 is not trained yet" in log
+    first, ours = (
+        read_checkpoint(tmp_path / place.dataset / f"{name}__Averaged__2d" / "fold_0" / "checkpoint_final.pth")
+        for name in ("TinynnUNetTrainerEMA", "TinyDiffusionTrainer")
     )
-    assert trainer.settings.presegmentor_trainer == "nnUNetTrainerEMA_1epoch"
+    assert first["averaged_steps"] == 4
+    for key, value in first["network_weights"].items():
+        assert torch.equal(ours["network_weights"][f"presegmentor.{key}"], value)
+    assert any(not torch.equal(first["raw_weights"][key], value) for key, value in first["network_weights"].items())

@@ -4,7 +4,7 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerNoMirroring import nnUNetTrainerNoMirroring
 
-from nnunet_diffusion.training import DiffusionTrainer, DiffusionTrainerNoMirroring
+from nnunet_diffusion.training import DiffusionTrainer, DiffusionTrainerNoMirroring, nnUNetTrainerEMA
 
 CUDA = torch.device("cuda")
 
@@ -18,6 +18,10 @@ class Tiny:
 
 
 class TinynnUNetTrainer(Tiny, nnUNetTrainer):
+    pass
+
+
+class TinynnUNetTrainerEMA(Tiny, nnUNetTrainerEMA):
     pass
 
 
