@@ -25,6 +25,7 @@ from nnunet_diffusion.cli.main import main
 from nnunet_diffusion.inference import DiffusionPredictor
 from nnunet_diffusion.inference.cases import FailedCases
 from nnunet_diffusion.inference.presegmentation import _read_probabilities
+from nnunet_diffusion.inference.volume_run import VolumeRun
 
 pytestmark = [pytest.mark.nnunet, pytest.mark.slow]
 MODEL = "TinyDiffusionTrainer__Tiny__2d"
@@ -536,7 +537,7 @@ def test_autocast_ends_with_each_fold(place, monkeypatch):
         yield
         events.append("ends")
 
-    monkeypatch.setattr(DiffusionPredictor, "_autocast", autocast)
+    monkeypatch.setattr(VolumeRun, "_autocast", autocast)
     monkeypatch.setattr(predictor.network, "load_state_dict", lambda weights: (events.append("loaded"), load(weights)))
     predictor.predict_volume(torch.randn(1, 1, 32, 32))
     assert events == ["loaded", "begins", "ends"] * 2
