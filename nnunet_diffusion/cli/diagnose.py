@@ -11,7 +11,7 @@ from typing import Any
 from nnunet_diffusion.cli.devices import DEVICES, check_device
 from nnunet_diffusion.cli.errors import CommandError, named_for_the_user
 from nnunet_diffusion.cli.folders import PREPROCESSED, folder_in
-from nnunet_diffusion.cli.models import finished_folds, model_folder
+from nnunet_diffusion.cli.models import add_model_arguments, finished_folds, model_folder
 from nnunet_diffusion.cli.trainers_directory import with_trainers
 from nnunet_diffusion.files import COMPILE, write_json
 
@@ -28,13 +28,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         f"and writes {FILE} into the fold's folder. The preprocessed data must be there.",
     )
     add = parser.add_argument
-    add("-d", metavar="ID", help="dataset, number or name")
-    add("-c", metavar="CONFIG", help="configuration, for example 2d (that of the one trained model)")
-    add("-tr", help="trainer of the model (that of the one trained model)")
-    add("-p", help="plans (those of the one trained model)")
-    add("-m", metavar="FOLDER", help="model folder, in the place of -d, -p, -tr and -c")
+    add_model_arguments(parser)
     add("-f", metavar="FOLD", help="fold (the first that is finished)")
-    add("-chk", default="checkpoint_final.pth", help="checkpoint (checkpoint_final.pth)")
     add("-device", default="cuda", choices=DEVICES)
     add("--cases", type=int, metavar="N", help="number of validation cases, evenly spaced in their list (all)")
     add("--start_steps", type=int, nargs="+", metavar="T'", help="noising steps (50 100 300 500 700, max_train_step)")

@@ -13,6 +13,17 @@ from nnunet_diffusion.files import read_plans
 NAME_PARTS = ("tr", "p", "c")  # arguments that form a model folder's name, in this order
 
 
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that select a trained model (`model_folder`) to a command."""
+    add = parser.add_argument
+    add("-d", metavar="ID", help="dataset, number or name")
+    add("-p", help="name of the plans (that of the only trained model)")
+    add("-tr", help="name of the trainer (that of the only trained model)")
+    add("-c", metavar="CONFIG", help="configuration, for example 2d (that of the only trained model)")
+    add("-m", metavar="FOLDER", help="model folder, instead of -d, -p, -tr and -c")
+    add("-chk", default="checkpoint_final.pth", help="checkpoint (checkpoint_final.pth)")
+
+
 def model_folder(options: argparse.Namespace, environment: Mapping[str, str]) -> Path:
     """Return the folder of the model selected by `-m`, or by `-d` and any of `-tr`, `-p` and `-c`.
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from nnunet_diffusion.cli.devices import DEVICES, check_device
 from nnunet_diffusion.cli.errors import CommandError, named_for_the_user
-from nnunet_diffusion.cli.models import finished_folds, model_folder
+from nnunet_diffusion.cli.models import add_model_arguments, finished_folds, model_folder
 from nnunet_diffusion.cli.trainers_directory import with_trainers
 from nnunet_diffusion.files import find_images, read_dictionary, refuse_overwriting
 from nnunet_diffusion.jobs.signals import EXIT_INTERRUPTED, EXIT_TERMINATED, Terminated, stopped
@@ -39,18 +39,13 @@ def _add_arguments_of_nnunet(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("-i", required=True, metavar="FOLDER", help="images, with channel numbers (_0000)")
     add("-o", required=True, metavar="FOLDER", help="output folder; created if it does not exist")
-    add("-d", metavar="ID", help="dataset, number or name")
-    add("-p", help="name of the plans (that of the only trained model)")
-    add("-tr", help="name of the trainer (that of the only trained model)")
-    add("-c", metavar="CONFIG", help="configuration, for example 2d (that of the only trained model)")
-    add("-m", metavar="FOLDER", help="model folder, instead of -d, -p, -tr and -c")
+    add_model_arguments(parser)
     add("-f", nargs="+", metavar="FOLD", help="folds (all finished folds)")
     add("-step_size", type=float, default=0.5, help="step between tiles as a fraction of the patch, at most 1 (0.5)")
     add("--disable_tta", action="store_true", help="do not mirror the pre-segmentation: faster, less accurate")
     add("--verbose", action="store_true")
     add("--save_probabilities", action="store_true", help="also write .npz, for nnUNetv2_ensemble")
     add("--continue_prediction", action="store_true", help="skip cases that are finished with the same settings")
-    add("-chk", default="checkpoint_final.pth", help="checkpoint (checkpoint_final.pth)")
     add("-npp", type=int, default=_number_in("nnUNet_npp"), help="preprocessing processes (by cores and cases)")
     add("-nps", type=int, default=_number_in("nnUNet_nps"), help="writing processes (by cores and cases)")
     add("-prev_stage_predictions", metavar="FOLDER", help="segmentations of the cascade's previous stage")

@@ -163,7 +163,7 @@ class _OneCase:
         shape = case.truth.shape
         self.other_truth = fitted(other.truth[None], shape)[0]
         self.other_image = fitted(other.image, shape)
-        with self._settings(presegmentation_weight=1.0):
+        with predictor.network.overridden(presegmentation_weight=1.0):
             logits = predictor.predict_volume(torch.from_numpy(case.image)).logits
         self.nnunet = labels.activate(logits[None], self.regions)[0]
 
@@ -185,10 +185,10 @@ class _OneCase:
     def step(self, start: Tensor, start_step: int, image: NDArray | None = None) -> Tensor:
         """Return the probabilities (K, *volume) of one step from a start at T'."""
         given = Presegmentation(start.numpy(), True, "diagnostic")
-        with self._settings(start_step=start_step, steps=1, samples=1, presegmentation_weight=0.0, from_noise=False):
-            logits = self.predictor.predict_volume(
-                torch.from_numpy(self.case.image if image is None else image), given
-            ).logits
+        data = torch.from_numpy(self.case.image if image is None else image)
+        one_step = {"start_step": start_step, "steps": 1, "samples": 1, "from_noise": False}
+        with self.predictor.network.overridden(**one_step, presegmentation_weight=0.0):
+            logits = self.predictor.predict_volume(data, given).logits
         return labels.activate(logits[None], self.regions)[0]
 
     def ablated(self, start_step: int) -> Iterator[tuple[str, Tensor]]:
@@ -211,11 +211,6 @@ class _OneCase:
         difference = (intact - without).abs()
         mean = difference[:, where].mean().item() if bool(where.any()) else float("nan")
         return mean, difference.max().item()
-
-    @contextlib.contextmanager
-    def _settings(self, **changes: Any) -> Iterator[None]:
-        with self.predictor.network.overridden(**changes):
-            yield
 
 
 def fitted(array: NDArray, shape: Sequence[int]) -> NDArray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 from collections.abc import Iterator
 from typing import Any
 
@@ -89,9 +90,12 @@ class nnUNetTrainerEMA(nnUNetTrainer):
         if self.local_rank != 0 or self.disable_checkpointing:
             super().save_checkpoint(filename)
             return
+        # through memory: nnU-Net assembles its checkpoint only to write it
+        written: Any = io.BytesIO()
         with self._averaged_weights():
-            super().save_checkpoint(filename)
-        checkpoint = torch.load(filename, map_location="cpu", weights_only=False)
+            super().save_checkpoint(written)
+        written.seek(0)
+        checkpoint = torch.load(written, map_location="cpu", weights_only=False)
         checkpoint[RAW_KEY] = self._plain_network.state_dict()
         checkpoint["averaged_steps"] = self.average.n_averaged
         torch.save(checkpoint, filename)
