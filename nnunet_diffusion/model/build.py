@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from nnunet_diffusion.model.objective import Objective, PGDiffSegObjective
+from torch import nn
+
+from nnunet_diffusion.model.objective import DenoisingObjective, Objective, PGDiffSegObjective
 from nnunet_diffusion.model.segmenter import DiffusionSegmenter
 from nnunet_diffusion.model.settings import DiffusionSettings, topology_of
+from nnunet_diffusion.networks.blocks import per_axis, resolve_conv_op
+from nnunet_diffusion.networks.noisy_unet import NoisyUNet
 from nnunet_diffusion.networks.pgdiffseg import PGDiffSeg
+from nnunet_diffusion.networks.unet import feature_channels
 
 
 def build_denoiser(
@@ -16,7 +21,8 @@ def build_denoiser(
     configuration: Mapping[str, Any],
     num_input_channels: int,
     num_output_channels: int,
-) -> PGDiffSeg:
+    nnunet: Callable[[int], nn.Module],
+) -> PGDiffSeg | NoisyUNet:
     """Build the denoiser with random weights.
 
     Args:
@@ -24,10 +30,15 @@ def build_denoiser(
         configuration: resolved configuration of the plans, whose topology the denoiser takes over.
         num_input_channels: of the image, in the cascade with those of the previous stage.
         num_output_channels: K.
+        nnunet: builds nnU-Net's network, without deep supervision, for a number of input channels.
 
     Raises:
+        NotImplementedError: if a setting needs another network of nnU-Net than the plans'.
         ValueError: if the settings do not fit the plans' network.
     """
+    if settings.denoiser == "nnunet":
+        network = nnunet(num_input_channels + num_output_channels)
+        return NoisyUNet(network, num_input_channels, num_output_channels)
     topology = topology_of(configuration)
     if len(settings.features_per_stage) != len(topology["strides"]):
         raise ValueError(
@@ -51,9 +62,30 @@ def build_denoiser(
         time_in_condition_flow=settings.time_in_condition_flow,
         guidance=settings.guidance,
         attention=settings.attention,
+        feature_channels=_presegmentor_features(settings, topology) if settings.uses_features else None,
     )
+
+
+def _presegmentor_features(settings: DiffusionSettings, topology: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the channels of the pre-segmentor's features at each stage of a topology.
+
+    Raises:
+        NotImplementedError: the pre-segmentor's network has other stages.
+    """
+    theirs = topology
+    if settings.presegmentor_architecture:
+        theirs = topology_of({"architecture": settings.presegmentor_architecture})
+        strides = [
+            per_axis("strides", each["strides"], resolve_conv_op(each["conv_op"])) for each in (theirs, topology)
+        ]
+        if strides[0] != strides[1]:
+            raise NotImplementedError(
+                "diffusion.network.condition 'presegmentor' supports a pre-segmentor with the strides of these plans "
+                f"({topology['strides']}); the given one has {theirs['strides']}."
+            )
+    return feature_channels(theirs["features_per_stage"])
 
 
 def build_objective(segmenter: DiffusionSegmenter) -> Objective:
     """Return what the training of a segmenter minimises: trainer and planning ask here and know no method."""
-    return PGDiffSegObjective(segmenter)
+    return (PGDiffSegObjective if segmenter.settings.denoiser == "pgdiffseg" else DenoisingObjective)(segmenter)

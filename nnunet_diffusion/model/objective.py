@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -42,23 +42,30 @@ class Objective(Protocol):
         """Yield the terms of each turn; the caller takes the optimizer's step before it asks for the next turn."""
 
 
+def evaluate_denoiser(
+    denoiser: nn.Module, noisy: Tensor, image: Tensor, timestep: Tensor, features: tuple[Tensor, ...] | None = None
+) -> tuple[Tensor, ...]:
+    """One evaluation that touches every parameter: the prediction."""
+    return (denoiser(noisy, timestep, denoiser.encode(image, timestep, features)),)  # type: ignore[operator]
+
+
 def evaluate_pgdiffseg(
-    denoiser: nn.Module, noisy: Tensor, image: Tensor, timestep: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    denoiser: nn.Module, noisy: Tensor, image: Tensor, timestep: Tensor, features: tuple[Tensor, ...] | None = None
+) -> tuple[Tensor, ...]:
     """One evaluation that touches every parameter: prediction, presence logits, location logits."""
-    condition = denoiser.encode(image, timestep)  # type: ignore[operator]
+    condition = denoiser.encode(image, timestep, features)  # type: ignore[operator]
     return denoiser(noisy, timestep, condition), condition.presence_logits, condition.location_logits
 
 
-class PGDiffSegObjective:
-    """Denoising and prior supervision (PGDiffSeg Eq. 10): one turn, in which the denoiser learns.
+class DenoisingObjective:
+    """Denoising alone: one turn, in which the denoiser learns.
 
     Args:
         segmenter: whose settings, process and pre-segmentor are used.
     """
 
-    terms: tuple[str, ...] = ("denoising", "presence", "location")
-    evaluations: Mapping[str, Callable[..., Any]] = {"denoiser": evaluate_pgdiffseg}
+    terms: tuple[str, ...] = ("denoising",)
+    evaluations: Mapping[str, Callable[..., Any]] = {"denoiser": evaluate_denoiser}
 
     def __init__(self, segmenter: DiffusionSegmenter) -> None:
         self.segmenter = segmenter
@@ -86,7 +93,7 @@ class PGDiffSegObjective:
             ValueError: `segmentation_loss` is missing.
         """
         segmenter, settings = self.segmenter, self.segmenter.settings
-        denoise = evaluate["denoiser"] if evaluate else partial(evaluate_pgdiffseg, segmenter.denoiser)
+        denoise = evaluate["denoiser"] if evaluate else partial(self.evaluations["denoiser"], segmenter.denoiser)
         if settings.prediction_type == "logits" and segmentation_loss is None:
             raise ValueError("prediction_type 'logits' needs a segmentation_loss (logits, target) -> scalar.")
         if generator is None:
@@ -103,19 +110,18 @@ class PGDiffSegObjective:
             # Eq. 14, from the start instead of the truth
             noisy = segmenter.process.add_noise(start, noise, timestep)
             seen = segmenter.condition_image(image, segmenter.process.to_probabilities(start))
-            prediction, presence, location = denoise(noisy, seen, timestep)
+            prediction, *heads = denoise(noisy, seen, timestep, segmenter.features(image))
             with torch.autocast(image.device.type, enabled=False):
                 if segmentation_loss is not None and settings.prediction_type == "logits":
                     denoising = segmentation_loss(prediction.float(), target)
                 else:
                     denoising = self._squared_error(prediction, clean, noisy, timestep, truth.known)
-                # Eq. 10: L = L_denoising + lambda_1 L_presence + lambda_2 L_location
-                terms = {
-                    "denoising": denoising,
-                    "presence": settings.presence_weight * losses.presence_loss(presence, truth, settings.regions),
-                    "location": settings.location_weight * losses.location_loss(location, truth, settings.regions),
-                }
+                terms = {"denoising": denoising, **self.supervision(heads, truth)}
         yield "denoiser", terms
+
+    def supervision(self, heads: Sequence[Tensor], truth: labels.Target) -> dict[str, Tensor]:
+        """Return further terms, of the outputs beside the prediction."""
+        return {}
 
     def clean_state(self, truth: labels.Target, image: Tensor) -> Tensor:
         """Return the state of the truth (B, K, *spatial); where that is not known, of the pre-segmentation (METHODS 1)."""
@@ -153,3 +159,19 @@ class PGDiffSegObjective:
         target = self.segmenter.prediction.target(clean, noise, timestep, process)
         # Eq. 19, on the chosen target
         return losses.squared_error(prediction, target, known)
+
+
+class PGDiffSegObjective(DenoisingObjective):
+    """Denoising and prior supervision (PGDiffSeg Eq. 10)."""
+
+    terms: tuple[str, ...] = ("denoising", "presence", "location")
+    evaluations: Mapping[str, Callable[..., Any]] = {"denoiser": evaluate_pgdiffseg}
+
+    def supervision(self, heads: Sequence[Tensor], truth: labels.Target) -> dict[str, Tensor]:
+        """Return the terms of the prior branch: presence and location logits against the truth."""
+        (presence, location), settings = heads, self.segmenter.settings
+        # Eq. 10: L = L_denoising + lambda_1 L_presence + lambda_2 L_location
+        return {
+            "presence": settings.presence_weight * losses.presence_loss(presence, truth, settings.regions),
+            "location": settings.location_weight * losses.location_loss(location, truth, settings.regions),
+        }

@@ -18,6 +18,7 @@ from nnunet_diffusion.diffusion.schedules import noise_schedule
 from nnunet_diffusion.model import labels
 from nnunet_diffusion.model.precision import all_finite, inference_precision, outside_inference_mode, refuse_nan
 from nnunet_diffusion.model.settings import DiffusionSettings
+from nnunet_diffusion.networks import unet
 from nnunet_diffusion.networks.denoiser import Condition, Denoiser
 
 SAMPLES_PER_CALL = 4  # samples of one patch denoised together; more may exceed the memory that training needs
@@ -29,7 +30,7 @@ class Presegmentation:
 
     Attributes:
         probabilities: of each class or region, (B, K, *spatial), float32.
-        features: of its encoder, for methods that use them.
+        features: of its stages (`networks/unet.py`), for denoisers whose condition they are.
     """
 
     probabilities: Tensor
@@ -68,7 +69,12 @@ class DiffusionSegmenter(nn.Module):
         )
         self.ignore_label: int | None = None
         self.evaluations = 0
-        self._encode, self._denoise, self._run = _encode, _denoise, _run
+        self._encode, self._denoise, self._run, self._run_to_features = (
+            _encode,
+            _denoise,
+            _run,
+            unet.logits_and_features,
+        )
         self._noise: _StartNoise | None = None
 
     def train(self, mode: bool = True) -> DiffusionSegmenter:
@@ -132,6 +138,13 @@ class DiffusionSegmenter(nn.Module):
             output = self.run_presegmentor(image)
             logits = output[0] if isinstance(output, (list, tuple)) else output
             return Presegmentation(labels.activate(logits, self.settings.regions))
+
+    def features(self, image: Tensor) -> tuple[Tensor, ...] | None:
+        """Return the pre-segmentor's features of images (B, C, *spatial) if the denoiser's condition comes from them."""
+        if not self.settings.uses_features:
+            return None
+        with torch.no_grad():
+            return outside_inference_mode(self._run_to_features, self.presegmentor, image)[1]
 
     def run_presegmentor(self, image: Tensor) -> Any:
         """Return what the pre-segmentor makes of (B, C, *spatial): logits, or a list of such, the finest first."""
@@ -221,8 +234,9 @@ class DiffusionSegmenter(nn.Module):
     def encode(self, image: Tensor, timestep: int) -> Condition:
         """Evaluate the condition flow and the prior branch at one timestep; `image` (B, C, *spatial)."""
         times = torch.full((len(image),), timestep, device=image.device)
+        features = self.features(image)
         with inference_precision(image.device):
-            return outside_inference_mode(self._encode, self.denoiser, image, times)
+            return outside_inference_mode(self._encode, self.denoiser, image, times, features)
 
     def denoise(self, noisy: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         """Evaluate the denoising side; shapes as `PGDiffSeg.forward`'s."""
@@ -255,10 +269,8 @@ class DiffusionSegmenter(nn.Module):
         The reverse process around them stays as it is, so any sampler works, and its randomness is the same.
         """
         if self._denoise is _denoise:
-            self._encode, self._denoise, self._run = (
-                torch.compile(_encode),
-                torch.compile(_denoise),
-                torch.compile(_run),
+            self._encode, self._denoise, self._run, self._run_to_features = (
+                torch.compile(each) for each in (_encode, _denoise, _run, unet.logits_and_features)
             )
 
     @contextlib.contextmanager
@@ -293,7 +305,9 @@ class Conditions:
 
     def at(self, timestep: int) -> Condition:
         """Return the condition at a timestep."""
-        if self._condition is None or (self._segmenter.settings.time_in_condition_flow and timestep != self._timestep):
+        if self._condition is None or (
+            self._segmenter.settings.condition_depends_on_time and timestep != self._timestep
+        ):
             self._condition = None  # not both in memory at once
             self._condition = self._segmenter.encode(self._image, timestep)
             self._timestep = timestep
@@ -304,8 +318,8 @@ class Conditions:
 # as functions, for torch.compile: the trainer exchanges the denoiser for its average
 
 
-def _encode(denoiser: Denoiser, image: Tensor, timestep: Tensor) -> Condition:
-    return denoiser.encode(image, timestep)
+def _encode(denoiser: Denoiser, image: Tensor, timestep: Tensor, features: tuple[Tensor, ...] | None) -> Condition:
+    return denoiser.encode(image, timestep, features)
 
 
 def _denoise(denoiser: Denoiser, noisy: Tensor, timestep: Tensor, condition: Condition) -> Tensor:

@@ -18,6 +18,8 @@ from nnunet_diffusion.networks.blocks import NORMS
 from nnunet_diffusion.networks.pgdiffseg import GUIDANCES
 
 PLANS_KEY = "diffusion"
+DENOISERS = ("pgdiffseg", "nnunet")
+CONDITIONS = ("own", "presegmentor")
 VERSION = 3
 SECTIONS = ("process", "network", "training", "inference", "presegmentor")
 """Owners of settings; exactly those of `inference` may change after training."""
@@ -29,6 +31,8 @@ SPECIAL = {
 """Settings of no plain type: default and legal values as text."""
 START_SNR = "start_snr"
 """Key of `inference` that states T' as a signal-to-noise ratio; it is read as `start_step`."""
+NNUNET_DENOISER: Mapping[str, Any] = {"prediction_type": "logits", "signal_scale": 0.1, "learning_rate": 3e-4}
+"""Defaults that differ where the denoiser is nnU-Net's network."""
 REMOVED = ("min_snr_gamma",)
 """Training settings of earlier versions that exist no more (documentation/design_decisions.md); plans with them are read."""
 
@@ -78,6 +82,19 @@ class DiffusionSettings:
         high=1,
     )
     # the denoiser
+    denoiser: str = _setting(
+        "network",
+        "pgdiffseg",
+        "`pgdiffseg`, or `nnunet`: nnU-Net's own network, which starts from the pre-segmentor's weights and sees the noisy "
+        "segmentation as further input channels; the other settings of this section are then without effect.",
+        choices=DENOISERS,
+    )
+    condition: str = _setting(
+        "network",
+        "own",
+        "`own`: a flow that encodes the image (the paper); `presegmentor`: the frozen nnU-Net's features in its place.",
+        choices=CONDITIONS,
+    )
     sdb_depth: int = _setting("network", 4, "Layers of each slim dense block (PGDiffSeg Fig. 3).", low=1, high=16)
     attention_tokens: int = _setting(
         "network",
@@ -219,7 +236,25 @@ class DiffusionSettings:
                 f"diffusion.inference.from_noise is true, so start_step must be timesteps ({self.timesteps}), got "
                 f"{self.start_step}."
             )
+        self._check_network()
         self._check_training_starts()
+
+    @property
+    def uses_features(self) -> bool:
+        """Whether the denoiser's condition comes from the pre-segmentor's features."""
+        return self.denoiser == "pgdiffseg" and self.condition == "presegmentor"
+
+    @property
+    def condition_depends_on_time(self) -> bool:
+        """Whether an image's condition is another at each timestep."""
+        return self.denoiser == "pgdiffseg" and self.condition == "own" and self.time_in_condition_flow
+
+    def _check_network(self) -> None:
+        if self.condition_on_presegmentation and (self.denoiser == "nnunet" or self.condition == "presegmentor"):
+            raise ValueError(
+                "diffusion.network.condition_on_presegmentation gives nnU-Net's segmentation to PGDiffSeg's condition flow, "
+                f"which does not exist with denoiser {self.denoiser!r} and condition {self.condition!r}: set it to false."
+            )
 
     def _check_training_starts(self) -> None:
         altered = self.corruption_probability + self.presegmentation_start_probability
@@ -277,7 +312,7 @@ class DiffusionSettings:
             )
         given = values_of(section)
         by_snr, snr = START_SNR in given, given.pop(START_SNR, None)
-        settings = default_settings(configuration, prediction_type=given.get("prediction_type", "x0"))
+        settings = default_settings(configuration, given.get("prediction_type"), given.get("denoiser", DENOISERS[0]))
         if by_snr:
             if "start_step" in given:
                 raise ValueError(
@@ -366,24 +401,31 @@ def _key(entry: dataclasses.Field) -> str:
     return entry.name.removeprefix("presegmentor_") if entry.metadata["section"] == "presegmentor" else entry.name
 
 
-def default_settings(configuration: Mapping[str, Any], prediction_type: str = "x0") -> DiffusionSettings:
+def default_settings(
+    configuration: Mapping[str, Any], prediction_type: str | None = None, denoiser: str = DENOISERS[0]
+) -> DiffusionSettings:
     """Return the settings for a configuration of plain nnU-Net plans.
 
     Args:
         configuration: resolved configuration with `architecture.arch_kwargs.features_per_stage` and `batch_size`.
-        prediction_type: the defaults of training starts depend on it.
+        prediction_type: the defaults of training starts depend on it; None for the denoiser's default.
+        denoiser: the defaults of process and training depend on it.
 
     Raises:
         NotImplementedError: if the plans' architecture does not describe nnU-Net's encoder-decoder topology.
     """
     topology = topology_of(configuration)
-    truth_only = prediction_type in ("epsilon", "v")
+    own = NNUNET_DENOISER if denoiser == "nnunet" else {"prediction_type": "x0"}
+    if prediction_type is not None:
+        own = {**own, "prediction_type": prediction_type}
+    truth_only = own["prediction_type"] in ("epsilon", "v")
     return DiffusionSettings(
         # half of nnU-Net's width: its two flows alone then take 1.0 to 1.3 times the FLOPs of nnU-Net
         features_per_stage=tuple(max(8, width // 2) for width in topology["features_per_stage"]),
         # statistics of a batch of two patches are unreliable (METHODS 2)
         norm="batch" if int(configuration["batch_size"]) >= 8 else "instance",
-        prediction_type=prediction_type,
+        denoiser=denoiser,
+        **own,
         corruption_probability=0.0 if truth_only else 0.5,
     )
 

@@ -77,8 +77,15 @@ class ParameterSharedAttention(nn.Module):
     flow instead, as the paper's text describes. In both the condition flow stays independent of the noisy state.
     """
 
-    def __init__(self, channels: int, conv_op: type[nn.Module], tokens: int, kind: str = "paper") -> None:
-        """Build the projections; keys and values are pooled to at most `tokens` voxels.
+    def __init__(
+        self,
+        channels: int,
+        conv_op: type[nn.Module],
+        tokens: int,
+        kind: str = "paper",
+        flows: Sequence[str] = FLOWS,
+    ) -> None:
+        """Build the projections of these flows; keys and values are pooled to at most `tokens` voxels.
 
         Raises:
             ValueError: if the kind is unknown.
@@ -91,10 +98,10 @@ class ParameterSharedAttention(nn.Module):
         # Eq. 2: Q and K are shared, each flow has its own V. A bias of K would cancel in the softmax
         self.query = pointwise(conv_op, channels, key_channels)
         self.key = pointwise(conv_op, channels, key_channels, bias=False)
-        self.value = nn.ModuleDict({flow: pointwise(conv_op, channels, channels) for flow in FLOWS})
+        self.value = nn.ModuleDict({flow: pointwise(conv_op, channels, channels) for flow in flows})
         # Eq. 5: eta1 and eta2 start at 0, and stay near it in training; attention across the flows starts at 1.
         # As scalars they do not promote half-precision features
-        self.eta = nn.ParameterDict({flow: nn.Parameter(torch.zeros(())) for flow in FLOWS})
+        self.eta = nn.ParameterDict({flow: nn.Parameter(torch.zeros(())) for flow in flows})
         if kind == "cross":
             nn.init.ones_(self.eta["denoising"])
 

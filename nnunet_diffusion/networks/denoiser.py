@@ -24,8 +24,10 @@ class Denoiser(Protocol[SomeCondition]):
     def state_channels(self) -> int:
         """K."""
 
-    def encode(self, image: Tensor, timestep: Tensor | None = None) -> SomeCondition:
-        """Return the condition of images (B, C, *spatial) at timesteps (B,)."""
+    def encode(
+        self, image: Tensor, timestep: Tensor | None = None, features: tuple[Tensor, ...] | None = None
+    ) -> SomeCondition:
+        """Return the condition of images (B, C, *spatial) at timesteps (B,), and of the pre-segmentor's features if needed."""
 
     def __call__(self, noisy: Tensor, timestep: Tensor, condition: SomeCondition) -> Tensor:
         """Return the prediction, (B, output channels, *spatial)."""

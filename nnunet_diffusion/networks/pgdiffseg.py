@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nnunet_diffusion.networks.attention import ATTENTIONS, ParameterSharedAttention, SelfAttention
+from nnunet_diffusion.networks.attention import ATTENTIONS, FLOWS, ParameterSharedAttention, SelfAttention
 from nnunet_diffusion.networks.blocks import (
     ResidualBlock,
     SlimDenseBlock,
     group_norm,
     make_conv,
     per_axis,
+    pointwise,
     resolve_conv_op,
 )
 from nnunet_diffusion.networks.prior_supervision import PriorSupervision
@@ -151,6 +152,7 @@ class PGDiffSeg(nn.Module):
         time_in_condition_flow: bool = True,
         guidance: str = "paper",
         attention: str = "paper",
+        feature_channels: Sequence[int] | None = None,
     ) -> None:
         """Build the network on nnU-Net's topology.
 
@@ -172,8 +174,11 @@ class PGDiffSeg(nn.Module):
             guidance: "paper" adds the terms of Eq. 6 as they are; "normalised" normalises each of them first, and gives the
                 location map to every up unit. Without it the sum hides the prior branch, whose features are 40 times smaller.
             attention: "paper", or "cross": the denoising flow attends to the condition flow.
+            feature_channels: channels of the pre-segmentor's features at each stage, which then replace the image's dense block
+                and the condition flow; None: the network encodes the image itself (the paper).
 
         Raises:
+            NotImplementedError: `feature_channels` with attention "cross", which has no condition flow to attend to.
             ValueError: if the topology or an option is not valid.
         """
         super().__init__()
@@ -191,6 +196,11 @@ class PGDiffSeg(nn.Module):
         if guidance not in GUIDANCES:
             raise ValueError(f"guidance must be one of {', '.join(GUIDANCES)}, got {guidance!r}")
         self.guidance, self.crosses = guidance, attention == ATTENTIONS[1]
+        self.adapts = feature_channels is not None
+        if self.adapts and self.crosses:
+            raise NotImplementedError(
+                "attention 'cross' needs a condition flow, which condition 'presegmentor' replaces: choose attention 'paper'"
+            )
         self.image_channels, self.state_channels = image_channels, state_channels
         self.time_in_condition_flow = time_in_condition_flow
         time_width = 8 * features[0]
@@ -205,14 +215,22 @@ class PGDiffSeg(nn.Module):
                 for s in stages
             )
 
-        # Fig. 2a: feature pre-extraction
-        self.image_dense, self.noisy_dense = dense(image_channels), dense(state_channels)
-        # Fig. 2b: the two parallel flows, and parameter-shared attention after each unit
-        self.condition_flow = flow(time_width if time_in_condition_flow else None)
+        # Fig. 2a: feature pre-extraction; Fig. 2b: the two parallel flows, and parameter-shared attention after each unit
+        if feature_channels is None:
+            self.image_dense = dense(image_channels)
+            self.condition_flow = flow(time_width if time_in_condition_flow else None)
+        else:
+            widths = [*features[1:], features[-1]]
+            self.feature_adapters = nn.ModuleList(
+                nn.Sequential(pointwise(conv_op, seen, width, bias=False), group_norm(width))
+                for seen, width in zip(feature_channels, widths, strict=True)
+            )
+        self.noisy_dense = dense(state_channels)
         self.denoising_flow = flow(time_width)
+        flows = FLOWS if feature_channels is None else FLOWS[1:]
         self.attention = nn.ModuleDict(
             {
-                str(s): ParameterSharedAttention(features[s], conv_op, attention_tokens, attention)
+                str(s): ParameterSharedAttention(features[s], conv_op, attention_tokens, attention, flows)
                 for s in sorted(attended)
             }
         )
@@ -247,25 +265,35 @@ class PGDiffSeg(nn.Module):
             make_conv(conv_op, features[0], output_channels, kernels[0], padding_mode="replicate"),
         )
 
-    def encode(self, image: Tensor, timestep: Tensor | None = None) -> Condition:
+    def encode(
+        self, image: Tensor, timestep: Tensor | None = None, features: Sequence[Tensor] | None = None
+    ) -> Condition:
         """Encode the image for the denoising side.
 
         Args:
             image: (B, image_channels, *spatial).
             timestep: (B,) integers; ignored, and may be None, without time in the condition flow.
+            features: of the pre-segmentor, one tensor for each stage (`networks/unet.py`), where they replace that flow.
 
         Raises:
-            ValueError: if the number of channels is wrong, or the timestep is missing.
+            ValueError: if the number of channels is wrong, or the timestep or the features are missing.
         """
         if image.shape[1] != self.image_channels:
             raise ValueError(f"image must have {self.image_channels} channels, got shape {tuple(image.shape)}")
+        prior = self.prior(image)
+        if self.adapts:
+            if features is None:
+                raise ValueError("features are missing: the condition of this network comes from the pre-segmentor")
+            adapted = [adapt(seen) for adapt, seen in zip(self.feature_adapters, features, strict=True)]
+            return Condition(
+                tuple(adapted[:-1]), adapted[-1], prior.features, prior.presence_logits, prior.location_logits
+            )
         time = None
         if self.time_in_condition_flow:
             if timestep is None:
                 raise ValueError("timestep is missing: the condition flow of this network depends on it")
             time = self.time_embedding(timestep)
         skips, bottleneck, attended = self._encode_flow(self.image_dense(image), time, "condition")
-        prior = self.prior(image)
         return Condition(skips, bottleneck, prior.features, prior.presence_logits, prior.location_logits, attended)
 
     def forward(self, noisy: Tensor, timestep: Tensor, condition: Condition) -> Tensor:

@@ -27,7 +27,7 @@ from nnunet_diffusion.model.segmenter import DiffusionSegmenter
 from nnunet_diffusion.model.settings import DiffusionSettings
 from nnunet_diffusion.networks.attention import ParameterSharedAttention, SelfAttention
 from nnunet_diffusion.planning.flops import CPU_ATTENTION_FLOPS
-from nnunet_diffusion.planning.steps import build_nnunet, nnunet_loss, nnunet_step
+from nnunet_diffusion.planning.steps import build_nnunet, nnunet_builder, nnunet_loss, nnunet_step
 
 FLOAT_BYTES = 4
 ALLOCATION_BYTES = 512
@@ -136,7 +136,7 @@ def _denoiser_cost(plan: str, section: str, channels: int, heads: int, batch: in
     mode = FakeTensorMode(allow_non_fake_inputs=True)  # the table of the noise schedule is real
     with mode:
         frozen = build_nnunet(configuration, channels, heads)
-        denoiser = build_denoiser(settings, configuration, channels, heads)
+        denoiser = build_denoiser(settings, configuration, channels, heads, nnunet_builder(configuration, heads))
     # outside: a noise schedule looks at its values when it is made
     segmenter = DiffusionSegmenter(frozen, denoiser, settings).train()
     objective, loss, generator = build_objective(segmenter), nnunet_loss(settings.regions), torch.Generator()

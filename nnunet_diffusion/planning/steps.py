@@ -42,6 +42,11 @@ def build_nnunet(configuration: Mapping[str, Any], channels: int, heads: int) ->
     )
 
 
+def nnunet_builder(configuration: Mapping[str, Any], heads: int) -> Callable[[int], nn.Module]:
+    """Return a function of the number of input channels that builds nnU-Net's network, as `build_denoiser` needs it."""
+    return lambda channels: build_nnunet(configuration, channels, heads)
+
+
 def nnunet_step(
     network: nn.Module,
     image: Tensor,

@@ -20,7 +20,7 @@ import torch
 from nnunet_diffusion.model.build import build_denoiser
 from nnunet_diffusion.model.segmenter import DiffusionSegmenter
 from nnunet_diffusion.model.settings import DiffusionSettings
-from nnunet_diffusion.planning.steps import Step, build_nnunet, diffusion_step, nnunet_step
+from nnunet_diffusion.planning.steps import Step, build_nnunet, diffusion_step, nnunet_builder, nnunet_step
 
 REPEATS = range(3, 11)  # allowed numbers of repeats of a timed step
 TIMED_SECONDS = 0.5  # a step is repeated until this much time has passed
@@ -67,7 +67,7 @@ def time_denoiser(
     device: torch.device,
 ) -> Timing:
     """Time DiffusionTrainer's training step; `patch` may be smaller than the configuration's."""
-    denoiser = build_denoiser(settings, configuration, channels, heads)
+    denoiser = build_denoiser(settings, configuration, channels, heads, nnunet_builder(configuration, heads))
     segmenter = DiffusionSegmenter(build_nnunet(configuration, channels, heads), denoiser, settings).to(device)
     data = _random_batch(batch, channels, heads, patch, device, settings.regions)
     return _timed(diffusion_step(segmenter, *data), device)

@@ -26,7 +26,7 @@ from nnunet_diffusion.training.curves import draw_curves, log_terms
 from nnunet_diffusion.training.learner import Learner, averaged_weights, compile_and_distribute, train_step
 from nnunet_diffusion.training.network import build_segmenter
 from nnunet_diffusion.training.outlook import announce
-from nnunet_diffusion.training.plans import adopt, notes_on_version, planned_settings, with_presegmentor
+from nnunet_diffusion.training.plans import adopt, notes, planned_settings, with_presegmentor
 from nnunet_diffusion.training.presegmentor import given_presegmentor, presegmentor_weights
 from nnunet_diffusion.training.replacing import keep_finished, what_happens_to_finished
 from nnunet_diffusion.training.state import checkpoint_of, own_checkpoint, restore
@@ -53,6 +53,7 @@ class DiffusionTrainer(nnUNetTrainer):
     settings: DiffusionSettings
     epochs: int | None = None  # set by the trainers of other lengths; None for nnU-Net's 1000
     presegmentor_trainer = "nnUNetTrainer"
+    denoiser: str | None = None  # set by the trainers of one denoiser; None for that of the plans
 
     def __init__(
         self,
@@ -65,11 +66,11 @@ class DiffusionTrainer(nnUNetTrainer):
         """Initialise nnU-Net's trainer, read the settings and write them into the plans."""
         refuse_unusable_folders()
         # checked before nnU-Net creates the output folder
-        settings = planned_settings(plans, configuration, dataset_json)
+        settings = planned_settings(plans, configuration, dataset_json, self.denoiser)
         # otherwise Weights & Biases would put the pre-segmentor's curves into this network's run
         os.environ.setdefault("WANDB_REINIT", "create_new")
         super().__init__(plans, configuration, fold, dataset_json, device)
-        for line in notes_on_version(self.configuration_manager.configuration):
+        for line in notes(self.configuration_manager.configuration, self.denoiser):
             self.print_to_log_file(line)
         self.given_presegmentor = given_presegmentor(fold, self.configuration_manager.patch_size)
         adopt(self, with_presegmentor(settings, self.given_presegmentor, self.presegmentor_trainer))
@@ -162,7 +163,10 @@ class DiffusionTrainer(nnUNetTrainer):
         announce(self, "denoiser", self.print_to_log_file)
 
     def _embed_presegmentor(self) -> None:
-        self.segmenter.presegmentor.load_state_dict(presegmentor_weights(self))
+        weights = presegmentor_weights(self)
+        self.segmenter.presegmentor.load_state_dict(weights)
+        if self.settings.denoiser == "nnunet":
+            self.segmenter.denoiser.start_from(weights)
 
     def on_train_epoch_start(self) -> None:
         """Seed the noise of the epoch, so that a resumed training draws the same noise as an uninterrupted one."""

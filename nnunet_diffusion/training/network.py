@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import nn
 
 from nnunet_diffusion.model.build import build_denoiser
 from nnunet_diffusion.model.segmenter import DiffusionSegmenter
 from nnunet_diffusion.model.settings import DiffusionSettings
+from nnunet_diffusion.networks.unet import refuse_other_architectures
 from nnunet_diffusion.training.presegmentor import build_presegmentor
 
 
@@ -27,16 +29,24 @@ def build_segmenter(
         default_presegmentor: trainer of the pre-segmentor if the settings name none.
 
     Raises:
+        NotImplementedError: the settings need another architecture of nnU-Net.
         ValueError: the settings are not valid or do not fit the plans' network.
     """
     settings = DiffusionSettings.from_plans(configuration_manager.configuration)
-    presegmentor = build_presegmentor(
-        settings.presegmentor_trainer or default_presegmentor,
-        plans_manager,
-        configuration_manager,
-        num_input_channels,
-        num_output_channels,
-        settings.presegmentor_architecture,
-    )
-    denoiser = build_denoiser(settings, configuration_manager.configuration, num_input_channels, num_output_channels)
+
+    def nnunet(channels: int) -> nn.Module:
+        return build_presegmentor(
+            settings.presegmentor_trainer or default_presegmentor,
+            plans_manager,
+            configuration_manager,
+            channels,
+            num_output_channels,
+            settings.presegmentor_architecture,
+        )
+
+    presegmentor = nnunet(num_input_channels)
+    if settings.uses_features:
+        refuse_other_architectures(presegmentor, "diffusion.network.condition 'presegmentor'")
+    configuration = configuration_manager.configuration
+    denoiser = build_denoiser(settings, configuration, num_input_channels, num_output_channels, nnunet)
     return DiffusionSegmenter(presegmentor, denoiser, settings)

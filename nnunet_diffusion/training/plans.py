@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_diffusion.model.settings import PLANS_KEY, REMOVED, VERSION, DiffusionSettings
+from nnunet_diffusion.model.settings import PLANS_KEY, REMOVED, VERSION, DiffusionSettings, default_settings
 from nnunet_diffusion.planning.record import PlanRecord
 from nnunet_diffusion.training.cascade import previous_stage_folder, refuse_impossible_start
 from nnunet_diffusion.training.checkpoints import refuse_unknown_networks
@@ -20,9 +20,15 @@ if TYPE_CHECKING:
 
 
 def planned_settings(
-    plans: Mapping[str, Any], configuration: str, dataset_json: Mapping[str, Any]
+    plans: Mapping[str, Any], configuration: str, dataset_json: Mapping[str, Any], denoiser: str | None = None
 ) -> DiffusionSettings:
     """Return the settings of a configuration, with `regions` from the dataset.
+
+    Args:
+        plans: nnU-Net's plans.
+        configuration: name of the configuration.
+        dataset_json: content of dataset.json.
+        denoiser: denoiser of the trainer; plans for another one give only the pre-segmentor, the rest are its defaults.
 
     Raises:
         NotImplementedError: the settings start the reverse process from the previous stage, but the labels are regions.
@@ -33,7 +39,14 @@ def planned_settings(
     manager = PlansManager(dict(plans))
     planned = manager.get_configuration(configuration)
     regions = manager.get_label_manager(dict(dataset_json)).has_regions
-    settings = dataclasses.replace(DiffusionSettings.from_plans(planned.configuration), regions=regions)
+    settings = DiffusionSettings.from_plans(planned.configuration)
+    if denoiser is not None and denoiser != settings.denoiser:
+        settings = dataclasses.replace(
+            default_settings(planned.configuration, denoiser=denoiser),
+            presegmentor_trainer=settings.presegmentor_trainer,
+            start_from=settings.start_from,
+        )
+    settings = dataclasses.replace(settings, regions=regions)
     PlanRecord.from_plans(planned.configuration)
     refuse_impossible_start(settings, planned.previous_stage_name, configuration)
     return settings
@@ -56,9 +69,20 @@ def with_presegmentor(
     return dataclasses.replace(settings, presegmentor_trainer=settings.presegmentor_trainer or default_trainer)
 
 
-def notes_on_version(configuration: Mapping[str, Any]) -> list[str]:
-    """Return lines for the log on what changed since an older version of the settings; an empty list if nothing did."""
+def notes(configuration: Mapping[str, Any], denoiser: str | None = None) -> list[str]:
+    """Return lines for the log on settings of the plans that this training reads differently; an empty list without any.
+
+    Args:
+        configuration: resolved configuration of the plans.
+        denoiser: denoiser of the trainer; None for that of the plans.
+    """
     section = configuration.get(PLANS_KEY, {})
+    planned = DiffusionSettings.from_plans(configuration).denoiser
+    if section and denoiser not in (None, planned):
+        return [
+            f"The plans' {PLANS_KEY} section is for the denoiser {planned!r}, but this trainer's is {denoiser!r}, which takes "
+            f"its own defaults. To change them, set {PLANS_KEY}.network.denoiser to {denoiser!r} in the plans."
+        ]
     removed = [key for key in REMOVED if section.get(key) or section.get("training", {}).get(key)]
     lost = [f"WARNING: the plans' {key} does not exist any more; this training does without it." for key in removed]
     version = configuration.get(PLANS_KEY, {}).get("version", VERSION)

@@ -35,7 +35,7 @@ class Copying(nn.Module):
         super().__init__()
         self.process = process
 
-    def encode(self, image, timestep):
+    def encode(self, image, timestep, features=None):
         return Image(image)
 
     def forward(self, noisy, timestep, condition):

@@ -39,7 +39,7 @@ class Denoiser(nn.Module):
             nn.Conv3d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv3d(32, 2, 3, padding=1), nn.Tanh()
         )
 
-    def encode(self, image, timestep):
+    def encode(self, image, timestep, features=None):
         return Condition(image)
 
     def forward(self, noisy, timestep, condition):

@@ -52,7 +52,7 @@ class Denoiser(nn.Module):
         self.state_channels, self.answer = classes, answer
         self.encoded = self.evaluated = 0
 
-    def encode(self, image, timestep):
+    def encode(self, image, timestep, features=None):
         self.encoded += len(image)
         return ImageCondition(image)
 

@@ -59,7 +59,7 @@ class KnownDenoiser(nn.Module):
         self.state_channels, self.answer = classes, answer
         self.encoded, self.evaluated = [], []
 
-    def encode(self, image, timestep):
+    def encode(self, image, timestep, features=None):
         self.encoded.append(int(timestep[0]))
         return self
 

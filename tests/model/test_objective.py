@@ -6,7 +6,6 @@ import pytest
 import torch
 from small_segmenters import SETTINGS, clean_state, cross_entropy, known, segmenter, terms_of
 
-from nnunet_diffusion.model import objective
 from nnunet_diffusion.model.objective import PGDiffSegObjective
 
 
@@ -30,12 +29,12 @@ def with_prediction(monkeypatch, network, prediction, noise, timestep):
     """Let the denoiser's answer in training be `prediction(noisy)`, for known noise; returns what it saw."""
     seen = []
 
-    def evaluate(denoiser, noisy, image, t):
+    def evaluate(denoiser, noisy, image, t, features):
         seen.append(noisy)
         foreground = 3 if network.settings.regions else 2
         return prediction(noisy), torch.zeros(2, foreground), torch.zeros(2, foreground, 4, 4)
 
-    monkeypatch.setattr(objective, "evaluate_pgdiffseg", evaluate)
+    monkeypatch.setattr(PGDiffSegObjective, "evaluations", {"denoiser": evaluate})
     monkeypatch.setattr(PGDiffSegObjective, "draw_noise", lambda *_: (timestep, noise))
     return seen
 
