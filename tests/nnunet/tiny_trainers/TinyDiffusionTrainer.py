@@ -4,7 +4,12 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerNoMirroring import nnUNetTrainerNoMirroring
 
-from nnunet_diffusion.training import DiffusionTrainer, DiffusionTrainerNoMirroring, nnUNetTrainerEMA
+from nnunet_diffusion.training import (
+    DiffusionTrainer,
+    DiffusionTrainerNoMirroring,
+    DiffusionTrainerUNet,
+    nnUNetTrainerEMA,
+)
 
 CUDA = torch.device("cuda")
 
@@ -49,3 +54,7 @@ class TinynnUNetTrainerNoMirroring(Tiny, nnUNetTrainerNoMirroring):
 
 class TinyDiffusionTrainerNoMirroring(Tiny, DiffusionTrainerNoMirroring):
     presegmentor_trainer = "TinynnUNetTrainerNoMirroring"
+
+
+class TinyDiffusionTrainerUNet(Tiny, DiffusionTrainerUNet):
+    presegmentor_trainer = "TinynnUNetTrainer"

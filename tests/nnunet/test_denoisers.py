@@ -1,0 +1,65 @@
+"""The denoisers that stand on nnU-Net, trained, resumed and used by the commands that users type."""
+
+import json
+
+import pytest
+import SimpleITK as sitk
+import torch
+
+from nnunet_diffusion.training.checkpoints import read_checkpoint
+
+pytestmark = [pytest.mark.nnunet, pytest.mark.slow]
+KINDS = {
+    # the trainer decides, on plans for the other denoiser
+    "nnunet": ("TinyDiffusionTrainerUNet", {"process": {"schedule": "cosine"}}),
+    "features": ("TinyDiffusionTrainer", {"network": {"condition": "presegmentor"}, "process": {"signal_scale": 0.1}}),
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def trained(request, hippocampus, tmp_path_factory):
+    kind = request.param
+    trainer, section = KINDS[kind]
+    hippocampus.write_plans(f"Tiny_{kind}", "2d", patch=[40, 40], **section)
+    results = tmp_path_factory.mktemp(kind)
+    words = [4, "2d", 0, "-tr", trainer, "-p", f"Tiny_{kind}", "-device", "cpu"]
+    done = hippocampus.run("nnUNetv2_train", *words, nnUNet_results=str(results))
+    return hippocampus, results, kind, words, done.stdout
+
+
+def test_training_validation_and_both_predictions(trained, tmp_path):
+    place, results, kind, words, printed = trained
+    fold = results / place.dataset / f"{KINDS[kind][0]}__Tiny_{kind}__2d" / "fold_0"
+    settings = json.loads((fold.parent / "plans.json").read_text())["configurations"]["2d"]["diffusion"]
+    assert ("is for the denoiser 'pgdiffseg', but this trainer's is 'nnunet'" in printed) == (kind == "nnunet")
+    if kind == "nnunet":
+        assert settings["network"]["denoiser"] == "nnunet"
+        assert settings["process"]["schedule"] == "linear"
+        weights = read_checkpoint(fold / "checkpoint_final.pth")["network_weights"]
+        first = "network.encoder.stages.0.0.convs.0.conv.weight"
+        ours, theirs = weights[f"denoiser.{first}"], weights[first.replace("network", "presegmentor")]
+        assert ours.shape[1] == theirs.shape[1] + 3
+        # four steps from nnU-Net's own weights, and from 0 for the state's
+        assert 0 < (ours[:, :1] - theirs).abs().max() < 0.01
+        assert 0 < ours[:, 1:].abs().max() < 0.01
+    comparison = json.loads((fold / "validation" / "comparison.json").read_text())
+    assert comparison["sentence"] in printed
+    words = ["-i", place.raw / "imagesTs", "-d", 4, *words[1:2], "-f", 0, *words[3:]]
+    words.insert(words.index("2d"), "-c")
+    for command, output in (("nnUNetv2_predict", "stock"), ("nnunet_diffusion", "ours")):
+        start = ["predict"] if command == "nnunet_diffusion" else []
+        place.run(command, *start, *words, "-o", tmp_path / output, "-npp", 1, "-nps", 1, nnUNet_results=str(results))
+        place.assert_geometry_and_labels(
+            {path.name: sitk.ReadImage(str(path)) for path in (tmp_path / output).glob("*.nii.gz")}
+        )
+
+
+def test_a_resumed_training_goes_on_from_its_own_weights(trained, tmp_path):
+    """And not from nnU-Net's again: the epochs that are done stay done."""
+    place, results, kind, words, _ = trained
+    fold = results / place.dataset / f"{KINDS[kind][0]}__Tiny_{kind}__2d" / "fold_0"
+    before = read_checkpoint(fold / "checkpoint_final.pth")["network_weights"]
+    done = place.run("nnUNetv2_train", *words, "--c", nnUNet_results=str(results))
+    assert "Epoch 0" not in done.stdout
+    after = read_checkpoint(fold / "checkpoint_final.pth")["network_weights"]
+    assert all(torch.equal(before[key], after[key]) for key in before)
