@@ -71,6 +71,11 @@ def _add_own_arguments(parser: argparse.ArgumentParser) -> None:
     add("--start_snr", type=float, help="T' as a signal-to-noise ratio, which means the same in every noise schedule")
     add("--samples", type=int, help="number of reverse processes, whose probabilities are averaged")
     add(
+        "--mirror_samples",
+        action=argparse.BooleanOptionalAction,
+        help="mirror the image for the samples in turn, as nnU-Net mirrors it",
+    )
+    add(
         "--presegmentation_weight",
         type=float,
         help="weight of the pre-segmentation's probabilities in the result, 0 to 1",
@@ -199,6 +204,7 @@ def _loaded_predictor(options: argparse.Namespace, model: Path, folds: list[str]
             start_step=options.start_step,
             start_snr=options.start_snr,
             samples=options.samples,
+            mirror_samples=options.mirror_samples,
             seed=options.seed,
             presegmentation_weight=options.presegmentation_weight,
             fusion=options.fusion,

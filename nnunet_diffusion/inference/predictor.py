@@ -43,7 +43,7 @@ from nnunet_diffusion.inference.volume_run import VolumeRun
 from nnunet_diffusion.model.segmenter import DiffusionSegmenter
 
 Folds = Sequence[int | str] | None
-OVERRIDES = ("sampler", "steps", "start_step", "samples", "seed", "presegmentation_weight")
+OVERRIDES = ("sampler", "steps", "start_step", "samples", "mirror_samples", "seed", "presegmentation_weight")
 
 
 class DiffusionPredictor(nnUNetPredictor):
@@ -56,17 +56,18 @@ class DiffusionPredictor(nnUNetPredictor):
     Args:
         tile_step_size: as in nnU-Net, as a fraction of the patch.
         use_gaussian: as in nnU-Net, also for the tiles of the reverse process.
-        use_mirroring: mirroring for the pre-segmentor; the denoiser is never mirrored.
+        use_mirroring: mirroring for the pre-segmentor and, with the setting `mirror_samples`, for the samples in turn.
         perform_everything_on_device: keep the volume on the GPU if it fits.
         device: device of the networks.
         verbose: as in nnU-Net.
         verbose_preprocessing: as in nnU-Net.
         allow_tqdm: show a bar over tiles x steps.
-        sampler: name of the sampler. For this and the next six arguments, None means the model's setting.
+        sampler: name of the sampler. For this and the next seven arguments, None means the model's setting.
         steps: number of evaluations in one reverse process.
         start_step: T' of PD-DDPM.
         start_snr: T' stated as a signal-to-noise ratio, which means the same in every noise schedule.
         samples: number of reverse processes.
+        mirror_samples: mirror the image for the samples in turn, as nnU-Net mirrors it.
         seed: seed of their noise.
         presegmentation_weight: weight of the pre-segmentor's probabilities in the result, 0..1; in a vote, one vote if > 0.
         fusion: "mean", "majority" or "staple". It affects the segmentation; the probabilities are always the mean.
@@ -103,6 +104,7 @@ class DiffusionPredictor(nnUNetPredictor):
         start_step: int | None = None,
         start_snr: float | None = None,
         samples: int | None = None,
+        mirror_samples: bool | None = None,
         seed: int | None = None,
         presegmentation_weight: float | None = None,
         fusion: str = "mean",
@@ -122,7 +124,7 @@ class DiffusionPredictor(nnUNetPredictor):
         self.allow_tqdm: bool = allow_tqdm
         if fusion not in FUSIONS:
             raise ValueError(f"fusion is {fusion!r}; known: {', '.join(FUSIONS)}")
-        given = (sampler, steps, start_step, samples, seed, presegmentation_weight)
+        given = (sampler, steps, start_step, samples, mirror_samples, seed, presegmentation_weight)
         self.overrides: dict[str, Any] = {
             key: value for key, value in zip(OVERRIDES, given, strict=True) if value is not None
         }

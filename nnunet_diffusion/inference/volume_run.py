@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -203,7 +204,7 @@ class VolumeRun:
         tell(self.notes, plan.note)
         process = VolumeProcess(
             self.network, data, self.tiling, start, settings.seed, plan.device, self._on_tiles, self.evaluations,
-            int(fold) if fold.isdecimal() else 0,
+            int(fold) if fold.isdecimal() else 0, self._mirrors(),
         )  # fmt: skip
         numbers = range(settings.samples)
         for first in range(0, settings.samples, plan.at_once):
@@ -211,6 +212,13 @@ class VolumeRun:
             process, found = run_group(process, group, predictor.joint, self.notes)
             for number, probabilities in zip(group, found, strict=True):
                 self.members.add(probabilities, share / settings.samples, f"fold_{fold}_sample_{number}")
+
+    def _mirrors(self) -> list[tuple[int, ...]]:
+        """Return the combinations of axes along which samples are mirrored, in turn: those of nnU-Net's own mirroring."""
+        axes = self.predictor.allowed_mirroring_axes if self.predictor.use_mirroring else None
+        if not self.settings.mirror_samples or not axes:
+            return [()]
+        return [chosen for count in range(len(axes) + 1) for chosen in itertools.combinations(axes, count)]
 
     def _ensemble(self, begin: float) -> VolumePrediction:
         members, regions = self.members, self.settings.regions

@@ -187,6 +187,12 @@ class DiffusionSettings:
     steps: int = _setting("inference", 1, "Network evaluations of one reverse process, 1..start_step.", low=1)
     eta: float = _setting("inference", 0.0, "Randomness of DDIM: 0 deterministic, 1 as DDPM.", low=0, high=1)
     samples: int = _setting("inference", 1, "Reverse processes whose probabilities are averaged.", low=1, high=1000)
+    mirror_samples: bool = _setting(
+        "inference",
+        False,
+        "Samples of `nnunet_diffusion predict` see the image mirrored in turn, as nnU-Net mirrors it: the first one not, the "
+        "second along the first axis, and so on.",
+    )
     presegmentation_weight: float = _setting(
         "inference",
         0.5,
