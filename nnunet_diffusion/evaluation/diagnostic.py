@@ -2,12 +2,13 @@
 
 From each of four starts one step is taken at several T'. A denoiser that copies its state returns the start, however wrong;
 one that ignores it returns the same from every start (unless the start is also an input of the condition flow, by
-`condition_on_presegmentation`). Then parts of the denoiser are switched off, one at a time.
+`condition_on_presegmentation`). Then parts of the denoiser are switched off, one at a time. Neither network is mirrored.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -80,7 +81,8 @@ class Diagnostic:
             for name, found in self.ablations.items()
         ]
         return (
-            f"Mean Dice after one step, by start and T' ({len(self.cases)} cases; nnU-Net {self.nnunet:.4f}):\n\n"
+            f"Mean Dice after one step, by start and T' ({len(self.cases)} cases; nnU-Net {self.nnunet:.4f}; nothing is "
+            f"mirrored):\n\n"
             f"{markdown_table(head, rows)}\n"
             f"Parts switched off, one step from nnU-Net's output at T' = {self.start_step}; change of probabilities in voxels "
             f"of foreground:\n\n{markdown_table(['off', 'mean change', 'largest change', 'Dice'], parts)}"
@@ -110,6 +112,9 @@ def diagnose(
     Raises:
         ValueError: fewer than two cases, or no T' within `max_train_step`.
     """
+    # a mirrored nnU-Net beside a denoiser that is not mirrored would have an advantage (0.006 Dice on Hippocampus 2d)
+    predictor = copy.copy(predictor)
+    predictor.use_mirroring = False
     settings, limit = predictor.network.settings, predictor.network.settings.max_train_step
     asked = (*START_STEPS, limit) if start_steps is None else start_steps
     steps = sorted({step for step in asked if 1 <= step <= limit})
