@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -53,14 +52,14 @@ def run(options: argparse.Namespace) -> int:
     import torch
 
     from nnunet_diffusion.evaluation.diagnostic import diagnose
-    from nnunet_diffusion.evaluation.preprocessed import preprocessed_cases
+    from nnunet_diffusion.evaluation.preprocessed import preprocessed_cases, validation_cases
     from nnunet_diffusion.inference import DiffusionPredictor
 
     check_device(options.device)
-    with named_for_the_user(FileNotFoundError, ValueError, RuntimeError):
+    with named_for_the_user(FileNotFoundError, ValueError, RuntimeError, NotImplementedError):
         predictor = DiffusionPredictor(device=torch.device(options.device), allow_tqdm=False)
         predictor.initialize_from_trained_model_folder(str(model), [fold], options.chk)
-        cases, folder = _validation_cases(predictor, preprocessed, fold, options.cases)
+        cases, folder = validation_cases(predictor, preprocessed, fold, options.cases)
 
     def load(name: str) -> Any:
         return next(preprocessed_cases(folder, [name], predictor.label_manager))
@@ -71,33 +70,3 @@ def run(options: argparse.Namespace) -> int:
     write_json(found.to_json(), path)
     print(f"\n{found.tables()}\nWritten to {path}")
     return 0
-
-
-def _validation_cases(predictor: Any, preprocessed: Path, fold: str, number: int | None) -> tuple[list[str], Path]:
-    """Return the names of a fold's validation cases, `number` of them evenly spaced in their list, and their folder.
-
-    Raises:
-        FileNotFoundError: the split or the preprocessed data are missing.
-        ValueError: the split has no such fold, or fewer than two cases.
-    """
-    plans, configuration = predictor.plans_manager, predictor.configuration_manager
-    if configuration.previous_stage_name is not None:
-        raise NotImplementedError("nnunet_diffusion diagnose does not support the second stage of a cascade")
-    dataset = preprocessed / plans.dataset_name
-    folder, splits = dataset / configuration.data_identifier, dataset / "splits_final.json"
-    for path in (folder, splits):
-        if not path.exists():
-            raise FileNotFoundError(
-                f"{path} does not exist: preprocess the data and train the fold on this machine first"
-            )
-    split = json.loads(splits.read_text(encoding="utf-8"))
-    if not fold.isdecimal() or int(fold) >= len(split):
-        raise ValueError(
-            f"fold {fold} has no validation cases: {splits} has folds 0 to {len(split) - 1}; choose one with -f"
-        )
-    names = sorted(split[int(fold)]["val"])
-    if len(names) < 2:
-        raise ValueError(f"fold {fold} has {len(names)} validation case; the diagnostic needs two")
-    if number is not None and number < len(names):
-        names = [names[round(index * (len(names) - 1) / (number - 1))] for index in range(number)]
-    return names, folder

@@ -199,3 +199,9 @@ def _spacing(spacing_mm: Sequence[float], dimensions: int) -> tuple[float, ...]:
 
 def _surface(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return mask & ~ndimage.binary_erosion(mask, border_value=0)
+
+
+def evenly_spaced(names: Sequence[str], number: int | None = None) -> list[str]:
+    """Return `number` of the names, the first and the last among them; all if that is None or there are no more."""
+    places = np.linspace(0, len(names) - 1, min(number or len(names), len(names)))
+    return [names[round(place)] for place in places]

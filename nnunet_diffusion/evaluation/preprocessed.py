@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.label_handling.label_handling import LabelManager, convert_labelmap_to_one_hot
 from numpy.typing import NDArray
 
-from nnunet_diffusion.evaluation.metrics import dice, mean_known
+from nnunet_diffusion.evaluation.metrics import dice, evenly_spaced, mean_known
+
+if TYPE_CHECKING:
+    from nnunet_diffusion.inference.predictor import DiffusionPredictor
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +57,43 @@ def preprocessed_cases(
             one_hot = convert_labelmap_to_one_hot(previous[:], label_manager.foreground_labels, data.dtype)
             data = np.vstack((data, one_hot))
         yield PreprocessedCase(case, data, np.array(truth[:])[0])
+
+
+def validation_cases(
+    predictor: DiffusionPredictor, preprocessed: Path, fold: str, number: int | None = None
+) -> tuple[list[str], Path]:
+    """Return the names of a fold's validation cases, and the folder of their preprocessed data.
+
+    Args:
+        predictor: predictor with a loaded model.
+        preprocessed: folder `nnUNet_preprocessed`.
+        fold: fold of the model.
+        number: number of cases, evenly spaced in their list; None for all.
+
+    Raises:
+        FileNotFoundError: the split or the preprocessed data are missing.
+        NotImplementedError: the model is the second stage of a cascade.
+        ValueError: the split has no such fold, or fewer than two cases.
+    """
+    plans, configuration = predictor.plans_manager, predictor.configuration_manager
+    if configuration.previous_stage_name is not None:
+        raise NotImplementedError("the second stage of a cascade is not supported by this command")
+    dataset = preprocessed / plans.dataset_name
+    folder, splits = dataset / configuration.data_identifier, dataset / "splits_final.json"
+    for path in (folder, splits):
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{path} does not exist: preprocess the data and train the fold on this machine first"
+            )
+    split = json.loads(splits.read_text(encoding="utf-8"))
+    if not fold.isdecimal() or int(fold) >= len(split):
+        raise ValueError(
+            f"fold {fold} has no validation cases: {splits} has folds 0 to {len(split) - 1}; choose one with -f"
+        )
+    names = sorted(split[int(fold)]["val"])
+    if len(names) < 2:
+        raise ValueError(f"fold {fold} has {len(names)} validation case; two are needed")
+    return evenly_spaced(names, number), folder
 
 
 def mean_dice(segmentation: NDArray, truth: NDArray, label_manager: LabelManager) -> float:

@@ -216,16 +216,17 @@ class PGDiffSeg(nn.Module):
             )
 
         # Fig. 2a: feature pre-extraction; Fig. 2b: the two parallel flows, and parameter-shared attention after each unit
+        # the order of the parameters is that of the optimizer's state in checkpoints
         if feature_channels is None:
-            self.image_dense = dense(image_channels)
+            self.image_dense, self.noisy_dense = dense(image_channels), dense(state_channels)
             self.condition_flow = flow(time_width if time_in_condition_flow else None)
         else:
+            self.noisy_dense = dense(state_channels)
             widths = [*features[1:], features[-1]]
             self.feature_adapters = nn.ModuleList(
                 nn.Sequential(pointwise(conv_op, seen, width, bias=False), group_norm(width))
                 for seen, width in zip(feature_channels, widths, strict=True)
             )
-        self.noisy_dense = dense(state_channels)
         self.denoising_flow = flow(time_width)
         flows = FLOWS if feature_channels is None else FLOWS[1:]
         self.attention = nn.ModuleDict(

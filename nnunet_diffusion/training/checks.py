@@ -17,7 +17,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunet_diffusion.files import preprocess_command
 from nnunet_diffusion.model import labels
 from nnunet_diffusion.model.precision import all_finite
-from nnunet_diffusion.model.settings import PLANS_KEY, DiffusionSettings
+from nnunet_diffusion.model.settings import PLANS_KEY, DiffusionSettings, inference_settings
 
 PREPROCESSED, RESULTS = FOLDERS = ("nnUNet_preprocessed", "nnUNet_results")
 PATIENCE_SECONDS = 5.0
@@ -91,21 +91,28 @@ def refuse_foreign_plans(dataset_name: str, dataset_json: Mapping[str, Any]) -> 
             )
 
 
-def refuse_other_folds_settings(path: Path, configuration_name: str, settings: DiffusionSettings) -> None:
-    """Raise ValueError if the folds already trained, which share the model's plans.json, have other settings.
+def shared_with_other_folds(path: Path, configuration_name: str, settings: DiffusionSettings) -> DiffusionSettings:
+    """Return the settings with the inference settings of the folds already trained, which share the model's plans.json.
+
+    They may have been tuned since (`nnunet_diffusion tune`).
 
     Args:
         path: path of the model's plans.json, which may not exist yet.
         configuration_name: name of this training's configuration.
         settings: settings of this fold.
+
+    Raises:
+        ValueError: those folds have other settings of another section.
     """
     if not path.is_file():
-        return
+        return settings
     plans = read_shared_json(path)
     if plans["configurations"].get(configuration_name, {}).get(PLANS_KEY) is None:
-        return
+        return settings
     configuration = PlansManager(plans).get_configuration(configuration_name).configuration
-    existing, ours = (dataclasses.asdict(each) for each in (DiffusionSettings.from_plans(configuration), settings))
+    theirs = DiffusionSettings.from_plans(configuration)
+    shared = dataclasses.replace(settings, **{key: getattr(theirs, key) for key in inference_settings()})
+    existing, ours = dataclasses.asdict(theirs), dataclasses.asdict(shared)
     if existing != ours:
         differing = [key for key in ours if existing.get(key) != ours[key]]
         raise ValueError(
@@ -113,6 +120,7 @@ def refuse_other_folds_settings(path: Path, configuration_name: str, settings: D
             f"{[existing.get(key) for key in differing]} there, {[ours[key] for key in differing]} here), and all folds of "
             "a model share it. Give the plans another plans_name, or remove that folder."
         )
+    return shared
 
 
 def read_shared_json(path: Path) -> Any:

@@ -21,12 +21,12 @@ from nnunet_diffusion.model.settings import DiffusionSettings
 from nnunet_diffusion.training import job
 from nnunet_diffusion.training.cascade import refuse_incomplete_previous_stage
 from nnunet_diffusion.training.checkpoints import remove_what_killed_jobs_left, write_checkpoint
-from nnunet_diffusion.training.checks import check_batch, refuse_other_folds_settings, refuse_unusable_folders
+from nnunet_diffusion.training.checks import check_batch, refuse_unusable_folders
 from nnunet_diffusion.training.curves import draw_curves, log_terms
 from nnunet_diffusion.training.learner import Learner, averaged_weights, compile_and_distribute, train_step
 from nnunet_diffusion.training.network import build_segmenter
 from nnunet_diffusion.training.outlook import announce
-from nnunet_diffusion.training.plans import adopt, notes, planned_settings, with_presegmentor
+from nnunet_diffusion.training.plans import adopt, notes, planned_settings, share_settings_of_folds, with_presegmentor
 from nnunet_diffusion.training.presegmentor import given_presegmentor, presegmentor_weights
 from nnunet_diffusion.training.replacing import keep_finished, what_happens_to_finished
 from nnunet_diffusion.training.state import checkpoint_of, own_checkpoint, restore
@@ -150,8 +150,7 @@ class DiffusionTrainer(nnUNetTrainer):
         """Train the pre-segmentor if necessary and embed it, then start as nnU-Net does."""
         if not self.was_initialized:
             self.initialize()
-        shared = Path(self.output_folder_base) / "plans.json"
-        refuse_other_folds_settings(shared, self.configuration_name, self.settings)
+        share_settings_of_folds(self)
         if self.is_cascaded:
             refuse_incomplete_previous_stage(self, [case for part in self.do_split() for case in part])
         job.describe(self)

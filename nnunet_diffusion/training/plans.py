@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -12,7 +13,7 @@ from nnunet_diffusion.model.settings import PLANS_KEY, REMOVED, VERSION, Diffusi
 from nnunet_diffusion.planning.record import PlanRecord
 from nnunet_diffusion.training.cascade import previous_stage_folder, refuse_impossible_start
 from nnunet_diffusion.training.checkpoints import refuse_unknown_networks
-from nnunet_diffusion.training.checks import refuse_foreign_plans
+from nnunet_diffusion.training.checks import refuse_foreign_plans, shared_with_other_folds
 from nnunet_diffusion.training.presegmentor.fit import GivenPresegmentor
 
 if TYPE_CHECKING:
@@ -106,3 +107,17 @@ def adopt(trainer: DiffusionTrainer, settings: DiffusionSettings) -> None:
         trainer.folder_with_segs_from_previous_stage = str(
             previous_stage_folder(trainer.plans_manager, trainer.configuration_name, settings.presegmentor_trainer)
         )
+
+
+def share_settings_of_folds(trainer: DiffusionTrainer) -> None:
+    """Give an initialised trainer the inference settings of the folds already trained, and log it if they differ.
+
+    Raises:
+        ValueError: those folds have other settings of another section.
+    """
+    path = Path(trainer.output_folder_base) / "plans.json"
+    settings = shared_with_other_folds(path, trainer.configuration_name, trainer.settings)
+    if settings != trainer.settings:
+        trainer.print_to_log_file(f"Inference settings are those of {path}, which the folds of a model share.")
+        adopt(trainer, settings)
+        trainer.segmenter.settings = settings

@@ -16,10 +16,10 @@ import math
 from pathlib import Path
 
 from comparison_evaluation import Model, start_from
-from comparison_plans import evenly_spaced
 from nnunetv2.paths import nnUNet_preprocessed
 from torch.nn.functional import one_hot
 
+from nnunet_diffusion.evaluation.metrics import evenly_spaced
 from nnunet_diffusion.evaluation.seams import Jumps, border_jumps
 from nnunet_diffusion.model.segmenter import DiffusionSegmenter
 

@@ -20,12 +20,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from comparison_plans import evenly_spaced
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunet_diffusion.evaluation.comparison import markdown_table
+from nnunet_diffusion.evaluation.metrics import evenly_spaced
 from nnunet_diffusion.planning.steps import build_nnunet
 from nnunet_diffusion.training import DiffusionTrainer
 

@@ -28,7 +28,6 @@ from comparison_plans import (
     STOCK_PLANS,
     Folders,
     diffusion_plans,
-    evenly_spaced,
     plan_and_preprocess,
     planned_before,
     read_plans,
@@ -47,6 +46,7 @@ from comparison_training import (
     write_missing_trainer,
 )
 
+from nnunet_diffusion.evaluation.metrics import evenly_spaced
 from nnunet_diffusion.model.settings import values_of
 
 

@@ -71,12 +71,6 @@ def set_up_folders(dataset: Path, work: Path) -> Folders:
     return folders
 
 
-def evenly_spaced(names: Sequence[str], number: int | None = None) -> list[str]:
-    """Return `number` of the names, the first and the last among them; all if that is None or there are no more."""
-    places = np.linspace(0, len(names) - 1, min(number or len(names), len(names)))
-    return [names[round(place)] for place in places]
-
-
 def enter_workdir(work: Path, dataset: str) -> Folders:
     """Make nnU-Net's three folders in `work` and point its environment there; call before importing nnunetv2."""
     folders = Folders(work.resolve(), dataset)

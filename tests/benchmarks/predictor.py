@@ -23,12 +23,13 @@ from typing import Any
 import numpy as np
 import torch
 from comparison_evaluation import NNUNET, Case, Model, Row, RowFile, measured_rows
-from comparison_plans import evenly_spaced, set_up_folders
+from comparison_plans import set_up_folders
 from comparison_report import dice_table, hd95_table, mean_rows
 from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnunet_diffusion.evaluation.comparison import markdown_table
+from nnunet_diffusion.evaluation.metrics import evenly_spaced
 from nnunet_diffusion.inference import DiffusionPredictor
 from nnunet_diffusion.inference.presegmentation import Presegmentation
 from nnunet_diffusion.inference.volume import Evaluations

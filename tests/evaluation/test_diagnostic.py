@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,9 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_diffusion.evaluation.diagnostic import diagnose, fitted
-from nnunet_diffusion.evaluation.preprocessed import preprocessed_cases
-from nnunet_diffusion.inference import DiffusionPredictor
-from nnunet_diffusion.training import DiffusionTrainer
 
 pytestmark = pytest.mark.nnunet
 STEPS = (50, 700)
@@ -50,28 +46,6 @@ class Reading(Copying):
     def forward(self, noisy, timestep, condition):
         bright = (condition.image > 0).float()
         return torch.cat((1 - bright, bright, torch.zeros_like(bright)), 1) * 2 - 1
-
-
-@pytest.fixture
-def loaded(workplace):
-    """A function of a denoiser's class that returns a predictor, two validation cases and what loads one."""
-
-    def load(kind):
-        torch.manual_seed(0)
-        trainer = workplace.trainer(DiffusionTrainer)
-        trainer.initialize()
-        if kind is not None:
-            trainer.segmenter.denoiser = kind(trainer.segmenter.process)
-        trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-        predictor = DiffusionPredictor(device=torch.device("cpu"), allow_tqdm=False, threads=1)
-        predictor.manual_initialization(
-            trainer.segmenter, trainer.plans_manager, trainer.configuration_manager, None, trainer.dataset_json,
-            "DiffusionTrainer", None,
-        )  # fmt: skip
-        folder, manager = Path(trainer.preprocessed_dataset_folder), trainer.label_manager
-        return predictor, trainer.do_split()[1][:2], lambda name: next(preprocessed_cases(folder, [name], manager))
-
-    return load
 
 
 def test_a_denoiser_that_copies_its_state_keeps_every_start(loaded):

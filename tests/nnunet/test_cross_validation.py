@@ -115,3 +115,35 @@ def test_accumulated_results_have_every_case_once(trained):
     summary = json.loads((folder / "summary.json").read_text())
     cases = sorted(Path(case["prediction_file"]).name for case in summary["metric_per_case"])
     assert cases == sorted(path.name for path in (place.raw / "labelsTr").iterdir())
+
+
+def test_tuning_on_all_folds_reaches_prediction_and_later_trainings(trained, tmp_path):
+    place, results, _ = trained
+    model = results / place.dataset / f"{OURS}__Tiny__2d"
+    before = (model / "plans.json").read_text()
+    words = ["-d", 4, "-c", "2d", "-p", "Tiny", "-tr", OURS, "-device", "cpu"]
+    few = ["--start_steps", 50, "--steps", 1, "--cases", 1]
+    tune = lambda *more: place.run("nnunet_diffusion", "tune", *words, *few, *more, nnUNet_results=str(results))  # noqa: E731
+    done = tune("--dry_run")
+    assert (model / "plans.json").read_text() == before
+    tuned = json.loads((model / "tuning.json").read_text())
+    assert tuned["folds"] == [str(fold) for fold in FOLDS] and len(tuned["cases"]) == len(set(tuned["cases"])) == 5
+    assert {(row["steps"], row["start_step"]) for row in tuned["scores"]} == {(0, 0), (1, 50), (1, 100)}
+    assert "(chosen)" in done.stdout and "(--dry_run)" in done.stdout
+    tune()
+    inference = json.loads((model / "plans.json").read_text())["configurations"]["2d"]["diffusion"]["inference"]
+    assert inference["presegmentation_weight"] == tuned["chosen"]["presegmentation_weight"]
+    # an untuned value beside it, which prediction and a training of another fold must both read
+    plans = json.loads((model / "plans.json").read_text())
+    plans["configurations"]["2d"]["diffusion"]["inference"] |= {"start_step": 70, "presegmentation_weight": 0.25}
+    (model / "plans.json").write_text(json.dumps(plans))
+    place.run("nnunet_diffusion", "predict", "-i", place.raw / "imagesTs", "-o", tmp_path, *words, "-f", 0, "--sequential",
+              nnUNet_results=str(results))  # fmt: skip
+    report = json.loads((tmp_path / "diffusion_prediction.json").read_text())
+    assert (report["start_step"], report["presegmentation_weight"]) == (70, 0.25)
+    again = place.run(
+        "nnUNetv2_train", 4, "2d", 0, "-tr", OURS, "-p", "Tiny", "-device", "cpu", nnUNet_results=str(results)
+    )
+    assert "Inference settings are those of" in again.stdout
+    kept = json.loads((model / "plans.json").read_text())["configurations"]["2d"]["diffusion"]["inference"]
+    assert (kept["start_step"], kept["presegmentation_weight"]) == (70, 0.25)

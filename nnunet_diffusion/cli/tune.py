@@ -1,0 +1,112 @@
+"""`nnunet_diffusion tune`: choose a model's inference settings by its validation cases, and write them into its plans."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from nnunet_diffusion.cli.devices import DEVICES, check_device
+from nnunet_diffusion.cli.errors import named_for_the_user
+from nnunet_diffusion.cli.folders import PREPROCESSED, folder_in
+from nnunet_diffusion.cli.models import add_model_arguments, finished_folds, model_folder
+from nnunet_diffusion.cli.trainers_directory import with_trainers
+from nnunet_diffusion.files import write_json
+
+FILE = "tuning.json"
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add `tune` to the command line."""
+    parser = subparsers.add_parser(
+        "tune",
+        help="choose T', steps and the weight of nnU-Net by a model's validation cases",
+        description="Measures choices of T', steps and the weight of nnU-Net's probabilities on the validation cases of the "
+        "trained folds, each predicted by the fold that was not trained on it. Writes the choice into the `inference` settings "
+        f"of the model's plans.json, where prediction reads it, and all figures into {FILE} beside it. The preprocessed data "
+        "must be there.",
+    )
+    add = parser.add_argument
+    add_model_arguments(parser)
+    add("-f", nargs="+", metavar="FOLD", help="folds (all that are finished)")
+    add("-device", default="cuda", choices=DEVICES)
+    add(
+        "--cases",
+        type=int,
+        metavar="N",
+        help="number of validation cases of each fold, evenly spaced in their list (all)",
+    )
+    add("--start_steps", type=int, nargs="+", metavar="T'", help="T' to try (50 100 300 500 700, max_train_step)")
+    add("--steps", type=int, nargs="+", metavar="N", default=[1, 2, 5], help="steps to try (1 2 5)")
+    add("--samples", type=int, help="samples of each reverse process (those of the plans)")
+    add("--dry_run", action="store_true", help="leave the plans as they are")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Tune, print both tables, and write the choice.
+
+    Raises:
+        CommandError: wrong arguments, or the model or its preprocessed data cannot be read.
+    """
+    model = model_folder(options, os.environ)
+    folds = options.f or finished_folds(model, options.chk)
+    preprocessed = Path(folder_in(os.environ, PREPROCESSED))
+    os.environ.update(with_trainers(os.environ))
+    # nnU-Net reads its paths from the environment: import it only now
+    import torch
+
+    from nnunet_diffusion.evaluation.preprocessed import preprocessed_cases, validation_cases
+    from nnunet_diffusion.evaluation.tuning import tune, with_fold
+    from nnunet_diffusion.inference import DiffusionPredictor
+
+    check_device(options.device)
+    with named_for_the_user(FileNotFoundError, ValueError, RuntimeError, NotImplementedError):
+        predictor = DiffusionPredictor(device=torch.device(options.device), allow_tqdm=False, samples=options.samples)
+        predictor.initialize_from_trained_model_folder(str(model), folds, options.chk)
+        found = {fold: validation_cases(predictor, preprocessed, fold, options.cases) for fold in predictor.folds}
+    cases = [(fold, name) for fold, (names, _) in found.items() for name in names]
+    folder = next(folder for _, folder in found.values())
+
+    def load(name: str) -> Any:
+        return next(preprocessed_cases(folder, [name], predictor.label_manager))
+
+    predictors = {fold: with_fold(predictor, place) for place, fold in enumerate(predictor.folds)}
+    with named_for_the_user(ValueError, MemoryError):
+        tuned = tune(
+            predictors, cases, load, options.start_steps, options.steps,
+            on_case=lambda name: print(f"{name} ...", flush=True),
+        )  # fmt: skip
+    write_json({"folds": predictor.folds, "samples": options.samples, **tuned.to_json()}, model / FILE)
+    print(f"\n{tuned.tables()}\nWritten to {model / FILE}")
+    if options.dry_run:
+        print(f"Chosen: {tuned.chosen}. The plans are as before (--dry_run).")
+        return 0
+    changes = tuned.chosen.settings() | ({} if options.samples is None else {"samples": options.samples})
+    with named_for_the_user(OSError):
+        write_inference(model / "plans.json", predictor.identity["configuration"], predictor.network.settings, changes)
+    print(f"Chosen: {tuned.chosen}. It is in {model / 'plans.json'}, where prediction reads it.")
+    return 0
+
+
+def write_inference(path: Path, configuration: str, settings: Any, changes: dict[str, Any]) -> None:
+    """Write inference settings into a model's plans.json, whose `diffusion` section gets the present layout.
+
+    Args:
+        path: path of plans.json.
+        configuration: name of the model's configuration.
+        settings: the model's DiffusionSettings.
+        changes: inference settings that change.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    from nnunet_diffusion.model.settings import PLANS_KEY
+    from nnunet_diffusion.training.checkpoints import write_aside
+
+    plans = json.loads(path.read_text(encoding="utf-8"))
+    plans["configurations"][configuration][PLANS_KEY] = dataclasses.replace(settings, **changes).to_plans()
+    write_aside(lambda aside: Path(aside).write_text(json.dumps(plans, indent=4), encoding="utf-8"), path)
