@@ -41,7 +41,7 @@ class Recipe:
 
     training_images: int = 60
     test_images: int = 20
-    trainer: str = "DiffusionTrainer_5epochs"
+    trainer: str = "DiffusionTrainerUNet_5epochs"
     presegmentor: str = "nnUNetTrainer_5epochs"
     spacing: float = 2.0
     step_seconds: float = 0.2

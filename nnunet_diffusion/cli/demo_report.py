@@ -293,12 +293,11 @@ def planned_sizes(model: Path) -> str:
 
     configuration = json.loads((model / "plans.json").read_text(encoding="utf-8"))["configurations"]["2d"]
     patch = " x ".join(map(str, configuration["patch_size"]))
-    widths = (
-        topology_of(configuration)["features_per_stage"],
-        DiffusionSettings.from_plans(configuration).features_per_stage,
-    )
+    settings = DiffusionSettings.from_plans(configuration)
+    widths = topology_of(configuration)["features_per_stage"], settings.features_per_stage
     nnunet, denoiser = (" ".join(map(str, width)) for width in widths)
-    return f"patch {patch}, batch {configuration['batch_size']}, nnU-Net's width {nnunet}, the denoiser's {denoiser}"
+    own = "the denoiser is of the same size" if settings.denoiser == "nnunet" else f"the denoiser's {denoiser}"
+    return f"patch {patch}, batch {configuration['batch_size']}, nnU-Net's width {nnunet}, {own}"
 
 
 def quality_cells(result: MethodResult, truth: Mapping[str, Labels]) -> list[str]:

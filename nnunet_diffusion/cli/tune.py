@@ -42,6 +42,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add("--start_steps", type=int, nargs="+", metavar="T'", help="T' to try (50 100 300 500 700, max_train_step)")
     add("--steps", type=int, nargs="+", metavar="N", default=[1, 2, 5], help="steps to try (1 2 5)")
     add("--samples", type=int, help="samples of each reverse process (those of the plans)")
+    add(
+        "--mirror_samples",
+        action=argparse.BooleanOptionalAction,
+        help="whether the samples see the image mirrored in turn (as in the plans)",
+    )
     add("--dry_run", action="store_true", help="leave the plans as they are")
     parser.set_defaults(run=run)
 
@@ -65,7 +70,8 @@ def run(options: argparse.Namespace) -> int:
 
     check_device(options.device)
     with named_for_the_user(FileNotFoundError, ValueError, RuntimeError, NotImplementedError):
-        predictor = DiffusionPredictor(device=torch.device(options.device), allow_tqdm=False, samples=options.samples)
+        asked = {"samples": options.samples, "mirror_samples": options.mirror_samples}
+        predictor = DiffusionPredictor(device=torch.device(options.device), allow_tqdm=False, **asked)
         predictor.initialize_from_trained_model_folder(str(model), folds, options.chk)
         found = {fold: validation_cases(predictor, preprocessed, fold, options.cases) for fold in predictor.folds}
     cases = [(fold, name) for fold, (names, _) in found.items() for name in names]
@@ -80,12 +86,13 @@ def run(options: argparse.Namespace) -> int:
             predictors, cases, load, options.start_steps, options.steps,
             on_case=lambda name: print(f"{name} ...", flush=True),
         )  # fmt: skip
-    write_json({"folds": predictor.folds, "samples": options.samples, **tuned.to_json()}, model / FILE)
+    used = {key: getattr(predictor.network.settings, key) for key in asked}
+    write_json({"folds": predictor.folds, **used, **tuned.to_json()}, model / FILE)
     print(f"\n{tuned.tables()}\nWritten to {model / FILE}")
     if options.dry_run:
         print(f"Chosen: {tuned.chosen}. The plans are as before (--dry_run).")
         return 0
-    changes = tuned.chosen.settings() | ({} if options.samples is None else {"samples": options.samples})
+    changes = {**tuned.chosen.settings(), **used}
     with named_for_the_user(OSError):
         write_inference(model / "plans.json", predictor.identity["configuration"], predictor.network.settings, changes)
     print(f"Chosen: {tuned.chosen}. It is in {model / 'plans.json'}, where prediction reads it.")

@@ -6,6 +6,10 @@ from nnunet_diffusion.training.diffusion_trainer import DiffusionTrainer
 
 
 class DiffusionTrainerUNet(DiffusionTrainer):
-    """DiffusionTrainer whose denoiser is nnU-Net's network, which starts from the pre-segmentor's weights."""
+    """DiffusionTrainer whose denoiser is nnU-Net's own network, which starts from the pre-segmentor's weights.
+
+    It sees the noisy segmentation as further input channels, and is trained with nnU-Net's own loss. A training step costs what
+    nnU-Net's does. Plans made for PGDiffSeg, and stock plans, give it nothing but the pre-segmentor (`planned_settings`).
+    """
 
     denoiser = "nnunet"

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from nnunet_diffusion.trainers import DiffusionTrainer_Xepochs
+from nnunet_diffusion.trainers import DiffusionTrainerUNet_Xepochs
 
 from nnunet_diffusion.cli import demo
 from nnunet_diffusion.cli.errors import CommandError
@@ -18,7 +18,7 @@ TINY_TRAINERS = Path(__file__).parents[1] / "nnunet" / "tiny_trainers"
 TINY = demo.Recipe(
     training_images=10,
     test_images=4,
-    trainer="TinyDiffusionTrainer",
+    trainer="TinyDiffusionTrainerUNet",
     presegmentor="TinynnUNetTrainer",
     step_seconds=0.05,
     ddpm_steps=2,
@@ -43,7 +43,7 @@ def test_demo_runs_end_to_end_and_a_second_run_reuses_it(tmp_path, monkeypatch, 
         assert method in text
     assert text.count("4 of 4 segmentations equal those of `nnUNetv2_predict`") == 2
     assert (folder / "report.png").stat().st_size > 10_000
-    model = folder / "results" / demo.DATASET_NAME / f"TinyDiffusionTrainer__{demo.PLANS_NAME}__2d"
+    model = folder / "results" / demo.DATASET_NAME / f"TinyDiffusionTrainerUNet__{demo.PLANS_NAME}__2d"
     assert (model / "fold_0" / "checkpoint_final.pth").is_file()
     assert "Pseudo dice" in (folder / "logs" / "nnUNetv2_train.log").read_text()
 
@@ -55,7 +55,7 @@ def test_demo_runs_end_to_end_and_a_second_run_reuses_it(tmp_path, monkeypatch, 
 
 def test_default_recipe_names_the_presegmentor_that_its_trainer_trains():
     recipe = demo.Recipe()
-    assert getattr(DiffusionTrainer_Xepochs, recipe.trainer).presegmentor_trainer == recipe.presegmentor
+    assert getattr(DiffusionTrainerUNet_Xepochs, recipe.trainer).presegmentor_trainer == recipe.presegmentor
 
 
 @pytest.mark.parametrize(

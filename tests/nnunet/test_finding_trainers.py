@@ -15,7 +15,8 @@ pytestmark = [pytest.mark.nnunet, pytest.mark.slow]
 NAMES = (
     ["DiffusionTrainer"]
     + [f"DiffusionTrainer_{n}epochs" for n in (5, 10, 20, 50, 100, 250)]
-    + ["DiffusionTrainer_1epoch", "DiffusionTrainerNoMirroring"]
+    + ["DiffusionTrainer_1epoch", "DiffusionTrainerNoMirroring", "DiffusionTrainerUNet", "DiffusionTrainerUNet_1epoch"]
+    + [f"DiffusionTrainerUNet_{n}epochs" for n in (5, 10, 20, 50, 100, 250)]
 )
 SEARCH = """
 import sys
@@ -45,7 +46,7 @@ def test_every_trainer_and_its_presegmentor_is_found(directories):
     lines = [line.split() for line in done.stdout.splitlines() if line.startswith("FOUND")]
     assert [line[1] for line in lines] == [line[2] for line in lines] == NAMES
     for _, name, _, epochs, presegmentor in lines:
-        suffix = name.removeprefix("DiffusionTrainer")
+        suffix = name.removeprefix("DiffusionTrainer").removeprefix("UNet")
         assert presegmentor == f"nnUNetTrainer{suffix}"
         assert epochs == ("".join(filter(str.isdecimal, suffix)) or "None")
 

@@ -20,6 +20,8 @@ README, QUICK_START, EXAMPLE = (
 SHORT_TRAININGS = ROOT / "tests" / "nnunet" / "short_trainings"
 SETS_UP = re.compile(r"pip install|make demo")  # blocks that install, or are run by tests of their own
 TAKES_A_DEVICE = ("nnunet_diffusion plan", "nnunet_diffusion train", "nnUNetv2_train", "nnUNetv2_predict")
+TRAINS = re.compile(r"nnUNetv2_(train|predict)|nnunet_diffusion train")
+CPU_PLANS = " -p nnUNetDiffusionPlans"
 
 
 def blocks(page, language="bash"):
@@ -39,7 +41,7 @@ def typed(text, root, **words):
 
 
 def without_gpu(line):
-    line = re.sub(r"-tr DiffusionTrainer\b(?!_)", "-tr DiffusionTrainer_5epochs", line)
+    line = re.sub(r"-tr (DiffusionTrainer(UNet)?)\b(?!_)", r"-tr \1_5epochs", line)
     return line if "-device cpu" in line else f"{line} -device cpu"
 
 
@@ -67,11 +69,15 @@ def commands_of(page, root, **words):
     return [line for block in blocks(page) for line in typed(block, root, **words)]
 
 
-def test_every_training_and_prediction_of_the_pages_names_the_plans():
-    for page in (README, QUICK_START, EXAMPLE):
-        lines = [line for block in blocks(page) for line in block.splitlines()]
-        found = [line for line in lines if re.match(r"nnUNetv2_(train|predict)|nnunet_diffusion train", line)]
-        assert found and all("-p nnUNetDiffusionPlans" in line for line in found)
+def test_every_training_and_prediction_is_on_plans_that_the_page_makes():
+    for block in (blocks(README)[0], "\n".join(blocks(QUICK_START))):
+        assert "nnUNetv2_plan_and_preprocess" in block
+        found = [line for line in block.splitlines() if TRAINS.match(line)]
+        assert found and not any(" -p " in line for line in found)
+    for block in (blocks(README)[1], "\n".join(blocks(EXAMPLE))):
+        assert "nnunet_diffusion plan" in block
+        found = [line for line in block.splitlines() if TRAINS.match(line)]
+        assert found and all(CPU_PLANS in line for line in found)
 
 
 def test_readme_has_the_commands_of_the_quick_start():
@@ -79,14 +85,19 @@ def test_readme_has_the_commands_of_the_quick_start():
     exports = re.compile("export ")
     short = [line for line in typed(blocks(README)[0], "/r") if not exports.match(line)]
     long = iter(commands_of(QUICK_START, "/r"))
-    assert len(short) == 4 and all(line in long for line in short), "the same, in the same order"
+    assert len(short) == 3 and all(line in long for line in short), "the same, in the same order"
     variables = [set(re.findall(r"(nnUNet_\w+)=", "\n".join(blocks(page)))) for page in (README, QUICK_START)]
     assert variables[0] == variables[1]
 
 
 def test_readme_has_the_same_commands_without_a_gpu():
     with_gpu, without = ([line for line in block.splitlines() if line] for block in blocks(README))
-    assert without == [without_gpu(line) for line in with_gpu if line.startswith(TAKES_A_DEVICE)]
+    trained = [line for line in with_gpu if TRAINS.match(line)]
+    assert without[:2] == [
+        "nnUNetv2_extract_fingerprint -d 4 --verify_dataset_integrity",
+        "nnunet_diffusion plan -d 4 --preprocess -c 2d -device cpu",
+    ]
+    assert without[2:] == [without_gpu(line + CPU_PLANS) for line in trained]
 
 
 def test_readme_is_short():
@@ -97,7 +108,7 @@ def test_pages_tell_what_to_add_without_a_gpu():
     for page in (README, QUICK_START):
         text = " ".join(page.split())
         assert "Without a GPU add `-device cpu`" in text or "Without one, add `-device cpu`" in text
-        assert "use `-tr DiffusionTrainer_5epochs` in" in text
+        assert "use `-tr DiffusionTrainerUNet_5epochs` in" in text
 
 
 def copy_middle_slice(source, folder):
@@ -128,6 +139,7 @@ def test_quick_start(hippocampus_data, workplace_type, tmp_path):
     printed = run(lines, tmp_path)
     assert "\nready\n" in printed
     assert "\n  nnunet_diffusion train 4 2d 0 -p nnUNetDiffusionPlans" in printed
+    assert (tmp_path / "results" / place.dataset / "DiffusionTrainerUNet_5epochs__nnUNetPlans__2d").is_dir()
     assert (tmp_path / "out" / f"{cases[0]}.nii.gz").is_file()
 
 
@@ -152,7 +164,7 @@ def test_worked_example(tmp_path):
     for fold in splits:
         groups = [{case.split("_")[0] for case in fold[part]} for part in ("train", "val")]
         assert groups[0] and groups[1] and not groups[0] & groups[1], "a video is on both sides"
-    (model,) = (tmp_path / "results" / "Dataset120_Polyps").glob("DiffusionTrainer_5epochs__*")
+    (model,) = (tmp_path / "results" / "Dataset120_Polyps").glob("DiffusionTrainerUNet_5epochs__*")
     validated = {path.stem for path in (model / "fold_0" / "validation").glob("*.png")}
     assert validated == set(splits[0]["val"]), "nnU-Net takes the split"
     for name in ("video7_0", "video7_1"):
