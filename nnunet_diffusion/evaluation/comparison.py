@@ -21,7 +21,10 @@ class PairedComparison:
     Attributes:
         cases: pairs compared.
         undefined: pairs left out because a value is NaN (such as Dice where the reference is empty).
-        infinite: pairs left out because a value is infinite (such as HD95 where one segmentation is empty).
+        infinite: pairs left out of means and interval because a value is infinite (such as HD95 where one segmentation is
+            empty). In the test they count as the largest differences, so that a missed structure is never an advantage.
+        candidate_infinite: infinite values of the candidate.
+        baseline_infinite: infinite values of the baseline.
         baseline_mean: mean of the baseline.
         baseline_median: median of the baseline.
         candidate_mean: mean of the candidate.
@@ -43,6 +46,8 @@ class PairedComparison:
     mean_difference: float
     interval: tuple[float, float]
     p_value: float
+    candidate_infinite: int = 0
+    baseline_infinite: int = 0
 
 
 def compare_paired(
@@ -68,6 +73,11 @@ def compare_paired(
         raise ValueError(f"candidate {first.shape} and baseline {second.shape} must both be (cases,), in one order")
     undefined = np.isnan(first) | np.isnan(second)
     infinite = ~undefined & (np.isinf(first) | np.isinf(second))
+    misses = [int(np.isinf(each[~undefined]).sum()) for each in (first, second)]
+    # pairs that are both infinite do not differ
+    worst = np.where(
+        first[infinite] == second[infinite], 0, np.where(np.isinf(first[infinite]), first[infinite], -second[infinite])
+    )
     first, second = first[~(undefined | infinite)], second[~(undefined | infinite)]
     difference = first - second
     return PairedComparison(
@@ -80,7 +90,9 @@ def compare_paired(
         candidate_median=_median(first),
         mean_difference=_mean(difference),
         interval=bootstrap_interval(difference, seed=seed, resamples=resamples, confidence=confidence),
-        p_value=wilcoxon_p(difference),
+        p_value=wilcoxon_p(np.concatenate((difference, worst))),
+        candidate_infinite=misses[0],
+        baseline_infinite=misses[1],
     )
 
 
@@ -120,7 +132,7 @@ def wilcoxon_p(difference: ArrayLike) -> float:
     """Two-sided Wilcoxon signed-rank p of paired differences.
 
     Args:
-        difference: finite differences, (N,).
+        difference: differences, (N,); infinite ones count as the largest.
 
     Returns:
         p in (0, 1]. Zero differences are dropped (Wilcoxon's rule); if none is left, p is 1.0. NaN without pairs.

@@ -117,3 +117,18 @@ def test_bad_arguments_are_named() -> None:
         bootstrap_interval([1.0], resamples=0)
     with pytest.raises(ValueError, match="confidence"):
         bootstrap_interval([1.0], confidence=1.0)
+
+
+def test_a_missed_structure_is_no_advantage() -> None:
+    """The candidate halves seven distances and misses two structures that the baseline finds; one both miss."""
+    baseline = np.array([8.0] * 9 + [np.inf])
+    candidate = np.array([4.0 - 0.1 * n for n in range(7)] + [np.inf, np.inf, np.inf])
+    found = compare_paired(candidate, baseline)
+    assert (found.cases, found.infinite, found.candidate_infinite, found.baseline_infinite) == (7, 3, 3, 1)
+    assert found.mean_difference < 0
+    dropped = compare_paired(candidate[:7], baseline[:7])
+    assert dropped.mean_difference == found.mean_difference
+    assert dropped.p_value < 0.05 < found.p_value
+    # the same ranks with finite distances, larger than all others
+    finite = np.where(np.isinf(candidate[:9]), 1000.0, candidate[:9])
+    assert found.p_value == pytest.approx(compare_paired(finite, baseline[:9]).p_value)
