@@ -1,4 +1,4 @@
-"""`-tr DiffusionTrainerUNet`: 1000 epochs; nnU-Net's own network as denoiser, with nnUNetTrainer as its pre-segmentor."""
+"""`-tr DiffusionTrainerUNet`: nnUNetTrainer (1000 epochs), then 250 epochs of nnU-Net's own network as denoiser."""
 
 from nnunet_diffusion.training import DiffusionTrainerUNet
 

@@ -32,7 +32,7 @@ class Recipe:
         training_images: number of images for training and validation.
         test_images: number of images for the report.
         trainer: name of the diffusion trainer; it trains `presegmentor` first.
-        presegmentor: name of nnU-Net's trainer of the same length.
+        presegmentor: name of nnU-Net's trainer, whose network is the pre-segmentor.
         spacing: spacing to which the images (spacing 1) are resampled, so that a patch covers a whole image even on a CPU.
         step_seconds: seconds per training step to plan for on a CPU.
         memory_target_gb: GPU memory to plan for on a GPU.

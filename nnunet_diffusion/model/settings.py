@@ -213,7 +213,9 @@ class DiffusionSettings:
         "inference", 1234, "Seed of training noise and of the reverse processes.", low=0, high=2**31 - 1
     )
     presegmentor_trainer: str = _setting(
-        "presegmentor", "", "Trainer whose network is the pre-segmentor; empty: the nnU-Net trainer of the same length."
+        "presegmentor",
+        "",
+        "Trainer whose network is the pre-segmentor; empty: the nnU-Net trainer that the diffusion trainer names.",
     )
 
     presegmentor_architecture: Mapping[str, Any] = field(

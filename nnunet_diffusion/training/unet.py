@@ -9,7 +9,9 @@ class DiffusionTrainerUNet(DiffusionTrainer):
     """DiffusionTrainer whose denoiser is nnU-Net's own network, which starts from the pre-segmentor's weights.
 
     It sees the noisy segmentation as further input channels, and is trained with nnU-Net's own loss. A training step costs what
-    nnU-Net's does. Plans made for PGDiffSeg, and stock plans, give it nothing but the pre-segmentor (`planned_settings`).
+    nnU-Net's does, and as little is learned anew, it has a quarter of nnU-Net's epochs. Plans made for PGDiffSeg give it
+    nothing but the pre-segmentor (`planned_settings`).
     """
 
     denoiser = "nnunet"
+    epochs: int | None = 250

@@ -1,5 +1,6 @@
 """nnU-Net's own search finds our trainers, alone and beside another directory."""
 
+import math
 import os
 import re
 import subprocess
@@ -48,7 +49,11 @@ def test_every_trainer_and_its_presegmentor_is_found(directories):
     for _, name, _, epochs, presegmentor in lines:
         suffix = name.removeprefix("DiffusionTrainer").removeprefix("UNet")
         assert presegmentor == f"nnUNetTrainer{suffix}"
-        assert epochs == ("".join(filter(str.isdecimal, suffix)) or "None")
+        length = "".join(filter(str.isdecimal, suffix))
+        if "UNet" in name:
+            assert int(epochs) == math.ceil(int(length or 1000) / 4), "a quarter of nnU-Net's"
+        else:
+            assert epochs == (length or "None")
 
 
 def test_nnunet_with_averaged_weights_is_found_at_every_length():
