@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
     def load(name: str) -> Any:
         return next(preprocessed_cases(folder, [name], predictor.label_manager))
 
-    with named_for_the_user(ValueError, MemoryError):
+    with named_for_the_user(FileNotFoundError, ValueError, MemoryError):
         found = diagnose(predictor, cases, load, options.start_steps, lambda name: print(f"{name} ...", flush=True))
     path = model / f"fold_{fold}" / FILE
     write_json(found.to_json(), path)

@@ -27,8 +27,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "predict",
         help="segment images: one reverse process per volume, any sampler, any pre-segmentation",
-        description="nnUNetv2_predict for models of DiffusionTrainer, with one reverse process per volume. Mirroring applies "
-        "to the pre-segmentation only. Settings that are not given come from the model's plans. Defaults are in parentheses.",
+        description="nnUNetv2_predict for diffusion models, with one reverse process per volume. Mirroring applies to the "
+        "pre-segmentation and, with --mirror_samples, to the samples. Settings that are not given come from the model's plans. "
+        "Defaults are in parentheses.",
     )
     _add_arguments_of_nnunet(parser)
     _add_own_arguments(parser)
@@ -42,7 +43,7 @@ def _add_arguments_of_nnunet(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add("-f", nargs="+", metavar="FOLD", help="folds (all finished folds)")
     add("-step_size", type=float, default=0.5, help="step between tiles as a fraction of the patch, at most 1 (0.5)")
-    add("--disable_tta", action="store_true", help="do not mirror the pre-segmentation: faster, less accurate")
+    add("--disable_tta", action="store_true", help="do not mirror: faster, less accurate")
     add("--verbose", action="store_true")
     add("--save_probabilities", action="store_true", help="also write .npz, for nnUNetv2_ensemble")
     add("--continue_prediction", action="store_true", help="skip cases that are finished with the same settings")
@@ -73,7 +74,7 @@ def _add_own_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--mirror_samples",
         action=argparse.BooleanOptionalAction,
-        help="mirror the image for the samples in turn, as nnU-Net mirrors it",
+        help="mirror the image for the samples in turn, as nnU-Net mirrors it; for --samples 2 or more",
     )
     add(
         "--presegmentation_weight",

@@ -36,6 +36,7 @@ from nnunet_diffusion.files import (
 )
 
 DEFAULT_TRAINER = "DiffusionTrainer"
+UNET_TRAINER = "DiffusionTrainerUNet"
 CHECKED = "checked_images.json"
 DEFAULT_PLANS = "nnUNetPlans"  # nnUNetv2_train's default
 STOCK_PLANS_NAME = re.compile("nnUNet(?:ResEncUNet(M|L|XL))?Plans")
@@ -193,7 +194,8 @@ def planning_commands(options: argparse.Namespace, *, from_raw: bool = False) ->
         from_raw: whether the dataset's fingerprint must be extracted first.
     """
     number = int(dataset_prefix(options.dataset_name_or_id)[7:10])
-    name = options.p or PLANS_OF[DEFAULT_PLANNER]
+    stock_suffices = options.tr is not None and options.tr.startswith(UNET_TRAINER) and options.device != "cpu"
+    name = options.p or (DEFAULT_PLANS if stock_suffices else PLANS_OF[DEFAULT_PLANNER])
     if stock := STOCK_PLANS_NAME.fullmatch(name):
         chosen = f" -pl nnUNetPlannerResEnc{stock[1]}" if stock[1] else ""
         return f"nnUNetv2_plan_and_preprocess -d {number}{chosen} -c {options.configuration} --verify_dataset_integrity"

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_diffusion.cli.devices import DEVICES, check_device
-from nnunet_diffusion.cli.errors import named_for_the_user
+from nnunet_diffusion.cli.errors import CommandError, named_for_the_user
 from nnunet_diffusion.cli.folders import PREPROCESSED, folder_in
 from nnunet_diffusion.cli.models import add_model_arguments, finished_folds, model_folder
 from nnunet_diffusion.cli.trainers_directory import with_trainers
 from nnunet_diffusion.files import write_json
 
 FILE = "tuning.json"
+CURE = "Free some space, then give the command again: the plans are as before."
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -57,7 +58,13 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         CommandError: wrong arguments, or the model or its preprocessed data cannot be read.
     """
+    if options.cases is not None and options.cases < 1:
+        raise CommandError(f"--cases is {options.cases}, but must be 1 or more")
     model = model_folder(options, os.environ)
+    if not os.access(model, os.W_OK):
+        raise CommandError(
+            f"{model} cannot be written, but tuning writes {FILE} and plans.json there: make it writable"
+        )
     folds = options.f or finished_folds(model, options.chk)
     preprocessed = Path(folder_in(os.environ, PREPROCESSED))
     os.environ.update(with_trainers(os.environ))
@@ -81,21 +88,26 @@ def run(options: argparse.Namespace) -> int:
         return next(preprocessed_cases(folder, [name], predictor.label_manager))
 
     predictors = {fold: with_fold(predictor, place) for place, fold in enumerate(predictor.folds)}
-    with named_for_the_user(ValueError, MemoryError):
+    with named_for_the_user(FileNotFoundError, ValueError, NotImplementedError, MemoryError):
         tuned = tune(
             predictors, cases, load, options.start_steps, options.steps,
             on_case=lambda name: print(f"{name} ...", flush=True),
         )  # fmt: skip
     used = {key: getattr(predictor.network.settings, key) for key in asked}
-    write_json({"folds": predictor.folds, **used, **tuned.to_json()}, model / FILE)
-    print(f"\n{tuned.tables()}\nWritten to {model / FILE}")
+    print(f"\n{tuned.tables()}")
+    with named_for_the_user(OSError):
+        write_json({"folds": predictor.folds, **used, **tuned.to_json()}, model / FILE)
+    print(f"Written to {model / FILE}")
     if options.dry_run:
         print(f"Chosen: {tuned.chosen}. The plans are as before (--dry_run).")
         return 0
     changes = {**tuned.chosen.settings(), **used}
     with named_for_the_user(OSError):
         write_inference(model / "plans.json", predictor.identity["configuration"], predictor.network.settings, changes)
-    print(f"Chosen: {tuned.chosen}. It is in {model / 'plans.json'}, where prediction reads it.")
+    print(
+        f"Chosen: {tuned.chosen}. It is in {model / 'plans.json'}, where prediction reads it. The folds' validations are still "
+        "those of the settings before: nnUNetv2_train ... --val makes them again."
+    )
     return 0
 
 
@@ -116,4 +128,4 @@ def write_inference(path: Path, configuration: str, settings: Any, changes: dict
 
     plans = json.loads(path.read_text(encoding="utf-8"))
     plans["configurations"][configuration][PLANS_KEY] = dataclasses.replace(settings, **changes).to_plans()
-    write_aside(lambda aside: Path(aside).write_text(json.dumps(plans, indent=4), encoding="utf-8"), path)
+    write_aside(lambda aside: Path(aside).write_text(json.dumps(plans, indent=4), encoding="utf-8"), path, CURE)

@@ -73,7 +73,7 @@ def validation_cases(
     Raises:
         FileNotFoundError: the split or the preprocessed data are missing.
         NotImplementedError: the model is the second stage of a cascade.
-        ValueError: the split has no such fold, or fewer than two cases.
+        ValueError: the split has no such fold, or no validation case in it.
     """
     plans, configuration = predictor.plans_manager, predictor.configuration_manager
     if configuration.previous_stage_name is not None:
@@ -91,8 +91,8 @@ def validation_cases(
             f"fold {fold} has no validation cases: {splits} has folds 0 to {len(split) - 1}; choose one with -f"
         )
     names = sorted(split[int(fold)]["val"])
-    if len(names) < 2:
-        raise ValueError(f"fold {fold} has {len(names)} validation case; two are needed")
+    if not names:
+        raise ValueError(f"fold {fold} has no validation cases: choose another with -f")
     return evenly_spaced(names, number), folder
 
 

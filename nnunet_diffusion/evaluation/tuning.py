@@ -18,13 +18,12 @@ import torch
 from numpy.typing import NDArray
 
 from nnunet_diffusion.evaluation.comparison import PairedComparison, compare_paired, comparison_table, markdown_table
+from nnunet_diffusion.evaluation.diagnostic import START_STEPS
 from nnunet_diffusion.evaluation.preprocessed import PreprocessedCase, mean_dice
 from nnunet_diffusion.inference.predictor import DiffusionPredictor
 from nnunet_diffusion.inference.presegmentation import Presegmentation
 from nnunet_diffusion.model import labels
 
-START_STEPS = (50, 100, 300, 500, 700)
-"""Default values of T'; the model's largest, `max_train_step`, is added."""
 STEPS = (1, 2, 5)
 WEIGHTS = (0.0, 0.25, 0.5, 0.75)
 SHOWN = 8
@@ -69,7 +68,7 @@ class Tuning:
         cases: names of the cases, N.
         scores: choice -> mean Dice of each case, in their order.
         chosen: by all cases.
-        before: the model's own settings.
+        before: the model's own settings, with the samples asked for.
         unseen: the tuned settings against nnU-Net, and against the model's own settings, each case measured at what was
             chosen by the other half of the cases.
     """
@@ -86,12 +85,11 @@ class Tuning:
         shown = [*ranked[:SHOWN], *(each for each in (self.chosen, self.before, NNUNET) if each not in ranked[:SHOWN])]
         names = {self.chosen: " (chosen)", self.before: " (before)"}
         rows = [
-            [f"{choice}{names.get(choice, '')}", str(choice.steps), f"{self.scores[choice].mean():.4f}"]
-            for choice in dict.fromkeys(shown)
+            [f"{choice}{names.get(choice, '')}", f"{self.scores[choice].mean():.4f}"] for choice in dict.fromkeys(shown)
         ]
         return (
             f"Mean Dice of {len(self.cases)} validation cases, the best of {len(self.scores)} choices:\n\n"
-            f"{markdown_table(['settings', 'evaluations of the denoiser', 'Dice'], rows)}\n"
+            f"{markdown_table(['settings', 'Dice'], rows)}\n"
             "Tuned settings on the half of the cases that did not choose them, against:\n\n"
             f"{comparison_table(self.unseen)}"
         )
@@ -128,9 +126,15 @@ def tune(
         on_case: called with the name of each case when it begins.
 
     Raises:
+        NotImplementedError: the model starts from pure noise.
         ValueError: fewer than four cases, or no T' within `max_train_step`.
     """
     settings = next(iter(predictor_of.values())).network.settings
+    if settings.from_noise:
+        raise NotImplementedError(
+            "Tuning chooses the start from nnU-Net's segmentation, but this model starts from pure noise "
+            "(diffusion.inference.from_noise in its plans.json): set that to false, and start_step to a T', first."
+        )
     limit, own = settings.max_train_step, settings.start_step
     asked = {*START_STEPS, limit, own} if start_steps is None else {*start_steps, own}
     grid = [

@@ -38,6 +38,10 @@ def is_finished(target: str, managers: Managers, save_probabilities: bool) -> bo
     return True
 
 
+ADDED = {"mirror_samples": False}
+"""Settings that reports of earlier versions do not have, and what was done then."""
+
+
 def why_not_kept(target: str, ending: str, settings: Mapping[str, Any]) -> str:
     """Return why a finished case cannot be kept in a run with `settings`; empty if it can.
 
@@ -52,6 +56,7 @@ def why_not_kept(target: str, ending: str, settings: Mapping[str, Any]) -> str:
         report = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(report, dict):
         return f"{mask} has no readable report ({path}), so nothing tells how it was predicted: {CURE}."
+    report = {**ADDED, **report}
     for key, now in json.loads(json.dumps(settings)).items():
         if key not in report:
             return f"{path} does not tell {key} of {mask}, which is {now} now: {CURE}."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -92,7 +91,7 @@ class VolumeProcess:
         on_tiles: called with the number of finished tiles after each batch.
         evaluations: counts of network evaluations, updated during the run.
         fold: fold of the weights. Each fold has its own noise, so that an ensemble also averages over noise.
-        mirrors: combinations of spatial axes; the networks see sample n mirrored along the axes of number n, in turn.
+        mirrored: spatial axes along which the networks see the volume mirrored.
     """
 
     segmenter: DiffusionSegmenter
@@ -104,7 +103,7 @@ class VolumeProcess:
     on_tiles: Callable[[int], object] = lambda count: None
     evaluations: Evaluations = field(default_factory=Evaluations)
     fold: int = 0
-    mirrors: Sequence[tuple[int, ...]] = ((),)
+    mirrored: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Prepare the data shared by all samples."""
@@ -115,8 +114,7 @@ class VolumeProcess:
         volume = self.image.shape[1:]
         self._heads = self.segmenter.denoiser.state_channels
         self._total = self.tiling.total_weight(volume, self.state_device)
-        self._mirrored: tuple[int, ...] = ()
-        self._conditions: tuple[Any, Conditions] | None = None
+        self._conditions: tuple[Sequence[Tile], Conditions] | None = None
 
     def run(self, samples: Sequence[int]) -> Tensor:
         """Return the probabilities of these samples, (len(samples), K, *volume), float32; reproducible for a given seed.
@@ -124,28 +122,10 @@ class VolumeProcess:
         Args:
             samples: numbers of the samples, from 0; they share the condition flow.
         """
-        return self._in_turn(self._joint, samples)
+        return self._sample(self._evaluate, self._starts(samples), [(number,) for number in samples])
 
     def run_tile_wise(self, samples: Sequence[int]) -> Tensor:
         """As `run`, but with a separate reverse process for each tile; the results are blended at the end."""
-        return self._in_turn(self._tile_wise, samples)
-
-    def _in_turn(self, run: Callable[[Sequence[int]], Tensor], samples: Sequence[int]) -> Tensor:
-        """Run samples that are mirrored alike together; return all in the order of `samples`."""
-        found: dict[int, Tensor] = {}
-        for place, axes in enumerate(self.mirrors):
-            numbers = [number for number in samples if number % len(self.mirrors) == place]
-            self._mirrored = axes
-            if len(numbers) == len(samples):
-                return run(samples)
-            if numbers:
-                found.update(zip(numbers, run(numbers), strict=True))
-        return torch.stack([found[number] for number in samples])
-
-    def _joint(self, samples: Sequence[int]) -> Tensor:
-        return self._sample(self._evaluate, self._starts(samples), [(number,) for number in samples])
-
-    def _tile_wise(self, samples: Sequence[int]) -> Tensor:
         starts = self._starts(samples)
         total = torch.zeros_like(starts)
         for number, tile in enumerate(self.tiling.tiles):
@@ -211,14 +191,16 @@ class VolumeProcess:
         before = conditions.evaluations
         condition = conditions.at(timestep)
         self.evaluations.condition += conditions.evaluations - before
+        if self.segmenter.settings.uses_features:
+            self.evaluations.presegmentor += conditions.evaluations - before
         clean = self.segmenter.clean_estimate(self._mirror(states), timestep, condition, self.tiling.samples_per_call)
         self.evaluations.denoiser += len(tiles) * states.shape[1]
         self.on_tiles(len(tiles))
         return self._mirror(clean)
 
     def _mirror(self, patches: Tensor) -> Tensor:
-        """Mirror patches, whose last axes are the spatial ones, along the axes of the samples that are run."""
-        return patches.flip([axis - self.tiling.weight.ndim for axis in self._mirrored]) if self._mirrored else patches
+        """Mirror patches, whose last axes are the spatial ones."""
+        return patches.flip([axis - self.tiling.weight.ndim for axis in self.mirrored]) if self.mirrored else patches
 
     def _conditions_of(self, tiles: Sequence[Tile]) -> Conditions:
         """Return the conditions of these tiles, reused from the last call if the tiles are the same.
@@ -226,8 +208,7 @@ class VolumeProcess:
         They are the same if all tiles fit into one batch. Only the last ones are kept, because the conditions of all tiles of
         a large volume do not fit into memory.
         """
-        key = (tiles, self._mirrored)
-        if self._conditions is None or self._conditions[0] != key:
+        if self._conditions is None or self._conditions[0] != tiles:
             self._conditions = None
             device = self.tiling.device
             image = torch.stack([self.image[tile] for tile in tiles]).to(device)
@@ -235,7 +216,7 @@ class VolumeProcess:
             if self.presegmentation is not None and self.segmenter.settings.condition_on_presegmentation:
                 given = torch.stack([self.presegmentation[tile] for tile in tiles]).to(device)
             seen = self.segmenter.condition_image(image, given)
-            self._conditions = key, Conditions(self.segmenter, self._mirror(seen))
+            self._conditions = tiles, Conditions(self.segmenter, self._mirror(seen))
         return self._conditions[1]
 
 

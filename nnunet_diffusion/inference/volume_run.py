@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -88,7 +89,8 @@ class VolumeRun:
         bar = None
         if on_tiles is None:
             # the pre-segmentation counts as one step
-            total = (self.settings.steps + 1) * len(predictor.list_of_parameters) * len(self.tiling.tiles)
+            runs = min(len(self._mirrors()), self.settings.samples)
+            total = (self.settings.steps * runs + 1) * len(predictor.list_of_parameters) * len(self.tiling.tiles)
             bar = tqdm(total=total, unit="tile", disable=None if predictor.allow_tqdm else True, leave=False)
             on_tiles = bar.update
         self._on_tiles = on_tiles
@@ -188,6 +190,7 @@ class VolumeRun:
     def _add_samples(self, fold: str, start: Tensor | None, share: float) -> None:
         """Run one reverse process per sample, in groups that fit into memory; `share` is the weight of all together."""
         predictor, settings, data = self.predictor, self.settings, self.data
+        mirrors = self._mirrors()
         limit = None if predictor.state_memory_gb is None else predictor.state_memory_gb * GIB
         device = self.device
         if device.type == "cuda" and not predictor.perform_everything_on_device:
@@ -198,20 +201,23 @@ class VolumeRun:
             return free_bytes(device) - (data.nbytes if device.type == "cuda" else 0)  # the image is there too
 
         plan = plan_memory(
-            data.shape[1:], self.network.denoiser.state_channels, settings.samples, settings.sampler, settings.steps,
+            data.shape[1:], self.network.denoiser.state_channels, -(-settings.samples // len(mirrors)), settings.sampler,
+            settings.steps,
             device, limit, self.tiling.samples_per_call, free,
         )  # fmt: skip
         tell(self.notes, plan.note)
         process = VolumeProcess(
             self.network, data, self.tiling, start, settings.seed, plan.device, self._on_tiles, self.evaluations,
-            int(fold) if fold.isdecimal() else 0, self._mirrors(),
+            int(fold) if fold.isdecimal() else 0,
         )  # fmt: skip
-        numbers = range(settings.samples)
-        for first in range(0, settings.samples, plan.at_once):
-            group = numbers[first : first + plan.at_once]
-            process, found = run_group(process, group, predictor.joint, self.notes)
-            for number, probabilities in zip(group, found, strict=True):
-                self.members.add(probabilities, share / settings.samples, f"fold_{fold}_sample_{number}")
+        for place, axes in enumerate(mirrors[: settings.samples]):
+            process = dataclasses.replace(process, mirrored=axes)
+            numbers = range(place, settings.samples, len(mirrors))
+            for first in range(0, len(numbers), plan.at_once):
+                group = numbers[first : first + plan.at_once]
+                process, found = run_group(process, group, predictor.joint, self.notes)
+                for number, probabilities in zip(group, found, strict=True):
+                    self.members.add(probabilities, share / settings.samples, f"fold_{fold}_sample_{number}")
 
     def _mirrors(self) -> list[tuple[int, ...]]:
         """Return the combinations of axes along which samples are mirrored, in turn: those of nnU-Net's own mirroring."""

@@ -30,11 +30,9 @@ class Presegmentation:
 
     Attributes:
         probabilities: of each class or region, (B, K, *spatial), float32.
-        features: of its stages (`networks/unet.py`), for denoisers whose condition they are.
     """
 
     probabilities: Tensor
-    features: tuple[Tensor, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -180,6 +178,8 @@ class DiffusionSegmenter(nn.Module):
         member = None
         if presegmentation is None:
             member = self.presegment(image).probabilities if settings.presegmentation_weight > 0 else None
+            if member is not None and settings.presegmentation_weight == 1:
+                return member
             presegmentation = self.own_start(image, member) if needed else None
         shape = (len(image) * settings.samples, self.denoiser.state_channels, *image.shape[2:])
         start, generator = self._start_noise(shape, image.device)

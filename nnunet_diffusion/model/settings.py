@@ -59,6 +59,7 @@ class DiffusionSettings:
     for `start_step`; the defaults are those of `default_settings`, chosen by documentation/experiments/defaults.md.
 
     Raises:
+        NotImplementedError: two values are not supported together.
         ValueError: naming the key, its value and the legal choices or range, if a value is out of range, of the wrong
             type, or contradicts another.
     """
@@ -86,7 +87,7 @@ class DiffusionSettings:
         "network",
         "pgdiffseg",
         "`pgdiffseg`, or `nnunet`: nnU-Net's own network, which starts from the pre-segmentor's weights and sees the noisy "
-        "segmentation as further input channels; the other settings of this section are then without effect.",
+        "segmentation as further input channels. The sizes of PGDiffSeg in this section are then without effect.",
         choices=DENOISERS,
     )
     condition: str = _setting(
@@ -258,6 +259,11 @@ class DiffusionSettings:
         return self.denoiser == "pgdiffseg" and self.condition == "own" and self.time_in_condition_flow
 
     def _check_network(self) -> None:
+        if self.uses_features and self.attention == ATTENTIONS[1]:
+            raise NotImplementedError(
+                "diffusion.network.attention 'cross' needs a condition flow, which diffusion.network.condition 'presegmentor' "
+                "replaces: choose attention 'paper'."
+            )
         if self.condition_on_presegmentation and (self.denoiser == "nnunet" or self.condition == "presegmentor"):
             raise ValueError(
                 "diffusion.network.condition_on_presegmentation gives nnU-Net's segmentation to PGDiffSeg's condition flow, "
@@ -303,12 +309,13 @@ class DiffusionSettings:
         return content
 
     @classmethod
-    def from_plans(cls, configuration: Mapping[str, Any]) -> DiffusionSettings:
+    def from_plans(cls, configuration: Mapping[str, Any], denoiser: str = DENOISERS[0]) -> DiffusionSettings:
         """Read the settings of one resolved configuration of nnU-Net's plans.
 
         Args:
             configuration: `ConfigurationManager.configuration`; its `diffusion` section may be absent or partial, what
                 is missing comes from `default_settings`.
+            denoiser: denoiser where the plans name none.
 
         Raises:
             ValueError: on an unknown key (naming the nearest known ones) or a bad value.
@@ -320,7 +327,7 @@ class DiffusionSettings:
             )
         given = values_of(section)
         by_snr, snr = START_SNR in given, given.pop(START_SNR, None)
-        settings = default_settings(configuration, given.get("prediction_type"), given.get("denoiser", DENOISERS[0]))
+        settings = default_settings(configuration, given.get("prediction_type"), given.get("denoiser", denoiser))
         if by_snr:
             if "start_step" in given:
                 raise ValueError(

@@ -57,17 +57,26 @@ class NoisyUNet(nn.Module):
             nn.init.zeros_(project.weight)  # type: ignore[arg-type]
             nn.init.zeros_(project.bias)  # type: ignore[arg-type]
 
-    def start_from(self, weights: Mapping[str, Tensor]) -> None:
+    def start_from(self, weights: Mapping[str, Tensor]) -> bool:
         """Take over nnU-Net's weights; those of the noisy state's input channels become 0.
+
+        A network that has been trained before (`-pretrained_weights`, for which nnU-Net leaves out the last layers) takes over
+        the last layers only.
 
         Args:
             weights: state dict of the same network for `image_channels` input channels.
 
+        Returns:
+            Whether all weights were taken over.
+
         Raises:
             ValueError: the weights are of another network.
         """
+        fresh = not any(bool(parameter.any()) for parameter in self.scale_and_shift.parameters())
         own, widened = self.network.state_dict(), {}
         for key, value in own.items():
+            if not fresh and ".seg_layers." not in key:
+                continue
             given = weights.get(key)
             if given is not None and value.ndim > 1 and given.shape[1:2] != value.shape[1:2]:
                 blank = value.new_zeros(len(given), self.state_channels, *given.shape[2:])
@@ -78,7 +87,8 @@ class NoisyUNet(nn.Module):
                     f"{None if given is None else tuple(given.shape)} in the weights with the state's channels."
                 )
             widened[key] = given
-        self.network.load_state_dict(widened)
+        self.network.load_state_dict({**own, **widened})
+        return fresh
 
     def encode(
         self, image: Tensor, timestep: Tensor | None = None, features: tuple[Tensor, ...] | None = None

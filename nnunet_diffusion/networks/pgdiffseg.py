@@ -199,7 +199,7 @@ class PGDiffSeg(nn.Module):
         self.adapts = feature_channels is not None
         if self.adapts and self.crosses:
             raise NotImplementedError(
-                "attention 'cross' needs a condition flow, which condition 'presegmentor' replaces: choose attention 'paper'"
+                "attention 'cross' needs a condition flow: choose 'paper', or no feature_channels"
             )
         self.image_channels, self.state_channels = image_channels, state_channels
         self.time_in_condition_flow = time_in_condition_flow

@@ -23,8 +23,8 @@ def refuse_other_architectures(network: nn.Module, purpose: str) -> None:
     needed = ((encoder, ("stages", "output_channels")), (decoder, ("stages", "transpconvs", "seg_layers")))
     if not all(hasattr(part, name) for part, names in needed for name in names):
         raise NotImplementedError(
-            f"{purpose} supports nnU-Net's PlainConvUNet and ResidualEncoderUNet, not {type(network).__name__}: plan with one "
-            "of nnU-Net's planners for these."
+            f"{purpose} supports nnU-Net's PlainConvUNet and ResidualEncoderUNet, not {type(network).__name__}, the "
+            "pre-segmentor's network: choose another setting or another pre-segmentor."
         )
 
 

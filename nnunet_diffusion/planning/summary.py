@@ -80,11 +80,14 @@ def next_commands(
     fold = "0" if planner.dataset_json["numTraining"] >= FOLDS else "all"
     words = f"{int(dataset[7:10])} {name} {fold} -p {plans['plans_name']}"
     if not planner.budget.gpu:
-        words += f" -tr DiffusionTrainer_{CPU_EPOCHS}epochs -device cpu"
+        words += f" -tr DiffusionTrainerUNet_{CPU_EPOCHS}epochs -device cpu"
     lines = ["Next:"] + [f"  {preprocess_command(dataset, plans['plans_name'], name)}"] * (not preprocessed)
     lines.append(f"  nnunet_diffusion train {words}")
     if not planner.budget.gpu:
-        lines.append(f"That trains {CPU_EPOCHS} epochs of each network; without -tr it is 1000 epochs.")
+        lines.append(
+            f"That trains nnU-Net for {CPU_EPOCHS} epochs, then its network as denoiser; without -tr it is PGDiffSeg, and 1000 "
+            "epochs of each."
+        )
     if fold == "all":
         cases = planner.dataset_json["numTraining"]
         lines.append(f"{cases} training cases are too few for {FOLDS} folds: train with fold all, as above.")

@@ -172,10 +172,15 @@ def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
     write_aside(lambda aside: torch.save(checkpoint, aside), path)
 
 
-def write_aside(write: Callable[[str], object], path: str | Path) -> None:
+CONTINUE = (
+    "The previous checkpoint, if any, is kept. Free some space or make the folder writable, then continue with --c."
+)
+
+
+def write_aside(write: Callable[[str], object], path: str | Path, cure: str = CONTINUE) -> None:
     """Call `write` with the name of a temporary file, then rename that file to `path` if `write` created it.
 
-    Once this function returns, the file survives a power loss.
+    Once this function returns, the file survives a power loss. `cure` is the end of the message of an error.
 
     Raises:
         OSError: as `write_checkpoint`.
@@ -192,10 +197,7 @@ def write_aside(write: Callable[[str], object], path: str | Path) -> None:
         aside.unlink(missing_ok=True)
         if not isinstance(error, (OSError, RuntimeError)):
             raise
-        raise OSError(
-            f"Could not write {path}: {error}. The previous checkpoint, if any, is kept. Free some space or make the "
-            "folder writable, then continue with --c."
-        ) from error
+        raise OSError(f"Could not write {path}: {error}. {cure}") from error
 
 
 def _sync(path: Path) -> None:

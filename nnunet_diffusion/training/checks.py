@@ -111,16 +111,15 @@ def shared_with_other_folds(path: Path, configuration_name: str, settings: Diffu
         return settings
     configuration = PlansManager(plans).get_configuration(configuration_name).configuration
     theirs = DiffusionSettings.from_plans(configuration)
-    shared = dataclasses.replace(settings, **{key: getattr(theirs, key) for key in inference_settings()})
-    existing, ours = dataclasses.asdict(theirs), dataclasses.asdict(shared)
-    if existing != ours:
-        differing = [key for key in ours if existing.get(key) != ours[key]]
+    existing, ours = dataclasses.asdict(theirs), dataclasses.asdict(settings)
+    differing = [key for key in ours if key not in inference_settings() and existing.get(key) != ours[key]]
+    if differing:
         raise ValueError(
             f"{path} belongs to a training with other settings ({', '.join(differing)}: "
             f"{[existing.get(key) for key in differing]} there, {[ours[key] for key in differing]} here), and all folds of "
             "a model share it. Give the plans another plans_name, or remove that folder."
         )
-    return shared
+    return dataclasses.replace(settings, **{key: existing[key] for key in inference_settings()})
 
 
 def read_shared_json(path: Path) -> Any:

@@ -165,7 +165,8 @@ class DiffusionTrainer(nnUNetTrainer):
         weights = presegmentor_weights(self)
         self.segmenter.presegmentor.load_state_dict(weights)
         if self.settings.denoiser == "nnunet":
-            self.segmenter.denoiser.start_from(weights)
+            fresh = self.segmenter.denoiser.start_from(weights)
+            self.print_to_log_file(f"The denoiser starts from {'nnU-Net' if fresh else 'pretrained'} weights.")
 
     def on_train_epoch_start(self) -> None:
         """Seed the noise of the epoch, so that a resumed training draws the same noise as an uninterrupted one."""
@@ -215,6 +216,7 @@ class DiffusionTrainer(nnUNetTrainer):
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """Validate as nnU-Net does, with averaged weights and the inference settings; then compare with the pre-segmentor."""
+        share_settings_of_folds(self)  # they may have been tuned
         with job.alone_and_tidy(self), averaged_weights(self.segmenter, self.learners):
             super().perform_actual_validation(save_probabilities)
             if self.local_rank == 0:

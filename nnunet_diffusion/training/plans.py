@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_diffusion.model.settings import PLANS_KEY, REMOVED, VERSION, DiffusionSettings, default_settings
-from nnunet_diffusion.planning.record import PlanRecord
+from nnunet_diffusion.planning.record import RECORD_KEY, PlanRecord
 from nnunet_diffusion.training.cascade import previous_stage_folder, refuse_impossible_start
 from nnunet_diffusion.training.checkpoints import refuse_unknown_networks
 from nnunet_diffusion.training.checks import refuse_foreign_plans, shared_with_other_folds
@@ -40,7 +40,7 @@ def planned_settings(
     manager = PlansManager(dict(plans))
     planned = manager.get_configuration(configuration)
     regions = manager.get_label_manager(dict(dataset_json)).has_regions
-    settings = DiffusionSettings.from_plans(planned.configuration)
+    settings = _read(planned.configuration, denoiser)
     if denoiser is not None and denoiser != settings.denoiser:
         settings = dataclasses.replace(
             default_settings(planned.configuration, denoiser=denoiser),
@@ -51,6 +51,13 @@ def planned_settings(
     PlanRecord.from_plans(planned.configuration)
     refuse_impossible_start(settings, planned.previous_stage_name, configuration)
     return settings
+
+
+def _read(configuration: Mapping[str, Any], denoiser: str | None) -> DiffusionSettings:
+    """Read the settings; where the plans name no denoiser, they are for the trainer's, unless our planner made them."""
+    if denoiser is None or RECORD_KEY in configuration:
+        return DiffusionSettings.from_plans(configuration)
+    return DiffusionSettings.from_plans(configuration, denoiser)
 
 
 def with_presegmentor(
@@ -78,7 +85,7 @@ def notes(configuration: Mapping[str, Any], denoiser: str | None = None) -> list
         denoiser: denoiser of the trainer; None for that of the plans.
     """
     section = configuration.get(PLANS_KEY, {})
-    planned = DiffusionSettings.from_plans(configuration).denoiser
+    planned = _read(configuration, denoiser).denoiser
     if section and denoiser not in (None, planned):
         return [
             f"The plans' {PLANS_KEY} section is for the denoiser {planned!r}, but this trainer's is {denoiser!r}, which takes "
@@ -118,6 +125,10 @@ def share_settings_of_folds(trainer: DiffusionTrainer) -> None:
     path = Path(trainer.output_folder_base) / "plans.json"
     settings = shared_with_other_folds(path, trainer.configuration_name, trainer.settings)
     if settings != trainer.settings:
-        trainer.print_to_log_file(f"Inference settings are those of {path}, which the folds of a model share.")
+        ours, theirs = dataclasses.asdict(trainer.settings), dataclasses.asdict(settings)
+        changed = ", ".join(f"{key} {theirs[key]} (not {ours[key]})" for key in ours if ours[key] != theirs[key])
+        trainer.print_to_log_file(
+            f"The folds of a model share their inference settings. {path} has {changed}: to change that, edit this file."
+        )
         adopt(trainer, settings)
         trainer.segmenter.settings = settings

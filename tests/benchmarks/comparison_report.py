@@ -102,10 +102,10 @@ def dice_table(rows: Sequence[Row], seed: int) -> str:
 def hd95_table(rows: Sequence[Row], seed: int) -> str:
     """HD95 of the cases that have the class, paired with nnU-Net; the test counts a missed class as the largest distance."""
     lines = [
-        [entry.name, *_cells(entry, comparison, 3), str(comparison.candidate_infinite)]
+        [entry.name, *_cells(entry, comparison, 3), f"{comparison.candidate_infinite} ({comparison.baseline_infinite})"]
         for entry, _, comparison in _paired(rows, "hd95", seed)
     ]
-    return markdown_table(["model", *PAIRED, "class missed"], lines)
+    return markdown_table(["model", *PAIRED, "class missed (by nnU-Net)"], lines)
 
 
 def false_positive_table(rows: Sequence[Row]) -> str:

@@ -24,7 +24,7 @@ def loaded(workplace):
         predictor = DiffusionPredictor(device=torch.device("cpu"), allow_tqdm=False, threads=1)
         predictor.manual_initialization(
             trainer.segmenter, trainer.plans_manager, trainer.configuration_manager, None, trainer.dataset_json,
-            "DiffusionTrainer", None,
+            "DiffusionTrainer", (0, 1),
         )  # fmt: skip
         folder, manager = Path(trainer.preprocessed_dataset_folder), trainer.label_manager
         return predictor, trainer.do_split()[1][:2], lambda name: next(preprocessed_cases(folder, [name], manager))

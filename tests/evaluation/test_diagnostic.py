@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_diffusion.evaluation.diagnostic import diagnose, fitted
+from nnunet_diffusion.evaluation.preprocessed import mean_dice
 
 pytestmark = pytest.mark.nnunet
 STEPS = (50, 700)
@@ -106,3 +107,23 @@ def test_the_command_writes_its_tables_beside_the_model(trained_2d):
     assert refused.returncode == 2 and "Folds that have one: 0" in refused.stderr
     refused = place.run("nnunet_diffusion", *words, "--cases", 1, check=False)
     assert refused.returncode == 2 and "--cases is 1" in refused.stderr
+
+
+def test_neither_network_is_mirrored(loaded):
+    predictor, cases, load = loaded(Reading)
+    found = diagnose(predictor, cases, load, [50])
+    assert predictor.use_mirroring, "the predictor is left as it was"
+    dice = {}
+    for mirrored in (False, True):
+        predictor.use_mirroring = mirrored
+        with predictor.network.overridden(presegmentation_weight=1.0):
+            runs = [predictor.predict_volume(torch.from_numpy(load(name).image)) for name in cases]
+        segmentations = [np.asarray(predictor.label_manager.convert_logits_to_segmentation(run.logits)) for run in runs]
+        dice[mirrored] = np.mean(
+            [
+                mean_dice(segmentation, load(name).truth, predictor.label_manager)
+                for segmentation, name in zip(segmentations, cases, strict=True)
+            ]
+        )
+    assert found.nnunet == pytest.approx(dice[False])
+    assert dice[False] != pytest.approx(dice[True], abs=1e-6), "or this could not fail"

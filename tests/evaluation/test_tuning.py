@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from nnunet_diffusion.evaluation.diagnostic import diagnose
 from nnunet_diffusion.evaluation.preprocessed import mean_dice
 from nnunet_diffusion.evaluation.tuning import NNUNET, Choice, choose, on_unseen_cases, tune
 from nnunet_diffusion.model import labels
@@ -57,10 +56,7 @@ def test_scores_are_those_of_predictions_at_these_settings(loaded):
         for weight in (0.25, own.presegmentation_weight)
     }
     assert found.before == Choice(own.steps, own.start_step, own.presegmentation_weight)
-    predictor.use_mirroring = False
-    diagnostic = diagnose(predictor, cases, load, [50])
-    assert found.scores[NNUNET].mean() == pytest.approx(diagnostic.nnunet)
-    for choice in (Choice(2, 50, 0.25), found.before):
+    for choice in (NNUNET, Choice(2, 50, 0.25), found.before):
         for number, name in enumerate(cases):
             case = load(name)
             with predictor.network.overridden(**choice.settings()):
@@ -72,6 +68,16 @@ def test_scores_are_those_of_predictions_at_these_settings(loaded):
             assert found.scores[choice][number] == pytest.approx(wanted, abs=1e-6)
     tables = found.tables()
     assert f"{found.chosen} (chosen)" in tables and "| nnU-Net | 4 |" in tables
+
+
+@pytest.mark.nnunet
+def test_models_that_start_from_noise_are_refused(loaded):
+    predictor, cases, load = loaded(None)
+    with (
+        predictor.network.overridden(from_noise=True, start_step=1000),
+        pytest.raises(NotImplementedError, match="starts from pure noise"),
+    ):
+        tune({"0": predictor}, [("0", name) for name in (*cases, *cases)], load)
 
 
 @pytest.mark.nnunet

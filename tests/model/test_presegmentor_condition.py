@@ -88,7 +88,7 @@ def test_what_does_not_go_together_is_refused():
     with pytest.raises(ValueError, match="condition_on_presegmentation"):
         dataclasses.replace(FEATURES, condition_on_presegmentation=True, corruption_probability=1.0)
     with pytest.raises(NotImplementedError, match="attention 'cross' needs a condition flow"):
-        segmenter(dataclasses.replace(FEATURES, attention="cross"))
+        dataclasses.replace(FEATURES, attention="cross")
     other = {
         "network_class_name": "PlainConvUNet",
         "_kw_requires_import": [],

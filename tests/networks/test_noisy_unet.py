@@ -74,3 +74,13 @@ def test_features_are_those_that_nnunet_segments_with(residual, dimension):
     # the second half of the first stage's features is the decoder's: the last layer gives the logits
     torch.testing.assert_close(nnunet.decoder.seg_layers[-1](features[0][:, WIDTHS[0] :]), logits)
     torch.testing.assert_close(features[-1], nnunet.encoder(image)[-1])
+
+
+def test_a_network_that_was_trained_before_keeps_its_weights_but_for_the_last_layers():
+    """As nnU-Net's -pretrained_weights leaves them: without the layers that depend on the labels."""
+    pretrained, nnunet = denoiser_of(small_unet()), small_unet()
+    pretrained.scale_and_shift[0].bias.data += 1
+    before = {key: value.clone() for key, value in pretrained.network.state_dict().items()}
+    assert not pretrained.start_from(nnunet.state_dict())
+    for key, value in pretrained.network.state_dict().items():
+        assert torch.equal(value, nnunet.state_dict()[key] if ".seg_layers." in key else before[key]), key

@@ -86,7 +86,7 @@ def test_a_plan_for_this_cpu(planned):
     words = ("-d", 4, "-device", "cpu", "-step_seconds", 0.1, "-overwrite_plans_name", "Laptop")
     done = place.run("nnunet_diffusion", "plan", *words)
     assert "nnUNetv2_preprocess -d 4 -plans_name Laptop -c 2d\n" in done.stdout
-    assert "train 4 2d 0 -p Laptop -tr DiffusionTrainer_5epochs -device cpu\n" in done.stdout
+    assert "train 4 2d 0 -p Laptop -tr DiffusionTrainerUNet_5epochs -device cpu\n" in done.stdout
     section = json.loads((place.preprocessed / "Laptop.json").read_text())["configurations"][CONFIGURATION]
     assert section["diffusion_plan"]["step_seconds"] == 0.1 and section["diffusion_plan"]["machine"]
     assert np.prod(section["patch_size"]) <= np.prod(section["diffusion_plan"]["stock_patch_size"])

@@ -325,7 +325,7 @@ def test_a_machine_too_slow_gets_the_smallest_plan_that_learns_and_is_told(finge
     planner.budget.timings = [Timing(1.0, share=0.5)]
     assert "WARNING: this machine was busy" in summary(planner, plans), "not the hardware alone"
     text = next_commands(planner, plans, None, preprocessed=True)
-    assert "train 900 2d 0 -p nnUNetDiffusionPlans -tr DiffusionTrainer_5epochs -device cpu" in text
+    assert "train 900 2d 0 -p nnUNetDiffusionPlans -tr DiffusionTrainerUNet_5epochs -device cpu" in text
     assert "preprocess" not in text
 
 
