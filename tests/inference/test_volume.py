@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from nnunet_diffusion.diffusion.samplers import SAMPLERS, timestep_grid
 from nnunet_diffusion.diffusion.schedules import noise_schedule
 from nnunet_diffusion.inference.out_of_memory import run_group
 from nnunet_diffusion.inference.volume import NOISE_OF_START, NOISE_OF_STEPS, Tiling, VolumeProcess
+from nnunet_diffusion.inference.volume_run import VolumeRun
 from nnunet_diffusion.model import labels
 from nnunet_diffusion.model.segmenter import DiffusionSegmenter
 from nnunet_diffusion.model.settings import DiffusionSettings
@@ -310,3 +312,17 @@ def test_a_mirrored_process_has_the_same_noise():
     plain = process(pointwise, image, tiling((9, 12), (6, 8), 0.5))
     mirrored = dataclasses.replace(plain, mirrored=(0, 1))
     torch.testing.assert_close(mirrored.run(range(3)), plain.run(range(3)))
+
+
+def test_samples_are_mirrored_along_nnunets_axes_in_turn():
+    class Run:
+        settings = dataclasses.replace(SETTINGS, mirror_samples=True)
+        predictor = SimpleNamespace(use_mirroring=True, allowed_mirroring_axes=(0, 1))
+
+    run = Run()
+    assert VolumeRun._mirrors(run) == [(), (0,), (1,), (0, 1)]
+    for change in ({"use_mirroring": False}, {"allowed_mirroring_axes": None}):
+        run.predictor = SimpleNamespace(**{**vars(Run.predictor), **change})
+        assert VolumeRun._mirrors(run) == [()]
+    run.predictor, run.settings = Run.predictor, SETTINGS
+    assert VolumeRun._mirrors(run) == [()]
