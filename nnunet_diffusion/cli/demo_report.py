@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 Labels = NDArray[np.integer[Any]]
 FIGURE_KINDS = ("malignant", "benign", "cyst")
 FIGURE_STEPS = 5
+FIGURE_START_STEP = 500
+"""T' of the figure: the state shows nothing of the mask there."""
 SPACING_PIXELS = (1.0, 1.0)
 TEMPLATE = """# Demo of nnunet-diffusion
 
@@ -43,8 +45,9 @@ stock prediction with mirroring. In PD-DDPM nnU-Net's own probabilities have a w
 
 ![Reverse process](report.png)
 
-The reverse process from nnU-Net's segmentation, noised to T' = {start_step}, down to 0, here in {figure_steps} steps on the
-whole image, at the network's resolution, without nnU-Net's probabilities in the result.
+The reverse process from nnU-Net's segmentation, here noised to T' = {start_step}, where the state shows nothing of it,
+down to 0 in {figure_steps} steps on the whole image, at the network's resolution, without nnU-Net's probabilities in the
+result.
 Error map: white is correct, red is missed, blue is false positive.
 """
 
@@ -187,7 +190,7 @@ def draw_figure(
     images: Mapping[str, Labels],
     truth: Mapping[str, Labels],
 ) -> None:
-    """Draw one case of each kind: its reverse process in FIGURE_STEPS steps from nnU-Net's segmentation at T'.
+    """Draw one case of each kind: its reverse process in FIGURE_STEPS steps from nnU-Net's segmentation at FIGURE_START_STEP.
 
     Args:
         path: file to write.
@@ -250,8 +253,10 @@ def reverse_process(
         states.append((timestep, noisy[0, 1, :height, :width].float().cpu().numpy()))
 
     logits = plain.predict_logits_from_preprocessed_data(data).cpu().float()
-    steps = min(FIGURE_STEPS, network.settings.start_step)
-    with network.overridden(steps=steps, samples=1, presegmentation_weight=0.0):
+    start = {"start_step": min(FIGURE_START_STEP, network.settings.max_train_step), "from_noise": False}
+    with network.overridden(
+        steps=min(FIGURE_STEPS, start["start_step"]), samples=1, presegmentation_weight=0.0, **start
+    ):
         probabilities = network.sample(padded(data[:, 0]), padded(logits[:, 0].softmax(0)), on_step=keep)
     probabilities = probabilities[:, :, :height, :width].float().cpu()
     states.append((-1, network.process.to_state(probabilities)[0, 1].numpy()))
@@ -282,7 +287,7 @@ def report_text(
         table=markdown_table(header, rows),
         agreement="\n".join(agreement),
         weight=settings.presegmentation_weight,
-        start_step=settings.start_step,
+        start_step=min(FIGURE_START_STEP, settings.max_train_step),
         figure_steps=FIGURE_STEPS,
     )
 

@@ -24,7 +24,7 @@ from nnunet_diffusion.model.segmenter import DiffusionSegmenter
 from nnunet_diffusion.model.settings import DiffusionSettings
 from nnunet_diffusion.planning.costs import Cost, SavedBytes, denoiser_cost, nnunet_cost
 from nnunet_diffusion.planning.record import GB, memory_target_gb
-from nnunet_diffusion.planning.steps import build_nnunet, diffusion_step, nnunet_step
+from nnunet_diffusion.planning.steps import build_nnunet, diffusion_step, nnunet_builder, nnunet_step
 
 Built = tuple[torch.nn.Module, Callable[[], None]]
 
@@ -91,7 +91,7 @@ def cases(
         def denoiser(autocast: Callable = autocast) -> Built:
             frozen, trained = (
                 build_nnunet(configuration, channels, heads),
-                build_denoiser(settings, configuration, channels, heads),
+                build_denoiser(settings, configuration, channels, heads, nnunet_builder(configuration, heads)),
             )
             segmenter = DiffusionSegmenter(frozen, trained, settings).to(device)
             return segmenter.denoiser, diffusion_step(segmenter, *data(), autocast(), options.compile)

@@ -12,7 +12,7 @@ from nnunet_diffusion.model.objective import evaluate_pgdiffseg
 from nnunet_diffusion.model.settings import default_settings
 from nnunet_diffusion.planning import costs
 from nnunet_diffusion.planning.costs import SavedBytes, denoiser_cost, nnunet_cost
-from nnunet_diffusion.planning.steps import build_nnunet, nnunet_step
+from nnunet_diffusion.planning.steps import build_nnunet, nnunet_builder, nnunet_step
 
 CHANNELS, HEADS = 2, 3
 # patch, batch, nnU-Net's width at the first stage, stages
@@ -46,7 +46,7 @@ def batch_of(patch, batch):
 def test_saved_bytes_are_those_of_a_real_forward_pass(configuration, patch, batch, width, stages, amp):
     plan = configuration(patch, batch, width, stages)
     settings = default_settings(plan)
-    denoiser = build_denoiser(settings, plan, CHANNELS, HEADS)
+    denoiser = build_denoiser(settings, plan, CHANNELS, HEADS, nnunet_builder(plan, HEADS))
     denoiser.train()
     image, _ = batch_of(patch, batch)
     noisy, clean = torch.randn(batch, HEADS, *patch), torch.randn(batch, HEADS, *patch)
@@ -99,7 +99,8 @@ def test_parts_of_a_denoisers_cost(configuration):
     plan = configuration((32, 32), 4, 16, 3)
     settings = default_settings(plan)
     cost = denoiser_cost(plan, settings, CHANNELS, HEADS, 4)
-    weights = 4 * sum(p.numel() for p in build_denoiser(settings, plan, CHANNELS, HEADS).parameters())
+    denoiser = build_denoiser(settings, plan, CHANNELS, HEADS, nnunet_builder(plan, HEADS))
+    weights = 4 * sum(p.numel() for p in denoiser.parameters())
     assert cost.optimizer == 2 * weights and 0 <= cost.gradients <= weights
     frozen = 4 * sum(p.numel() for p in build_nnunet(plan, CHANNELS, HEADS).parameters())
     assert cost.weights == pytest.approx(weights + frozen, rel=0.01)  # buffers of the norms
@@ -141,3 +142,15 @@ def test_attention_counts_with_its_tokens(configuration):
 def test_nothing_is_allocated_for_a_plan_beyond_this_machine(configuration):
     plan = configuration((512, 512, 512), 8, 32, 5)
     assert nnunet_cost(plan, 1, 5, 8).total > 10**12
+
+
+@pytest.mark.parametrize(("patch", "batch", "width", "stages"), [((56, 40), 16, 16, 4), ((32, 48, 32), 2, 8, 3)])
+def test_nnunets_network_as_denoiser_costs_what_nnunet_costs(configuration, patch, batch, width, stages):
+    """A training step: the K more input channels and the timestep add a few per cent; PGDiffSeg costs more than half again."""
+    plan = configuration(patch, batch, width, stages)
+    nnunet = nnunet_cost(plan, CHANNELS, HEADS, batch).flops
+    unet, pgdiffseg = (
+        denoiser_cost(plan, default_settings(plan, denoiser=kind), CHANNELS, HEADS, batch).flops / nnunet
+        for kind in ("nnunet", "pgdiffseg")
+    )
+    assert 0.98 < unet < 1.1 < 1.4 < pgdiffseg
