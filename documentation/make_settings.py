@@ -17,7 +17,7 @@ below. An unknown key, a wrong type or an illegal value is refused with the key,
 How to set them, with an example: [quick start](quick_start.md#settings).
 
 {table}
-With `denoiser` `nnunet` the defaults of `prediction_type` (`logits`) and `signal_scale` (0.1) differ.
+With `denoiser` `nnunet` the defaults of `prediction_type` (`logits`), `signal_scale` (0.1) and `mirror_samples` (true) differ.
 
 Three defaults follow the plans: `features_per_stage` is half of nnU-Net's width at each stage, at least 8; `norm` is
 `batch` for batches of 8 or more and `instance` below; `corruption_probability` is 0 for the prediction types `epsilon`

@@ -31,7 +31,7 @@ SPECIAL = {
 """Settings of no plain type: default and legal values as text."""
 START_SNR = "start_snr"
 """Key of `inference` that states T' as a signal-to-noise ratio; it is read as `start_step`."""
-NNUNET_DENOISER: Mapping[str, Any] = {"prediction_type": "logits", "signal_scale": 0.1}
+NNUNET_DENOISER: Mapping[str, Any] = {"prediction_type": "logits", "signal_scale": 0.1, "mirror_samples": True}
 """Defaults that differ where the denoiser is nnU-Net's network."""
 REMOVED = ("min_snr_gamma",)
 """Training settings of earlier versions that exist no more (documentation/design_decisions.md); plans with them are read."""
