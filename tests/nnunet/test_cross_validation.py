@@ -139,7 +139,7 @@ def test_tuning_on_all_folds_reaches_prediction_and_later_trainings(trained, tmp
     (model / "plans.json").write_text(json.dumps(plans))
     place.run("nnunet_diffusion", "predict", "-i", place.raw / "imagesTs", "-o", tmp_path, *words, "-f", 0, "--sequential",
               nnUNet_results=str(results))  # fmt: skip
-    report = json.loads((tmp_path / "diffusion_prediction.json").read_text())
+    report = json.loads(next((tmp_path / "reports").glob("*.json")).read_text())
     assert (report["start_step"], report["presegmentation_weight"]) == (70, 0.25)
     again = place.run(
         "nnUNetv2_train", 4, "2d", 0, "-tr", OURS, "-p", "Tiny", "-device", "cpu", nnUNet_results=str(results)

@@ -11,7 +11,7 @@ from nnunet_diffusion.training.checkpoints import read_checkpoint
 pytestmark = [pytest.mark.nnunet, pytest.mark.slow]
 KINDS = {
     # the trainer decides, on plans for the other denoiser
-    "nnunet": ("TinyDiffusionTrainerUNet", {"process": {"schedule": "cosine"}}),
+    "nnunet": ("TinyDiffusionTrainerUNet", {"network": {"denoiser": "pgdiffseg"}, "process": {"schedule": "cosine"}}),
     "features": ("TinyDiffusionTrainer", {"network": {"condition": "presegmentor"}, "process": {"signal_scale": 0.1}}),
 }
 

@@ -124,13 +124,13 @@ def test_another_fold_with_other_settings_is_refused_by_key_and_value(trained_2d
     place, _ = trained_2d
     before = (place.preprocessed / "Tiny.json").read_text()
     try:
-        place.write_plans("Tiny", "2d", patch=[32, 32], start_step=77)
+        place.write_plans("Tiny", "2d", patch=[32, 32], max_train_step=877)
         done = place.run(
             "nnUNetv2_train", 4, "2d", 2, "-tr", "TinyDiffusionTrainer", "-p", "Tiny", "-device", "cpu", check=False
         )
     finally:
         (place.preprocessed / "Tiny.json").write_text(before)
     assert done.returncode != 0
-    assert "start_step" in done.stderr
-    assert "77" in done.stderr
+    assert "max_train_step" in done.stderr
+    assert "877" in done.stderr
     assert "plans_name" in done.stderr

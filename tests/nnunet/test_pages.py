@@ -57,6 +57,8 @@ def run(lines, folder):
         "MATPLOTLIBRC": str(ROOT / "tests" / "nnunet" / "matplotlibrc"),
     }
     others = {name: value for name, value in os.environ.items() if not name.startswith("nnUNet_")}
+    # nnU-Net's planner takes the number of augmentation workers for its number of threads
+    lines = [re.sub("^nnUNetv2_plan", "nnUNet_n_proc_DA=1 nnUNetv2_plan", line) for line in lines]
     script = "\n".join(["set -e", *lines])
     done = subprocess.run(
         ["bash", "-c", script], env=others | own, cwd=folder, capture_output=True, text=True, timeout=600
