@@ -144,6 +144,6 @@ def test_tuning_on_all_folds_reaches_prediction_and_later_trainings(trained, tmp
     again = place.run(
         "nnUNetv2_train", 4, "2d", 0, "-tr", OURS, "-p", "Tiny", "-device", "cpu", nnUNet_results=str(results)
     )
-    assert "Inference settings are those of" in again.stdout
+    assert "share their inference settings" in again.stdout and "start_step 70 (not 100)" in again.stdout
     kept = json.loads((model / "plans.json").read_text())["configurations"]["2d"]["diffusion"]["inference"]
     assert (kept["start_step"], kept["presegmentation_weight"]) == (70, 0.25)
