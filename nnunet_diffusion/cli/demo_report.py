@@ -211,6 +211,11 @@ def draw_figure(
     report_figure(rows, path)
 
 
+def figure_start_step(settings: Any) -> int:
+    """Return T' of the figure for a model's settings."""
+    return min(FIGURE_START_STEP, settings.max_train_step)
+
+
 def reverse_process(
     plain: nnUNetPredictor, diffusion: nnUNetPredictor, image: Labels
 ) -> tuple[Labels, list[tuple[int, NDArray]], Labels]:
@@ -253,9 +258,10 @@ def reverse_process(
         states.append((timestep, noisy[0, 1, :height, :width].float().cpu().numpy()))
 
     logits = plain.predict_logits_from_preprocessed_data(data).cpu().float()
-    start = {"start_step": min(FIGURE_START_STEP, network.settings.max_train_step), "from_noise": False}
+    start_step = figure_start_step(network.settings)
+    steps = min(FIGURE_STEPS, start_step)
     with network.overridden(
-        steps=min(FIGURE_STEPS, start["start_step"]), samples=1, presegmentation_weight=0.0, **start
+        start_step=start_step, steps=steps, samples=1, presegmentation_weight=0.0, from_noise=False
     ):
         probabilities = network.sample(padded(data[:, 0]), padded(logits[:, 0].softmax(0)), on_step=keep)
     probabilities = probabilities[:, :, :height, :width].float().cpu()
@@ -287,7 +293,7 @@ def report_text(
         table=markdown_table(header, rows),
         agreement="\n".join(agreement),
         weight=settings.presegmentation_weight,
-        start_step=min(FIGURE_START_STEP, settings.max_train_step),
+        start_step=figure_start_step(settings),
         figure_steps=FIGURE_STEPS,
     )
 

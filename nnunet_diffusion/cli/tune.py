@@ -41,7 +41,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="number of validation cases of each fold, evenly spaced in their list (all)",
     )
     add("--start_steps", type=int, nargs="+", metavar="T'", help="T' to try (50 100 300 500 700, max_train_step)")
-    add("--steps", type=int, nargs="+", metavar="N", default=[1, 2, 5], help="steps to try (1 2 5)")
+    add("--steps", type=int, nargs="+", metavar="N", help="steps to try (1 2 5)")
     add("--samples", type=int, help="samples of each reverse process (those of the plans)")
     add(
         "--mirror_samples",

@@ -29,7 +29,7 @@ WEIGHTS = (0.0, 0.25, 0.5, 0.75)
 SHOWN = 8
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Choice:
     """Inference settings that are chosen together; with weight 1 there is no reverse process.
 
@@ -110,7 +110,7 @@ def tune(
     cases: Sequence[tuple[str, str]],
     load: Callable[[str], PreprocessedCase],
     start_steps: Sequence[int] | None = None,
-    steps: Sequence[int] = STEPS,
+    steps: Sequence[int] | None = None,
     weights: Sequence[float] = WEIGHTS,
     on_case: Callable[[str], object] = lambda name: None,
 ) -> Tuning:
@@ -121,7 +121,7 @@ def tune(
         cases: (fold, name) of at least four cases, each of a fold that was not trained on it.
         load: returns a case of that name.
         start_steps: values of T'; those above the model's `max_train_step` are left out. None for `START_STEPS` and that one.
-        steps: numbers of steps; those above T' are left out.
+        steps: numbers of steps; those above T' are left out. None for `STEPS`.
         weights: weights of nnU-Net's probabilities below 1.
         on_case: called with the name of each case when it begins.
 
@@ -138,7 +138,10 @@ def tune(
     limit, own = settings.max_train_step, settings.start_step
     asked = {*START_STEPS, limit, own} if start_steps is None else {*start_steps, own}
     grid = [
-        (count, step) for step in sorted(asked) for count in sorted({*steps, settings.steps}) if count <= step <= limit
+        (count, step)
+        for step in sorted(asked)
+        for count in sorted({*(STEPS if steps is None else steps), settings.steps})
+        if count <= step <= limit
     ]
     if len(cases) < 4 or len(grid) == 0:
         raise ValueError(
