@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
-from typing import Any
 
-from nnunet_diffusion.cli.devices import DEVICES, check_device
+from nnunet_diffusion.cli.devices import DEVICES
 from nnunet_diffusion.cli.errors import CommandError, named_for_the_user
-from nnunet_diffusion.cli.folders import PREPROCESSED, folder_in
-from nnunet_diffusion.cli.models import add_model_arguments, finished_folds, model_folder
+from nnunet_diffusion.cli.models import add_model_arguments, finished_folds, model_folder, with_validation_cases
 from nnunet_diffusion.cli.trainers_directory import with_trainers
 from nnunet_diffusion.files import COMPILE, write_json
 
@@ -45,28 +42,18 @@ def run(options: argparse.Namespace) -> int:
         raise CommandError(f"--cases is {options.cases}, but must be 2 or more: one start is another case's mask")
     model = model_folder(options, os.environ)
     fold = options.f or finished_folds(model, options.chk)[0]
-    preprocessed = Path(folder_in(os.environ, PREPROCESSED))
     # not compiled: a compiled network does not notice that a part is switched off
     os.environ.update({**with_trainers(os.environ), COMPILE: "f"})
     # nnU-Net reads its paths from the environment: import it only now
-    import torch
-
     from nnunet_diffusion.evaluation.diagnostic import diagnose
-    from nnunet_diffusion.evaluation.preprocessed import preprocessed_cases, validation_cases
-    from nnunet_diffusion.inference import DiffusionPredictor
 
-    check_device(options.device)
-    with named_for_the_user(FileNotFoundError, ValueError, RuntimeError, NotImplementedError):
-        predictor = DiffusionPredictor(device=torch.device(options.device), allow_tqdm=False)
-        predictor.initialize_from_trained_model_folder(str(model), [fold], options.chk)
-        cases, folder = validation_cases(predictor, preprocessed, fold, options.cases)
-
-    def load(name: str) -> Any:
-        return next(preprocessed_cases(folder, [name], predictor.label_manager))
+    predictor, found, load = with_validation_cases(model, [fold], options, os.environ)
 
     with named_for_the_user(FileNotFoundError, ValueError, MemoryError):
-        found = diagnose(predictor, cases, load, options.start_steps, lambda name: print(f"{name} ...", flush=True))
+        measured = diagnose(
+            predictor, found[fold], load, options.start_steps, lambda name: print(f"{name} ...", flush=True)
+        )
     path = model / f"fold_{fold}" / FILE
-    write_json(found.to_json(), path)
-    print(f"\n{found.tables()}\nWritten to {path}")
+    write_json(measured.to_json(), path)
+    print(f"\n{measured.tables()}\nWritten to {path}")
     return 0

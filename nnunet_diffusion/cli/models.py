@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from nnunet_diffusion.cli.errors import CommandError
-from nnunet_diffusion.cli.folders import RESULTS, dataset_prefix, datasets_in, folder_in
+from nnunet_diffusion.cli.devices import check_device
+from nnunet_diffusion.cli.errors import CommandError, named_for_the_user
+from nnunet_diffusion.cli.folders import PREPROCESSED, RESULTS, dataset_prefix, datasets_in, folder_in
 from nnunet_diffusion.files import read_plans
 
 NAME_PARTS = ("tr", "p", "c")  # arguments that form a model folder's name, in this order
@@ -119,3 +121,40 @@ def finished_folds(model: Path, checkpoint: str) -> list[str]:
         there = f", but there is {', '.join(others)}: choose it with -chk, or finish the training"
         raise CommandError(f"no fold of {model} has {checkpoint}{there if others else ': train first'}")
     return [fold for fold in found if fold != "all"] or found
+
+
+def with_validation_cases(
+    model: Path, folds: Sequence[str], options: argparse.Namespace, environment: Mapping[str, str], **settings: Any
+) -> tuple[Any, dict[str, list[str]], Callable[[str], Any]]:
+    """Load a trained model to measure it on its validation cases. nnU-Net's variables must be set, as it is imported here.
+
+    Args:
+        model: folder of the model.
+        folds: names of its folds.
+        options: command-line options with chk, device and cases.
+        environment: variables of the process.
+        settings: further arguments of DiffusionPredictor.
+
+    Returns:
+        The predictor, the names of each fold's validation cases, and a function that loads a case of that name.
+
+    Raises:
+        CommandError: the device is not there, or the model or its preprocessed data cannot be read.
+    """
+    import torch
+
+    from nnunet_diffusion.evaluation.preprocessed import preprocessed_cases, validation_cases
+    from nnunet_diffusion.inference import DiffusionPredictor
+
+    check_device(options.device)
+    preprocessed = Path(folder_in(environment, PREPROCESSED))
+    with named_for_the_user(FileNotFoundError, ValueError, RuntimeError, NotImplementedError):
+        predictor = DiffusionPredictor(device=torch.device(options.device), allow_tqdm=False, **settings)
+        predictor.initialize_from_trained_model_folder(str(model), list(folds), options.chk)
+        found = {fold: validation_cases(predictor, preprocessed, fold, options.cases) for fold in predictor.folds}
+    folder = next(folder for _, folder in found.values())
+
+    def load(name: str) -> Any:
+        return next(preprocessed_cases(folder, [name], predictor.label_manager))
+
+    return predictor, {fold: names for fold, (names, _) in found.items()}, load

@@ -9,10 +9,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from nnunet_diffusion.cli.devices import DEVICES, check_device
+from nnunet_diffusion.cli.devices import DEVICES
 from nnunet_diffusion.cli.errors import CommandError, named_for_the_user
-from nnunet_diffusion.cli.folders import PREPROCESSED, folder_in
-from nnunet_diffusion.cli.models import add_model_arguments, finished_folds, model_folder
+from nnunet_diffusion.cli.models import add_model_arguments, finished_folds, model_folder, with_validation_cases
 from nnunet_diffusion.cli.trainers_directory import with_trainers
 from nnunet_diffusion.files import write_json
 
@@ -66,27 +65,13 @@ def run(options: argparse.Namespace) -> int:
             f"{model} cannot be written, but tuning writes {FILE} and plans.json there: make it writable"
         )
     folds = options.f or finished_folds(model, options.chk)
-    preprocessed = Path(folder_in(os.environ, PREPROCESSED))
     os.environ.update(with_trainers(os.environ))
     # nnU-Net reads its paths from the environment: import it only now
-    import torch
-
-    from nnunet_diffusion.evaluation.preprocessed import preprocessed_cases, validation_cases
     from nnunet_diffusion.evaluation.tuning import tune, with_fold
-    from nnunet_diffusion.inference import DiffusionPredictor
 
-    check_device(options.device)
-    with named_for_the_user(FileNotFoundError, ValueError, RuntimeError, NotImplementedError):
-        asked = {"samples": options.samples, "mirror_samples": options.mirror_samples}
-        predictor = DiffusionPredictor(device=torch.device(options.device), allow_tqdm=False, **asked)
-        predictor.initialize_from_trained_model_folder(str(model), folds, options.chk)
-        found = {fold: validation_cases(predictor, preprocessed, fold, options.cases) for fold in predictor.folds}
-    cases = [(fold, name) for fold, (names, _) in found.items() for name in names]
-    folder = next(folder for _, folder in found.values())
-
-    def load(name: str) -> Any:
-        return next(preprocessed_cases(folder, [name], predictor.label_manager))
-
+    asked = {"samples": options.samples, "mirror_samples": options.mirror_samples}
+    predictor, found, load = with_validation_cases(model, folds, options, os.environ, **asked)
+    cases = [(fold, name) for fold, names in found.items() for name in names]
     predictors = {fold: with_fold(predictor, place) for place, fold in enumerate(predictor.folds)}
     with named_for_the_user(FileNotFoundError, ValueError, NotImplementedError, MemoryError):
         tuned = tune(
