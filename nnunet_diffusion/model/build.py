@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from nnunet_diffusion.model.objective import DenoisingObjective, Objective, PGDiffSegObjective
+from nnunet_diffusion.model.objective import DenoisingObjective, PGDiffSegObjective
 from nnunet_diffusion.model.segmenter import DiffusionSegmenter
 from nnunet_diffusion.model.settings import DiffusionSettings, topology_of
 from nnunet_diffusion.networks.blocks import per_axis, resolve_conv_op
@@ -38,7 +38,8 @@ def build_denoiser(
     """
     if settings.denoiser == "nnunet":
         network = nnunet(num_input_channels + num_output_channels)
-        return NoisyUNet(network, num_input_channels, num_output_channels)
+        deep = settings.prediction_type == "logits"
+        return NoisyUNet(network, num_input_channels, num_output_channels, deep_supervision=deep)
     topology = topology_of(configuration)
     if len(settings.features_per_stage) != len(topology["strides"]):
         raise ValueError(
@@ -86,6 +87,6 @@ def _presegmentor_features(settings: DiffusionSettings, topology: Mapping[str, A
     return feature_channels(theirs["features_per_stage"])
 
 
-def build_objective(segmenter: DiffusionSegmenter) -> Objective:
+def build_objective(segmenter: DiffusionSegmenter) -> DenoisingObjective:
     """Return what the training of a segmenter minimises: trainer and planning ask here and know no method."""
     return (PGDiffSegObjective if segmenter.settings.denoiser == "pgdiffseg" else DenoisingObjective)(segmenter)

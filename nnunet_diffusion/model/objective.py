@@ -7,14 +7,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Generator, Tensor, nn
+from torch.nn.functional import interpolate
 
 from nnunet_diffusion.model import corrupted_truth, labels, losses
+from nnunet_diffusion.model.corrupted_truth import UNMEASURED
 from nnunet_diffusion.model.segmenter import DiffusionSegmenter
 
 SegmentationLoss = Callable[[Tensor, Tensor], Tensor]
 """(logits, target) -> scalar: nnU-Net's own loss."""
+Presegment = Callable[[Tensor, Sequence[str]], Tensor]
+"""(image (B, C, *spatial), names of the B cases) -> probabilities (B, K, *spatial)."""
 Turn = tuple[str, dict[str, Tensor]]
 """Name of the segmenter's module that learns, and the terms whose sum it minimises."""
 
@@ -38,6 +43,7 @@ class Objective(Protocol):
         generator: Generator | None = None,
         evaluate: Mapping[str, Callable[..., Any]] | None = None,
         precision: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+        cases: Sequence[str] = (),
     ) -> Iterator[Turn]:
         """Yield the terms of each turn; the caller takes the optimizer's step before it asks for the next turn."""
 
@@ -45,8 +51,8 @@ class Objective(Protocol):
 def evaluate_denoiser(
     denoiser: nn.Module, noisy: Tensor, image: Tensor, timestep: Tensor, features: tuple[Tensor, ...] | None = None
 ) -> tuple[Tensor, ...]:
-    """One evaluation that touches every parameter: the prediction."""
-    return (denoiser(noisy, timestep, denoiser.encode(image, timestep, features)),)  # type: ignore[operator]
+    """One evaluation that touches every parameter: the prediction, and those of coarser stages in deep supervision."""
+    return denoiser.outputs(noisy, timestep, denoiser.encode(image, timestep, features))  # type: ignore[operator]
 
 
 def evaluate_pgdiffseg(
@@ -58,10 +64,14 @@ def evaluate_pgdiffseg(
 
 
 class DenoisingObjective:
-    """Denoising alone: one turn, in which the denoiser learns.
+    """Denoising alone, with nnU-Net's network: one turn, in which the denoiser learns.
 
     Args:
         segmenter: whose settings, process and pre-segmentor are used.
+
+    Attributes:
+        mistakes: of the pre-segmentor, for corrupted truths.
+        out_of_fold: segments each case with a network that was not trained on it; None without such networks.
     """
 
     terms: tuple[str, ...] = ("denoising",)
@@ -69,6 +79,17 @@ class DenoisingObjective:
 
     def __init__(self, segmenter: DiffusionSegmenter) -> None:
         self.segmenter = segmenter
+        self.mistakes = UNMEASURED
+        self.out_of_fold: Presegment | None = None
+        self._recycling, self._steps = False, 0
+
+    def begin_epoch(self, recycling: bool) -> None:
+        """Begin an epoch; its draws depend on the generator's seed alone.
+
+        Args:
+            recycling: whether the denoiser's own estimates are starts in it.
+        """
+        self._recycling, self._steps = recycling, 0
 
     def turns(
         self,
@@ -78,6 +99,7 @@ class DenoisingObjective:
         generator: Generator | None = None,
         evaluate: Mapping[str, Callable[..., Any]] | None = None,
         precision: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+        cases: Sequence[str] = (),
     ) -> Iterator[Turn]:
         """Yield the denoiser's turn.
 
@@ -88,6 +110,7 @@ class DenoisingObjective:
             generator: of all randomness, on the image's device; by default one seeded by torch's own.
             evaluate: replaces `evaluations`, bound to their modules: compiled or distributed ones.
             precision: autocast of the networks' evaluations.
+            cases: name of each patch's case, needed for starts out of fold.
 
         Raises:
             ValueError: `segmentation_loss` is missing.
@@ -105,15 +128,16 @@ class DenoisingObjective:
                 target, segmenter.denoiser.state_channels, settings.regions, segmenter.ignore_label
             )
             clean = self.clean_state(truth, image)
-            start = self.start(clean, image, generator)
+            start = self.start(clean, image, generator, cases)
             timestep, noise = self.draw_noise(clean, generator)
+            start = self.recycled(start, image, timestep, generator)
             # Eq. 14, from the start instead of the truth
             noisy = segmenter.process.add_noise(start, noise, timestep)
             seen = segmenter.condition_image(image, segmenter.process.to_probabilities(start))
             prediction, *heads = denoise(noisy, seen, timestep, segmenter.features(image))
             with torch.autocast(image.device.type, enabled=False):
                 if segmentation_loss is not None and settings.prediction_type == "logits":
-                    denoising = segmentation_loss(prediction.float(), target)
+                    denoising = self.segmentation(prediction, heads, target, segmentation_loss)
                 else:
                     denoising = self._squared_error(prediction, clean, noisy, timestep, truth.known)
                 terms = {"denoising": denoising, **self.supervision(heads, truth)}
@@ -122,6 +146,28 @@ class DenoisingObjective:
     def supervision(self, heads: Sequence[Tensor], truth: labels.Target) -> dict[str, Tensor]:
         """Return further terms, of the outputs beside the prediction."""
         return {}
+
+    def segmentation(
+        self, prediction: Tensor, heads: Sequence[Tensor], target: Tensor, loss: SegmentationLoss
+    ) -> Tensor:
+        """Return nnU-Net's loss of the logits, with deep supervision as in nnU-Net (its weights, Isensee et al. 2021).
+
+        Args:
+            prediction: logits (B, K, *spatial).
+            heads: logits of coarser decoder stages, fine to coarse.
+            target: as nnU-Net's loader gives it.
+            loss: of logits and a target of the same size.
+        """
+        each = [
+            loss(
+                logits.float(),
+                target if not stage else _at_size(target, logits.shape[2:]),
+            )
+            for stage, logits in enumerate([prediction, *heads])
+        ]
+        # each coarser stage has half of the weight
+        weights = [0.5**stage for stage in range(len(each))]
+        return torch.stack([weight * value for weight, value in zip(weights, each, strict=True)]).sum() / sum(weights)
 
     def clean_state(self, truth: labels.Target, image: Tensor) -> Tensor:
         """Return the state of the truth (B, K, *spatial); where that is not known, of the pre-segmentation (METHODS 1)."""
@@ -137,17 +183,66 @@ class DenoisingObjective:
         timestep = torch.randint(0, limit, (len(clean),), generator=generator, device=device)
         return timestep, torch.randn(clean.shape, generator=generator, device=device)
 
-    def start(self, clean: Tensor, image: Tensor, generator: Generator) -> Tensor:
-        """Return the state each sample's noise is added to: the truth, a corrupted truth, or the pre-segmentation."""
-        segmenter, settings, start = self.segmenter, self.segmenter.settings, clean
-        draw = torch.rand(len(clean), generator=generator, device=clean.device).view(-1, *[1] * (clean.ndim - 1))
-        if settings.corruption_probability > 0:
-            masks = segmenter.process.to_probabilities(clean)
-            wrong = segmenter.process.to_state(corrupted_truth.corrupt(masks, generator, settings.regions))
-            start = torch.where(draw < settings.corruption_probability, wrong, start)
-        if settings.presegmentation_start_probability > 0:
-            own = segmenter.process.to_state(segmenter.own_start(image))
-            start = torch.where(draw > 1 - settings.presegmentation_start_probability, own, start)
+    def start(self, clean: Tensor, image: Tensor, generator: Generator, cases: Sequence[str] = ()) -> Tensor:
+        """Return the state each sample's noise is added to, before recycling: of the kinds in `training.starts`, by lot."""
+        settings, process = self.segmenter.settings, self.segmenter.process
+        makers: dict[str, Callable[[list[int]], Tensor]] = {
+            "corrupted": lambda which: corrupted_truth.corrupt(
+                process.to_probabilities(clean[which]).round(), generator, self.mistakes, settings.regions
+            ),
+            "presegmentation": lambda which: self.segmenter.own_start(image[which]),
+            "out_of_fold": lambda which: self._unseen(image[which], [cases[index] for index in which]),
+        }
+        shares = {kind: share for kind, share in settings.starts.items() if kind != "recycled"} or {"truth": 1.0}
+        kinds = self._lots(generator).choice(
+            list(shares), len(clean), p=np.array(list(shares.values())) / sum(shares.values())
+        )
+        start = clean.clone()
+        for kind, maker in makers.items():
+            which = np.flatnonzero(kinds == kind).tolist()
+            if which:
+                start[which] = process.to_state(maker(which)).to(start)
+        return start
+
+    def _lots(self, generator: Generator) -> np.random.Generator:
+        """Return a source of random numbers on the CPU: the GPU need not be waited for to know which samples are drawn."""
+        self._steps += 1
+        return np.random.default_rng((generator.initial_seed(), self._steps))
+
+    def _unseen(self, image: Tensor, cases: Sequence[str]) -> Tensor:
+        """Segment images with networks that were not trained on their cases."""
+        if self.out_of_fold is None:
+            raise ValueError("training.starts has a share of out_of_fold, but the objective has no such networks.")
+        return self.out_of_fold(image, cases)
+
+    def recycled(self, start: Tensor, image: Tensor, timestep: Tensor, generator: Generator) -> Tensor:
+        """Replace a share of the starts by what the denoiser makes of them at a noisier step (Fu et al. 2023).
+
+        So the denoiser meets its own estimates in training, as it does in a reverse process of several steps. The weights are
+        the present ones, in evaluation mode, without a gradient.
+        """
+        segmenter, share = self.segmenter, self.segmenter.settings.starts.get("recycled", 0.0)
+        if not (self._recycling and share > 0):
+            return start
+        which = np.flatnonzero(self._lots(generator).random(len(start)) < share).tolist()
+        if not which:
+            return start
+        part = torch.rand(len(start), generator=generator, device=start.device)
+        noise = torch.randn(start.shape, generator=generator, device=start.device)
+        # s uniform in [t, max_train_step)
+        earlier = timestep + (part * (segmenter.settings.max_train_step - timestep)).long()
+        denoiser, training = segmenter.denoiser, segmenter.denoiser.training
+        begun, times, shown = start[which], earlier[which], image[which]
+        denoiser.eval()
+        with torch.no_grad():
+            noisy = segmenter.process.add_noise(begun, noise[which], times)
+            seen = segmenter.condition_image(shown, segmenter.process.to_probabilities(begun))
+            # not the distributed evaluation: ranks recycle different numbers of samples
+            prediction = self.evaluations["denoiser"](denoiser, noisy, seen, times, segmenter.features(shown))[0]
+            estimate = segmenter.prediction.to_clean(prediction, noisy, times, segmenter.process)
+        denoiser.train(training)
+        start = start.clone()
+        start[which] = estimate.to(start)
         return start
 
     def _squared_error(
@@ -161,11 +256,21 @@ class DenoisingObjective:
         return losses.squared_error(prediction, target, known)
 
 
+def _at_size(target: Tensor, size: torch.Size) -> Tensor:
+    return interpolate(target.float(), size, mode="nearest-exact").to(target.dtype)
+
+
 class PGDiffSegObjective(DenoisingObjective):
     """Denoising and prior supervision (PGDiffSeg Eq. 10)."""
 
     terms: tuple[str, ...] = ("denoising", "presence", "location")
     evaluations: Mapping[str, Callable[..., Any]] = {"denoiser": evaluate_pgdiffseg}
+
+    def segmentation(
+        self, prediction: Tensor, heads: Sequence[Tensor], target: Tensor, loss: SegmentationLoss
+    ) -> Tensor:
+        """Return nnU-Net's loss of the logits; the other outputs are those of the prior branch."""
+        return super().segmentation(prediction, (), target, loss)
 
     def supervision(self, heads: Sequence[Tensor], truth: labels.Target) -> dict[str, Tensor]:
         """Return the terms of the prior branch: presence and location logits against the truth."""

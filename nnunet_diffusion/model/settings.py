@@ -27,12 +27,17 @@ SPECIAL = {
     "features_per_stage": ("half of nnU-Net's", "positive integers, one per stage"),
     "attention_stages": ("all: `[]`", "ascending integers, 1 to the number of stages - 1"),
     "presegmentor_architecture": ("`{}`", "as `architecture` in the plans"),
+    "starts": ('`{"truth": 0.5, "corrupted": 0.5}`', "shares with the sum 1"),
 }
 """Settings of no plain type: default and legal values as text."""
 START_SNR = "start_snr"
 """Key of `inference` that states T' as a signal-to-noise ratio; it is read as `start_step`."""
 NNUNET_DENOISER: Mapping[str, Any] = {"prediction_type": "logits", "signal_scale": 0.1, "mirror_samples": True}
 """Defaults that differ where the denoiser is nnU-Net's network."""
+STARTS = ("truth", "corrupted", "presegmentation", "out_of_fold", "recycled")
+"""What noise is added to in training; see `training.starts`."""
+EARLIER_STARTS = {"corruption_probability": "corrupted", "presegmentation_start_probability": "presegmentation"}
+"""Training settings of earlier versions that are read as shares of `training.starts`."""
 REMOVED = ("min_snr_gamma",)
 """Training settings of earlier versions that exist no more (documentation/design_decisions.md); plans with them are read."""
 
@@ -146,15 +151,15 @@ class DiffusionSettings:
     max_train_step: int = _setting(
         "training", 1000, "Training draws timesteps below this one; `start_step` to `timesteps`.", low=1
     )
-    corruption_probability: float = _setting(
-        "training",
-        0.5,
-        "Share of training samples whose noisy state is made from a corrupted truth (the target stays the truth).",
-        low=0,
-        high=1,
-    )
-    presegmentation_start_probability: float = _setting(
-        "training", 0.0, "Share of training samples whose noisy state is made from the pre-segmentation.", low=0, high=1
+    starts: Mapping[str, float] = field(
+        default_factory=lambda: {"truth": 0.5, "corrupted": 0.5},
+        metadata={
+            "section": "training",
+            "doc": "Share of the training samples whose noisy state is made from each kind of start; the target stays the "
+            "truth. `corrupted`: a truth with mistakes as large as the pre-segmentor's on new patches; `presegmentation`: the "
+            "pre-segmentor's output; `out_of_fold`: that of an nnU-Net that was not trained on the case; `recycled`: the "
+            "denoiser's own estimate, in the last tenth of the epochs.",
+        },
     )
     presence_weight: float = _setting("training", 1.0, "lambda 1 of Eq. 10: weight of the presence loss.", low=0)
     location_weight: float = _setting("training", 1.0, "lambda 2 of Eq. 10: weight of the location loss.", low=0)
@@ -271,23 +276,30 @@ class DiffusionSettings:
             )
 
     def _check_training_starts(self) -> None:
-        altered = self.corruption_probability + self.presegmentation_start_probability
-        if altered > 1 + 1e-9:
+        starts = self.starts
+        wrong = not isinstance(starts, Mapping) or [
+            kind for kind, share in starts.items() if kind not in STARTS or not _is_share(share)
+        ]
+        if wrong or abs(sum(starts.values()) - 1) > 1e-6:
             raise ValueError(
-                "corruption_probability + presegmentation_start_probability of diffusion.training must be at most 1, got "
-                f"{self.corruption_probability} + {self.presegmentation_start_probability}."
+                f"diffusion.training.starts must have shares from 0 to 1 with the sum 1 of {', '.join(STARTS)}, got {starts!r}."
             )
+        object.__setattr__(self, "starts", {kind: float(starts[kind]) for kind in STARTS if starts.get(kind)})
         # with a start other than the truth, the targets of epsilon and v grow as 1 / sqrt(1 - alpha_bar)
-        if altered > 0 and self.prediction_type in ("epsilon", "v"):
+        if set(self.starts) != {"truth"} and self.prediction_type in ("epsilon", "v"):
             raise ValueError(
                 f"diffusion.process.prediction_type {self.prediction_type!r} has no bounded target for noisy states that "
-                "are not made from the truth: set corruption_probability and presegmentation_start_probability to 0, or take "
-                "'x0' or 'logits'."
+                "are not made from the truth: set diffusion.training.starts to {'truth': 1}, or take 'x0' or 'logits'."
             )
-        if self.condition_on_presegmentation and altered < 1 - 1e-9:
+        if self.condition_on_presegmentation and "truth" in self.starts:
             raise ValueError(
-                "diffusion.network.condition_on_presegmentation would show the denoiser the truth: corruption_probability + "
-                f"presegmentation_start_probability must be 1, got {altered}."
+                "diffusion.network.condition_on_presegmentation would show the denoiser the truth: diffusion.training.starts "
+                f"must not have a share of truth, got {self.starts}."
+            )
+        if self.start_from == "previous_stage" and "out_of_fold" in self.starts:
+            raise NotImplementedError(
+                "diffusion.training.starts out_of_fold is nnU-Net's output on cases it has not seen, but "
+                "diffusion.presegmentor.start_from is previous_stage: leave one of them out."
             )
 
     def start_step_at(self, snr: float) -> int:
@@ -381,16 +393,43 @@ def values_of(section: Mapping[str, Any]) -> dict[str, Any]:
                 {f"{key}.{name}": value for name, value in part.items()} if key in SECTIONS else {key: part}
             ).items()
         }
+    prefix = "training." if version == VERSION else ""
+    entries = {key: value for key, value in entries.items() if key not in [prefix + name for name in REMOVED]}
+    _read_earlier_starts(entries, prefix)
     found = {}
     for key, value in entries.items():
-        if key in (f"training.{name}" if version == VERSION else name for name in REMOVED):
-            continue
         if key not in places:
             meant = [place for place in places if place.split(".")[-1] == key.split(".")[-1]]
             near = meant or difflib.get_close_matches(str(key), places, n=3) or places
             raise ValueError(f"Unknown key diffusion.{key} (value {value!r}) in the plans. Known: {', '.join(near)}.")
         found[places[key]] = value
     return found
+
+
+def _read_earlier_starts(entries: dict[str, Any], prefix: str) -> None:
+    """Replace the shares that earlier versions named one by one by `starts`; what they did not name had its default.
+
+    Raises:
+        ValueError: they are not numbers with a sum of at most 1, or stand beside `starts`.
+    """
+    given = {name: entries.pop(prefix + name) for name in EARLIER_STARTS if prefix + name in entries}
+    if not given:
+        return
+    told = " and ".join(f"{prefix}{name} {value!r}" for name, value in given.items())
+    if prefix + "starts" in entries:
+        raise ValueError(f"diffusion has {told} beside {prefix}starts, which replaces them: keep starts alone.")
+    truth_only = entries.get("prediction_type", entries.get("process.prediction_type")) in ("epsilon", "v")
+    shares = {"corruption_probability": 0.0 if truth_only else 0.5, "presegmentation_start_probability": 0.0} | given
+    if not all(_is_share(share) for share in shares.values()) or sum(shares.values()) > 1 + 1e-9:
+        raise ValueError(
+            f"diffusion has {told}: these are shares of the training samples, from 0 to 1 and at most 1 in all."
+        )
+    starts = {kind: float(shares[name]) for name, kind in EARLIER_STARTS.items()}
+    entries[prefix + "starts"] = {"truth": max(0.0, 1 - sum(starts.values())), **starts}
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
 
 
 def path_of(name: str) -> str:
@@ -441,7 +480,7 @@ def default_settings(
         norm="batch" if int(configuration["batch_size"]) >= 8 else "instance",
         denoiser=denoiser,
         **own,
-        corruption_probability=0.0 if truth_only else 0.5,
+        starts={"truth": 1.0} if truth_only else {"truth": 0.5, "corrupted": 0.5},
     )
 
 

@@ -37,20 +37,23 @@ class NoisyUNet(nn.Module):
         network: nnU-Net's network for `image_channels + state_channels` input channels.
         image_channels: channels of the image.
         state_channels: channels of the noisy state, K.
+        deep_supervision: whether training uses the outputs of coarser decoder stages too.
 
     Raises:
         NotImplementedError: the network is not one of nnU-Net's U-Nets.
     """
 
-    def __init__(self, network: nn.Module, image_channels: int, state_channels: int) -> None:
+    def __init__(
+        self, network: nn.Module, image_channels: int, state_channels: int, deep_supervision: bool = False
+    ) -> None:
         super().__init__()
         unet.refuse_other_architectures(network, "diffusion.network.denoiser 'nnunet'")
         self.image_channels, self.state_channels = image_channels, state_channels
-        self.network = network
+        self.network, self.deep_supervision = network, deep_supervision
         decoder: Any = network.decoder
+        # outputs that no loss uses have no gradients, which distributed training would wait for
+        decoder.seg_layers[: 1 if deep_supervision and len(decoder.seg_layers) > 1 else -1].requires_grad_(False)
         channels: Any = network.encoder.output_channels  # type: ignore[union-attr]
-        # the outputs of deep supervision have no gradients, which distributed training would wait for
-        decoder.seg_layers[:-1].requires_grad_(False)
         self.time_embedding = TimeEmbedding(TIME_WIDTH // 2, TIME_WIDTH)
         self.scale_and_shift = nn.ModuleList(nn.Linear(TIME_WIDTH, 2 * int(width)) for width in channels)
         for project in self.scale_and_shift:
@@ -98,6 +101,14 @@ class NoisyUNet(nn.Module):
 
     def forward(self, noisy: Tensor, timestep: Tensor, condition: ImageCondition) -> Tensor:
         """Return logits (B, K, *spatial) for a noisy state (B, K, *spatial) at timesteps (B,)."""
+        return self._decoded(noisy, timestep, condition)[0]
+
+    def outputs(self, noisy: Tensor, timestep: Tensor, condition: ImageCondition) -> tuple[Tensor, ...]:
+        """Return the logits of `forward` and, with deep supervision, those of coarser decoder stages, fine to coarse."""
+        logits, decoded = self._decoded(noisy, timestep, condition)
+        return (logits, *unet.deep_logits(self.network, decoded)) if self.deep_supervision else (logits,)
+
+    def _decoded(self, noisy: Tensor, timestep: Tensor, condition: ImageCondition) -> tuple[Tensor, list[Tensor]]:
         time = self.time_embedding(timestep)
 
         def modulate(stage: int, features: Tensor) -> Tensor:
@@ -106,4 +117,4 @@ class NoisyUNet(nn.Module):
 
         # the first convolution is linear: its part for the image is nnU-Net's, its part for the state begins at 0
         skips = unet.encode(self.network, torch.cat((condition.image, noisy.to(condition.image)), 1), modulate)
-        return unet.decode(self.network, skips)[0]
+        return unet.decode(self.network, skips)

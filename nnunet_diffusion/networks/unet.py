@@ -58,6 +58,17 @@ def decode(network: Any, skips: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]
     return decoder.seg_layers[-1](features), found[::-1]
 
 
+def deep_logits(network: Any, decoded: Sequence[Tensor]) -> list[Tensor]:
+    """Return the logits (B, K, *size of the stage) of the decoder stages between the finest and the coarsest, fine to coarse.
+
+    Args:
+        network: nnU-Net's network.
+        decoded: features of the decoder, as `decode` returns them.
+    """
+    layers = list(network.decoder.seg_layers)[-2:0:-1]
+    return [layer(features) for layer, features in zip(layers, decoded[1:-1], strict=True)]
+
+
 def logits_and_features(network: Any, image: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Return logits and, for each stage, the features of encoder and decoder side by side; the last stage has no decoder.
 

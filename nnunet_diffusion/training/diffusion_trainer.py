@@ -15,6 +15,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 
 from nnunet_diffusion.model.build import build_objective
+from nnunet_diffusion.model.corrupted_truth import Mistakes
 from nnunet_diffusion.model.precision import has_bfloat16, training_precision
 from nnunet_diffusion.model.segmenter import DiffusionSegmenter
 from nnunet_diffusion.model.settings import DiffusionSettings
@@ -29,6 +30,7 @@ from nnunet_diffusion.training.outlook import announce
 from nnunet_diffusion.training.plans import adopt, notes, planned_settings, share_settings_of_folds, with_presegmentor
 from nnunet_diffusion.training.presegmentor import given_presegmentor, presegmentor_weights
 from nnunet_diffusion.training.replacing import keep_finished, what_happens_to_finished
+from nnunet_diffusion.training.starts import first_recycling_epoch, prepare_mistakes, prepare_networks
 from nnunet_diffusion.training.state import checkpoint_of, own_checkpoint, restore
 from nnunet_diffusion.training.steps import SkippedSteps
 from nnunet_diffusion.training.verdict import give_verdict
@@ -80,6 +82,7 @@ class DiffusionTrainer(nnUNetTrainer):
         self.save_every = 1
         self.learners: dict[str, Learner] = {}
         self.resumed = self.saved = False
+        self.mistakes: Mistakes | None = None  # of the pre-segmentor, measured before the first epoch
         self._skipped = SkippedSteps()
 
     # the network -----------------------------------------------------------------------------------------------------
@@ -158,7 +161,9 @@ class DiffusionTrainer(nnUNetTrainer):
             self._embed_presegmentor()
         job.warn(self)
         remove_what_killed_jobs_left(Path(self.output_folder))
+        prepare_networks(self)
         super().on_train_start()
+        prepare_mistakes(self)
         announce(self, "denoiser", self.print_to_log_file)
 
     def _embed_presegmentor(self) -> None:
@@ -174,6 +179,7 @@ class DiffusionTrainer(nnUNetTrainer):
         self._generator = torch.Generator(self.device).manual_seed(
             self.settings.seed + 1 + self.current_epoch + RANK_SEEDS * self.local_rank
         )
+        self.objective.begin_epoch(recycling=self.current_epoch >= first_recycling_epoch(self.num_epochs))
 
     def train_step(self, batch: dict) -> dict:
         """Take one optimizer step. Return the loss, its terms and whether the step was taken (see `take_step`)."""
@@ -181,7 +187,7 @@ class DiffusionTrainer(nnUNetTrainer):
         image = batch["data"].to(self.device, non_blocking=True)
         target = batch["target"].to(self.device, non_blocking=True)
         found, taken = train_step(self.objective, self.learners, image, target, self.loss, self._generator,
-                                  self._autocast, self.grad_scaler)  # fmt: skip
+                                  self._autocast, self.grad_scaler, batch.get("keys", ()))  # fmt: skip
         self._skipped.note(taken, self.current_epoch, batch.get("keys"))
         # read all values at once and last, because each read waits for the GPU
         values = dict(zip(found, torch.stack(list(found.values())).detach().tolist(), strict=True))

@@ -64,10 +64,10 @@ def describe(trainer: DiffusionTrainer) -> None:
 def warn(trainer: DiffusionTrainer) -> None:
     """Log warnings about settings that reduce accuracy, and about the GPU memory that the training needs."""
     settings, heads = trainer.settings, trainer.segmenter.denoiser.state_channels
-    if settings.presegmentation_start_probability > 0:
+    if "presegmentation" in settings.starts:
         trainer.print_to_log_file(
-            "WARNING: diffusion.training.presegmentation_start_probability is above 0, so the denoiser is trained on the "
-            "pre-segmentor's output for its own training cases, where it makes fewer mistakes than on new cases."
+            "WARNING: diffusion.training.starts has a share of presegmentation, so the denoiser is trained on what the "
+            "pre-segmentor makes of its own training cases, with fewer mistakes than on new cases; out_of_fold avoids that."
         )
     # in distributed training each GPU has a part of the batch
     own = {**trainer.configuration_manager.configuration, "batch_size": trainer.batch_size}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -113,6 +113,7 @@ def train_step(
     generator: torch.Generator,
     precision: Callable[[], contextlib.AbstractContextManager],
     scaler: torch.amp.GradScaler | None = None,
+    cases: Sequence[str] = (),
 ) -> tuple[dict[str, Tensor], bool]:
     """Take one step with each learner, in the order of the objective.
 
@@ -125,6 +126,7 @@ def train_step(
         generator: generator of all random numbers, on the image's device.
         precision: returns the autocast context for evaluations of the networks.
         scaler: gradient scaler for float16.
+        cases: name of each patch's case.
 
     Returns:
         `loss`, the sum of all terms, and each term by name; and whether all steps were taken.
@@ -134,7 +136,7 @@ def train_step(
         learner.optimizer.zero_grad(set_to_none=True)
     found: dict[str, Any] = {"loss": 0}
     taken = True
-    for name, terms in objective.turns(image, target, segmentation_loss, generator, evaluate, precision):
+    for name, terms in objective.turns(image, target, segmentation_loss, generator, evaluate, precision, cases):
         loss: Any = sum(terms.values())
         taken &= learners[name].step(loss, scaler)
         found = {**found, "loss": found["loss"] + loss, **terms}

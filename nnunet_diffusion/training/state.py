@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nnunet_diffusion.model.corrupted_truth import Mistakes
 from nnunet_diffusion.training.checkpoints import (
     DIFFUSION_KEY,
     read_checkpoint,
@@ -36,7 +38,11 @@ def checkpoint_of(trainer: DiffusionTrainer) -> dict[str, Any]:
         "init_args": trainer.my_init_kwargs,
         "trainer_name": type(trainer).__name__,
         "inference_allowed_mirroring_axes": trainer.inference_allowed_mirroring_axes,
-        DIFFUSION_KEY: {"denoiser_weights": learner["weights"], "averaged_steps": learner["averaged_steps"]},
+        DIFFUSION_KEY: {
+            "denoiser_weights": learner["weights"],
+            "averaged_steps": learner["averaged_steps"],
+            "mistakes": None if trainer.mistakes is None else dataclasses.asdict(trainer.mistakes),
+        },
     }
 
 
@@ -78,5 +84,7 @@ def restore(trainer: DiffusionTrainer, checkpoint: dict[str, Any]) -> None:
     trainer.learners["denoiser"].load_state_dict(
         {"weights": own["denoiser_weights"], "averaged_steps": own["averaged_steps"]}, checkpoint["optimizer_state"]
     )
+    if own.get("mistakes") is not None:  # checkpoints of earlier versions have none
+        trainer.mistakes = Mistakes(**own["mistakes"])
     if trainer.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
         trainer.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])

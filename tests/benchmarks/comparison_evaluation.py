@@ -264,7 +264,7 @@ def start_from(model: Any, nnunet: Path) -> None:
     if weights.keys() == own.keys() and all(torch.equal(weights[key].to(own[key]), own[key]) for key in own):
         return
     trainer = nnunet.parent.name.split("__")[0]
-    if settings.presegmentation_start_probability > 0 or model.predictor.label_manager.has_ignore_label:
+    if "presegmentation" in settings.starts or model.predictor.label_manager.has_ignore_label:
         raise ValueError(
             f"{model.name} was trained on the segmentations of another {settings.presegmentor_trainer}, so {trainer} "
             "cannot take its place: train it with that one (--epochs, --denoiser-epochs)"

@@ -87,7 +87,7 @@ class Bench:
         self.predictor.initialize_from_trained_model_folder(str(model), (fold,))
         weights = read_checkpoint(nnunet / f"fold_{fold}" / "checkpoint_final.pth")["network_weights"]
         # a denoiser that never meets its pre-segmentor in training works with any of that architecture
-        assert self.predictor.network.settings.presegmentation_start_probability == 0
+        assert "presegmentation" not in self.predictor.network.settings.starts
         self.predictor.list_of_parameters[0].update({f"presegmentor.{key}": value for key, value in weights.items()})
         self.predictor.network.load_state_dict(self.predictor.list_of_parameters[0])
         self.weak = None if weak is None else read_checkpoint(weak / f"fold_{fold}" / "checkpoint_final.pth")

@@ -325,7 +325,7 @@ def test_another_nnunet_takes_the_presegmentors_place_unless_the_denoiser_met_it
 
     given = {"presegmentor_trainer": "nnUNetTrainer_10epochs"}
     with pytest.raises(ValueError, match="was trained on the segmentations of another nnUNetTrainer_10epochs"):
-        start((0, 1), **given, presegmentation_start_probability=0.5)
+        start((0, 1), **given, starts={"truth": 0.5, "presegmentation": 0.5})
     weights = copy.deepcopy(shorter.state_dict())
     # mirrored only as both were trained
     for mirrored, left in (((0, 1), (1,)), ((0,), None), (None, None)):
@@ -333,7 +333,7 @@ def test_another_nnunet_takes_the_presegmentors_place_unless_the_denoiser_met_it
         assert start(mirrored, **given) == left
         assert torch.equal(shorter.weight, longer.weight)
     # the same network, whatever its trainer is called
-    start((0, 1), **given, presegmentation_start_probability=0.5)
+    start((0, 1), **given, starts={"truth": 0.5, "presegmentation": 0.5})
 
 
 def test_a_presegmentor_of_its_own_is_not_taken_for_the_shared_one(tmp_path: Path) -> None:

@@ -53,9 +53,7 @@ def predictor_of():
 
     def build(record=lambda: None, **arguments):
         torch.manual_seed(0)
-        settings = DiffusionSettings(
-            features_per_stage=(8,), start_step=300, steps=2, samples=4, corruption_probability=0.0
-        )
+        settings = DiffusionSettings(features_per_stage=(8,), start_step=300, steps=2, samples=4, starts={"truth": 1.0})
         predictor = DiffusionPredictor(device=CPU, allow_tqdm=False, use_mirroring=False, **arguments)
         predictor.network = DiffusionSegmenter(nn.Conv3d(1, 2, 3, padding=1), Denoiser(record), settings)
         predictor.configuration_manager = SimpleNamespace(patch_size=[5, 16, 16], batch_size=3)

@@ -22,7 +22,7 @@ from nnunet_diffusion.model.settings import DiffusionSettings
 
 CPU = torch.device("cpu")
 SETTINGS = DiffusionSettings(
-    features_per_stage=(8,), start_step=300, steps=4, samples=3, presegmentation_weight=0.0, corruption_probability=0.0
+    features_per_stage=(8,), start_step=300, steps=4, samples=3, presegmentation_weight=0.0, starts={"truth": 1.0}
 )
 
 

@@ -51,10 +51,10 @@ def test_reverse_process(gpu, sampler):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"prediction_type": "x0", "presegmentation_start_probability": 0.5},
+        {"prediction_type": "x0", "starts": {"corrupted": 0.5, "presegmentation": 0.5}},
         {"prediction_type": "logits", "regions": True},
-        {"prediction_type": "epsilon", "corruption_probability": 0.0},
-        {"prediction_type": "v", "corruption_probability": 0.0},
+        {"prediction_type": "epsilon", "starts": {"truth": 1.0}},
+        {"prediction_type": "v", "starts": {"truth": 1.0}},
     ],
     ids=lambda settings: settings["prediction_type"],
 )

@@ -6,14 +6,17 @@ import pytest
 import torch
 from small_segmenters import SETTINGS, clean_state, cross_entropy, known, segmenter, terms_of
 
-from nnunet_diffusion.model.objective import PGDiffSegObjective
+from nnunet_diffusion.model.objective import DenoisingObjective, PGDiffSegObjective
+from nnunet_diffusion.model.out_of_fold import OutOfFold
 
 
 def test_training_returns_finite_terms_and_touches_every_trainable_parameter():
     for kind in ("logits", "x0", "epsilon", "v"):
         truth_only = kind in ("epsilon", "v")
         network = segmenter(
-            dataclasses.replace(SETTINGS, prediction_type=kind, corruption_probability=0.5 * (not truth_only))
+            dataclasses.replace(
+                SETTINGS, prediction_type=kind, starts={"truth": 1} if truth_only else {"truth": 0.5, "corrupted": 0.5}
+            )
         )
         network.train()
         image, target = torch.randn(4, 1, 16, 16), torch.randint(0, 3, (4, 1, 16, 16))
@@ -42,7 +45,7 @@ def with_prediction(monkeypatch, network, prediction, noise, timestep):
 @pytest.mark.parametrize("kind", ["x0", "epsilon", "v"])
 def test_training_loss_is_the_square_of_the_distance_from_the_target(kind, monkeypatch):
     target, noise = torch.randint(0, 3, (2, 1, 8, 8)), torch.randn(2, 3, 8, 8)
-    settings = dataclasses.replace(SETTINGS, prediction_type=kind, corruption_probability=0.0)
+    settings = dataclasses.replace(SETTINGS, prediction_type=kind, starts={"truth": 1.0})
     network, timestep = known(None, settings), torch.tensor([20, 700])
     clean = clean_state(target, 3)
     alpha_bar = network.process.schedule.alpha_bar[timestep].float()
@@ -66,7 +69,7 @@ def test_training_draws_the_timesteps_it_is_asked_for():
 
 @pytest.mark.parametrize("regions", [False, True])
 def test_ignored_voxels_start_from_the_presegmentation_and_change_neither_loss_nor_gradient(regions, monkeypatch):
-    settings = dataclasses.replace(SETTINGS, prediction_type="x0", corruption_probability=0.0, regions=regions)
+    settings = dataclasses.replace(SETTINGS, prediction_type="x0", starts={"truth": 1.0}, regions=regions)
     network, timestep = known(None, settings), torch.tensor([50, 300])
     image = torch.randn(2, 1, 8, 8)
     if regions:  # masks as nnU-Net's loader gives them, the last one marks what is ignored
@@ -94,7 +97,7 @@ def test_ignored_voxels_start_from_the_presegmentation_and_change_neither_loss_n
 
 
 def test_starts_are_truth_corrupted_or_presegmentation_in_the_asked_shares():
-    settings = dataclasses.replace(SETTINGS, corruption_probability=0.5, presegmentation_start_probability=0.3)
+    settings = dataclasses.replace(SETTINGS, starts={"truth": 0.2, "corrupted": 0.5, "presegmentation": 0.3})
     network = segmenter(settings)
     image, clean = torch.randn(400, 1, 8, 8), clean_state(torch.randint(0, 3, (400, 1, 8, 8)), 3)
     start = PGDiffSegObjective(network).start(clean, image, torch.Generator().manual_seed(0))
@@ -105,8 +108,93 @@ def test_starts_are_truth_corrupted_or_presegmentation_in_the_asked_shares():
     assert preseg.item() == pytest.approx(0.3, abs=0.08)
 
 
+def test_starts_out_of_fold_come_from_the_network_that_was_not_trained_on_the_case():
+    settings = dataclasses.replace(SETTINGS, starts={"truth": 0.4, "out_of_fold": 0.6})
+    objective = PGDiffSegObjective(segmenter(settings))
+    image, clean = torch.randn(300, 1, 8, 8), clean_state(torch.randint(0, 3, (300, 1, 8, 8)), 3)
+    cases = [f"case{number % 4}" for number in range(300)]
+    networks = [always(1), always(2)]
+    objective.out_of_fold = OutOfFold(networks, {"case0": 0, "case1": 0, "case2": 1, "case3": 1}, regions=False)
+    start = objective.start(clean, image, torch.Generator().manual_seed(0), cases)
+    theirs = (start != clean).flatten(1).any(1)
+    assert theirs.float().mean().item() == pytest.approx(0.6, abs=0.08)
+    for number in theirs.nonzero()[:, 0].tolist():
+        wanted = 1 if cases[number] in ("case0", "case1") else 2
+        assert (start[number].argmax(0) == wanted).all()
+    with pytest.raises(ValueError, match="not trained on case unknown"):
+        objective.out_of_fold(image[:1], ["unknown"])
+    objective.out_of_fold = None
+    with pytest.raises(ValueError, match="share of out_of_fold, but the objective has no such networks"):
+        objective.start(clean, image, torch.Generator().manual_seed(0), cases)
+
+
+def always(label):
+    """A network that finds one class everywhere."""
+    network = torch.nn.Conv2d(1, 3, 1)
+    network.weight.data.zero_()
+    network.bias.data.copy_(20 * torch.nn.functional.one_hot(torch.tensor(label), 3))
+    return network
+
+
+def test_recycled_starts_are_the_denoisers_own_estimates_in_the_last_epochs():
+    settings = dataclasses.replace(SETTINGS, starts={"truth": 0.5, "recycled": 0.5})
+    logits = 20 * torch.nn.functional.one_hot(torch.tensor(2), 3).view(1, 3, 1, 1)
+    network = known(lambda noisy: logits.expand(noisy.shape).float(), settings)
+    objective = DenoisingObjective(network)
+    objective.evaluations = {
+        "denoiser": lambda denoiser, noisy, image, t, features: (seen.append(t), denoiser.answer(noisy))[1:]
+    }
+    image, clean = torch.randn(300, 1, 8, 8), clean_state(torch.zeros(300, 1, 8, 8), 3)
+    timestep, seen = torch.arange(300) * 3, []
+    objective.begin_epoch(recycling=False)
+    assert torch.equal(objective.recycled(clean, image, timestep, torch.Generator().manual_seed(0)), clean)
+    objective.begin_epoch(recycling=True)
+    network.train()
+    start = objective.recycled(clean, image, timestep, torch.Generator().manual_seed(0))
+    assert network.denoiser.training
+    own = (start.argmax(1) == 2).all((1, 2))
+    assert own.float().mean().item() == pytest.approx(0.5, abs=0.08)
+    assert torch.equal(start[~own], clean[~own])
+    # from a noisier state than the one it begins
+    assert (seen[0] >= timestep[own]).all() and seen[0].max() < settings.max_train_step
+    assert (seen[0] - timestep[own]).float().mean() > 100
+
+
+def test_the_draws_of_an_epoch_depend_on_its_seed_alone():
+    objective = PGDiffSegObjective(
+        segmenter(dataclasses.replace(SETTINGS, starts={"truth": 0.5, "presegmentation": 0.5}))
+    )
+    image, clean = torch.randn(50, 1, 8, 8), clean_state(torch.randint(0, 3, (50, 1, 8, 8)), 3)
+
+    def epoch(seed, steps):
+        generator = torch.Generator().manual_seed(seed)
+        objective.begin_epoch(recycling=False)
+        return [objective.start(clean, image, generator) for _ in range(steps)]
+
+    first = epoch(1, 3)
+    epoch(2, 5)
+    assert all(torch.equal(one, other) for one, other in zip(first, epoch(1, 3), strict=True))
+    assert not torch.equal(first[0], first[1]) and not torch.equal(first[0], epoch(2, 1)[0])
+
+
+def test_deep_supervision_halves_the_weight_of_each_coarser_stage():
+    objective = DenoisingObjective(known(None))
+    target = torch.zeros(2, 1, 8, 8, dtype=torch.long)
+    target[:, :, :, 4:] = 2
+    sizes = []
+
+    def loss(logits, truth):
+        sizes.append((tuple(logits.shape[2:]), tuple(truth.shape[2:]), truth.float().mean().item()))
+        return logits.mean()
+
+    heads = [torch.full((2, 3, 4, 4), 4.0), torch.full((2, 3, 2, 2), 8.0)]
+    found = objective.segmentation(torch.full((2, 3, 8, 8), 1.0), heads, target, loss)
+    assert found.item() == pytest.approx((1 + 4 / 2 + 8 / 4) / (1 + 1 / 2 + 1 / 4))
+    assert sizes == [((8, 8), (8, 8), 1), ((4, 4), (4, 4), 1), ((2, 2), (2, 2), 1)]
+
+
 def test_conditioning_on_the_presegmentation_reaches_the_condition_flow():
-    settings = dataclasses.replace(SETTINGS, condition_on_presegmentation=True, corruption_probability=1.0)
+    settings = dataclasses.replace(SETTINGS, condition_on_presegmentation=True, starts={"corrupted": 1.0})
     network, image = segmenter(settings), torch.randn(1, 1, 16, 16)
     assert network.denoiser.image_channels == 4
     assert network(image).shape == (1, 3, 16, 16)

@@ -86,7 +86,7 @@ def test_the_image_reaches_the_output_through_the_features():
 
 def test_what_does_not_go_together_is_refused():
     with pytest.raises(ValueError, match="condition_on_presegmentation"):
-        dataclasses.replace(FEATURES, condition_on_presegmentation=True, corruption_probability=1.0)
+        dataclasses.replace(FEATURES, condition_on_presegmentation=True, starts={"corrupted": 1.0})
     with pytest.raises(NotImplementedError, match="attention 'cross' needs a condition flow"):
         dataclasses.replace(FEATURES, attention="cross")
     other = {

@@ -48,7 +48,7 @@ def test_perfect_denoiser_gives_the_truth_from_any_start():
 
 
 def test_identity_denoiser_without_noise_level_returns_the_presegmentation():
-    settings = dataclasses.replace(SETTINGS, start_step=1, steps=1, prediction_type="x0", corruption_probability=0.0)
+    settings = dataclasses.replace(SETTINGS, start_step=1, steps=1, prediction_type="x0", starts={"truth": 1.0})
     network = known(lambda noisy: noisy, settings)
     image = torch.randn(1, 1, 8, 8)
     clear = network.presegment(image).probabilities.topk(2, dim=1).values
@@ -181,7 +181,7 @@ def test_near_total_noise_forgets_the_presegmentation():
 def test_small_errors_of_epsilon_do_not_spoil_a_process_from_pure_noise():
     """Near T the cosine schedule divides them by 5e-5: without clamping every voxel would end in one class."""
     network = segmenter(
-        dataclasses.replace(SETTINGS, prediction_type="epsilon", schedule="cosine", corruption_probability=0.0)
+        dataclasses.replace(SETTINGS, prediction_type="epsilon", schedule="cosine", starts={"truth": 1.0})
     )
     process = network.process
     share = 0.8  # of +1; the rest is -1

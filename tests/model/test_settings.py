@@ -85,9 +85,32 @@ def test_each_setting_stands_in_the_section_of_its_owner():
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v"])
 def test_prediction_types_without_bounded_targets_train_on_the_truth_by_default(prediction_type):
-    assert DiffusionSettings.from_plans(configuration(prediction_type=prediction_type)).corruption_probability == 0
-    with pytest.raises(ValueError, match=f"{prediction_type}.*corruption_probability"):
-        DiffusionSettings.from_plans(configuration(prediction_type=prediction_type, corruption_probability=0.5))
+    assert DiffusionSettings.from_plans(configuration(prediction_type=prediction_type)).starts == {"truth": 1}
+    with pytest.raises(ValueError, match=f"{prediction_type}.*training.starts"):
+        DiffusionSettings.from_plans(
+            configuration(prediction_type=prediction_type, starts={"truth": 0.5, "corrupted": 0.5})
+        )
+
+
+@pytest.mark.parametrize("sections", [True, False])
+def test_shares_of_earlier_versions_are_read_as_starts(sections):
+    def read(process=None, **shares):
+        process = {"prediction_type": process} if process else {}
+        section = {"process": process, "training": shares} if sections else {**process, **shares}
+        return DiffusionSettings.from_plans(configuration(**section)).starts
+
+    assert read(corruption_probability=0.3, presegmentation_start_probability=0.5) == pytest.approx(
+        {"truth": 0.2, "corrupted": 0.3, "presegmentation": 0.5}
+    )
+    assert read(presegmentation_start_probability=0.25) == {"truth": 0.25, "corrupted": 0.5, "presegmentation": 0.25}
+    assert read(process="v", presegmentation_start_probability=0.0) == {"truth": 1}
+    with pytest.raises(ValueError, match=r"corruption_probability 0.3 beside .*starts"):
+        read(corruption_probability=0.3, starts={"truth": 1.0})
+
+
+def test_starts_out_of_fold_and_from_the_previous_stage_contradict_each_other():
+    with pytest.raises(NotImplementedError, match="out_of_fold.*previous_stage"):
+        DiffusionSettings.from_plans(configuration(starts={"out_of_fold": 1}, start_from="previous_stage"))
 
 
 @pytest.mark.parametrize(
@@ -110,7 +133,13 @@ def test_prediction_types_without_bounded_targets_train_on_the_truth_by_default(
         ({"features_per_stage": 16}, ["features_per_stage", "16"]),
         ({"from_noise": True}, ["from_noise", "start_step", "1000"]),
         ({"corruption_probability": 0.7, "presegmentation_start_probability": 0.5}, ["0.7", "0.5", "at most 1"]),
+        ({"corruption_probability": "x"}, ["corruption_probability 'x'", "0 to 1"]),
         ({"condition_on_presegmentation": True}, ["condition_on_presegmentation", "truth", "0.5"]),
+        ({"starts": {"truth": 0.5}}, ["diffusion.training.starts", "sum 1", "0.5"]),
+        ({"starts": {"truth": 0.5, "noise": 0.5}}, ["diffusion.training.starts", "recycled", "noise"]),
+        ({"starts": {"truth": 1.5, "corrupted": -0.5}}, ["diffusion.training.starts", "-0.5"]),
+        ({"starts": ["truth"]}, ["diffusion.training.starts", "['truth']"]),
+        ({"starts": {"truth": "all"}}, ["diffusion.training.starts", "all"]),
         ({"version": 4}, ["version", "4", "install a newer one"]),
         ({"version": 4, "of_the_future": 1}, ["version", "4", "install a newer one"]),
         ({"inference": {"start_stepp": 3}}, ["diffusion.inference.start_stepp", "inference.start_step"]),

@@ -84,3 +84,17 @@ def test_a_network_that_was_trained_before_keeps_its_weights_but_for_the_last_la
     assert not pretrained.start_from(nnunet.state_dict())
     for key, value in pretrained.network.state_dict().items():
         assert torch.equal(value, nnunet.state_dict()[key] if ".seg_layers." in key else before[key]), key
+
+
+@pytest.mark.parametrize(("residual", "dimension"), CASES)
+def test_outputs_of_deep_supervision_are_those_of_nnunet_but_for_the_coarsest(residual, dimension):
+    nnunet = small_unet(residual=residual, dimension=dimension, deep_supervision=True).eval()
+    denoiser = NoisyUNet(small_unet(4, 3, residual, dimension), 1, 3, deep_supervision=True).eval()
+    denoiser.start_from(nnunet.state_dict())
+    image, noisy = torch.randn(2, 1, *[16] * dimension), torch.randn(2, 3, *[16] * dimension)
+    found, wanted = denoiser.outputs(noisy, torch.zeros(2), denoiser.encode(image)), nnunet(image)
+    assert len(found) == len(wanted) - 1  # nnU-Net gives the coarsest the weight 0
+    for one, other in zip(found, wanted, strict=False):
+        torch.testing.assert_close(one, other)
+    sum(each.square().mean() for each in denoiser.outputs(noisy, torch.zeros(2), denoiser.encode(image))).backward()
+    assert [name for name, p in denoiser.named_parameters() if p.requires_grad and p.grad is None] == []

@@ -69,3 +69,33 @@ def test_a_resumed_training_goes_on_from_its_own_weights(trained, tmp_path):
     assert "Epoch 1" in done.stdout and "Epoch 0" not in done.stdout
     after = read_checkpoint(fold / "checkpoint_final.pth")["diffusion"]["denoiser_weights"]
     assert (after[marked] - raw[marked]).abs().max() < 0.1
+
+
+def test_starts_out_of_fold_train_two_nnunets_on_halves_of_the_cases(hippocampus, tmp_path):
+    starts = {"truth": 0.2, "corrupted": 0.2, "out_of_fold": 0.3, "recycled": 0.3}
+    hippocampus.write_plans("Tiny_starts", "2d", patch=[40, 40], training={"starts": starts})
+    words = [4, "2d", 0, "-tr", "TinyDiffusionTrainerUNet", "-p", "Tiny_starts", "-device", "cpu"]
+    printed = hippocampus.run("nnUNetv2_train", *words, nnUNet_results=str(tmp_path)).stdout
+    results = tmp_path / hippocampus.dataset
+    split = json.loads((hippocampus.preprocessed / "splits_final.json").read_text())[0]
+    seen = []
+    for half in (0, 1):
+        fold = results / f"TinynnUNetTrainer_half{half}__Tiny_starts__2d" / "fold_0"
+        assert (fold / "checkpoint_final.pth").is_file() and not (fold / "validation").exists()
+        seen.append(json.loads((fold / "cases.json").read_text())["training"])
+    assert sorted(seen[0] + seen[1]) == sorted(split["train"]) and not set(seen[0]) & set(seen[1])
+    assert "The pre-segmentor's mistakes on validation patches, which corrupted truths imitate: Dice" in printed
+    model = results / "TinyDiffusionTrainerUNet__Tiny_starts__2d"
+    saved = read_checkpoint(model / "fold_0" / "checkpoint_final.pth")["diffusion"]["mistakes"]
+    assert len(saved["dice"]) == len(saved["softness"]) > 0
+    # a second training finds both, and refuses them where the split has changed
+    again = hippocampus.run("nnUNetv2_train", *words, nnUNet_results=str(tmp_path)).stdout
+    assert again.count("is trained already") == 3
+    record = results / "TinynnUNetTrainer_half1__Tiny_starts__2d" / "fold_0" / "cases.json"
+    record.write_text(json.dumps({"training": seen[0]}))
+    refused = hippocampus.run("nnUNetv2_train", *words, nnUNet_results=str(tmp_path), check=False)
+    assert refused.returncode != 0
+    assert (
+        "is an nnU-Net trained on other cases (cases.json): the split has changed since"
+        in refused.stderr + refused.stdout
+    )

@@ -22,7 +22,7 @@ def results(request, hippocampus, tmp_path_factory):
     """What two ranks and one process with the whole batch made of the same weights, batch and noise."""
     folder = tmp_path_factory.mktemp("ranks")
     plans = json.loads((hippocampus.preprocessed / "Tiny.json").read_text())
-    section = {"prediction_type": request.param, "corruption_probability": 0.0, "norm": "instance"}
+    section = {"prediction_type": request.param, "starts": {"truth": 1.0}, "norm": "instance"}
     plans["configurations"]["2d"]["diffusion"] = section
     (folder / "plans.json").write_text(json.dumps(plans))
     (folder / "dataset.json").write_text((hippocampus.preprocessed / "dataset.json").read_text())

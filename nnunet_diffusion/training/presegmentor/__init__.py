@@ -7,6 +7,7 @@ from nnunet_diffusion.training.presegmentor.fit import (
     load_presegmentor_weights,
     trainer_class,
 )
+from nnunet_diffusion.training.presegmentor.halves import out_of_fold
 from nnunet_diffusion.training.presegmentor.train import ensure_presegmentor, presegmentor_state
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "ensure_presegmentor",
     "given_presegmentor",
     "load_presegmentor_weights",
+    "out_of_fold",
     "presegmentor_folder",
     "presegmentor_state",
     "presegmentor_weights",

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from batchgenerators.utilities.file_and_folder_operations import load_json
+from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.file_path_utilities import get_output_folder
@@ -23,7 +25,7 @@ from nnunet_diffusion.training.checkpoints import (
 from nnunet_diffusion.training.checks import check_batch
 from nnunet_diffusion.training.ending import end_loaders
 from nnunet_diffusion.training.outlook import announce
-from nnunet_diffusion.training.presegmentor.fit import refuse_misfit
+from nnunet_diffusion.training.presegmentor.fit import refuse_misfit, trainer_class
 from nnunet_diffusion.training.presegmentor.lock import (
     LOCK_SECONDS,
     SUMMARY,
@@ -36,6 +38,9 @@ from nnunet_diffusion.training.presegmentor.lock import (
     wait_for_stock_training,
 )
 
+Altered = Callable[[type[nnUNetTrainer]], type[nnUNetTrainer]]
+"""Makes the trainer of a part of the training cases from one of nnU-Net's."""
+
 
 def ensure_presegmentor(
     trainer_name: str,
@@ -45,6 +50,7 @@ def ensure_presegmentor(
     plans_name: str,
     device: torch.device,
     log: Callable[[str], None],
+    altered: Altered | None = None,
 ) -> Path:
     """Return the path of the pre-segmentor's final checkpoint, after training and validating it if necessary.
 
@@ -61,10 +67,17 @@ def ensure_presegmentor(
         plans_name: name of the plans in nnUNet_preprocessed/DATASET, without .json.
         device: device for training and validation.
         log: writes one line.
+        altered: makes the trainer of part of the training cases, whose network is not validated; None for all of them.
     """
+    own = None if altered is None else altered(trainer_class(trainer_name, "The pre-segmentor of this model"))
+    trainer_name = trainer_name if own is None else own.__name__
     folder = Path(get_output_folder(dataset_name, trainer_name, plans_name, configuration, fold))
     final, summary = folder / "checkpoint_final.pth", folder / SUMMARY
-    if agreed(final.is_file() and measured_cases(summary) is not None):
+
+    def validated() -> bool:
+        return own is not None or measured_cases(summary) is not None
+
+    if agreed(final.is_file() and validated()):
         log(f"Pre-segmentor: {final} is trained already.")
         return final
     folder.mkdir(parents=True, exist_ok=True)
@@ -75,12 +88,12 @@ def ensure_presegmentor(
         while trainer is None and not agreed(final.is_file()):
             log(f"Pre-segmentor: {trainer_name} of fold {fold} is not trained yet, training it first (in {folder}).")
             resumable = agreed(any((folder / f"checkpoint_{kind}.pth").is_file() for kind in ("latest", "best")))
-            trainer = _make_trainer(trainer_name, dataset_name, configuration, fold, plans_name, resumable, device)
+            trainer = _make_trainer(trainer_name, dataset_name, configuration, fold, plans_name, resumable, device, own)
             if not _trained(trainer, resumable, log):
                 log(f"Pre-segmentor: nnU-Net's own training began in {folder}, so this one gives way to it.")
                 trainer = None
                 wait_for_stock_training(folder, log)
-        if not agreed(measured_cases(summary) is not None):
+        if not agreed(validated()):
             if trainer is None:
                 trainer = _make_trainer(trainer_name, dataset_name, configuration, fold, plans_name, True, device)
                 _refuse_other_plans(final, trainer)
@@ -146,9 +159,22 @@ def _finish_loggers(trainer: nnUNetTrainer) -> None:
 
 
 def _make_trainer(
-    name: str, dataset: str, configuration: str, fold: int | str, plans: str, resume: bool, device: torch.device
+    name: str,
+    dataset: str,
+    configuration: str,
+    fold: int | str,
+    plans: str,
+    resume: bool,
+    device: torch.device,
+    own: type[nnUNetTrainer] | None = None,
 ) -> nnUNetTrainer:
-    trainer = get_trainer_from_args(dataset, configuration, fold, name, plans, resume, device)
+    """Return the trainer as nnU-Net makes it, or one of our own class, which nnU-Net's search would not find."""
+    if own is None:
+        trainer = get_trainer_from_args(dataset, configuration, fold, name, plans, resume, device)
+    else:
+        folder = Path(nnUNet_preprocessed) / dataset
+        planned = {**load_json(folder / f"{plans}.json"), "continue_training": resume}
+        trainer = own(planned, configuration, fold, load_json(folder / "dataset.json"), device)
     claim_log(Path(trainer.log_file), trainer.local_rank)
     return trainer
 
