@@ -43,6 +43,7 @@ from comparison_training import (
     epoch_seconds,
     share_presegmentor,
     train,
+    without_averaging,
     write_missing_trainer,
 )
 
@@ -88,19 +89,20 @@ def train_all(folders: Folders, options: argparse.Namespace, deadline: Deadline)
         share_presegmentor(folders, models["nnU-Net"], variant_plans["plans_name"])
         train(folders, models[variant], deadline)
     for control in options.controls:
-        name, training = _control(folders, options, control, models)
-        train(folders, training, deadline)
-        models[name] = training
+        models |= _control(folders, options, control, models, deadline)
     return models
 
 
 def _control(
-    folders: Folders, options: argparse.Namespace, control: str, models: dict[str, Training]
-) -> tuple[str, Training]:
+    folders: Folders, options: argparse.Namespace, control: str, models: dict[str, Training], deadline: Deadline
+) -> dict[str, Training]:
+    """Train a control; return the models it gives by name."""
     rest = (options.configuration, options.fold, options.device)
     nnunet = models["nnU-Net"]
     if control == "stock":
-        return "nnU-Net on stock nnUNetPlans", Training(nnunet.trainer, STOCK_PLANS, *rest)
+        training = Training(nnunet.trainer, STOCK_PLANS, *rest)
+        train(folders, training, deadline)
+        return {"nnU-Net on stock nnUNetPlans": training}
     kept = output_folder(folders, options) / "control_epochs.json"
     if options.control_epochs is None and not kept.is_file():
         denoiser = next(training for name, training in models.items() if name != "nnU-Net")
@@ -108,8 +110,14 @@ def _control(
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text(json.dumps(epochs))
     epochs = options.control_epochs or json.loads(kept.read_text())
-    trainer = write_missing_trainer(folders, f"nnUNetTrainer_{epochs}epochs")
-    return f"nnU-Net, {epochs} epochs", Training(trainer, options.plans_name, *rest)
+    # one training gives both: the average of the weights does not change what is averaged
+    plain, averaged = (
+        Training(write_missing_trainer(folders, f"{base}_{epochs}epochs"), options.plans_name, *rest)
+        for base in ("nnUNetTrainer", "nnUNetTrainerEMA")
+    )
+    train(folders, averaged, deadline)
+    without_averaging(folders, averaged, plain)
+    return {f"nnU-Net, {epochs} epochs": plain, f"nnU-Net, {epochs} epochs, averaged weights": averaged}
 
 
 def output_folder(folders: Folders, options: argparse.Namespace) -> Path:

@@ -61,7 +61,14 @@ def read_options(words: Sequence[str] | None = None) -> argparse.Namespace:
         help="above 0, beside 0: for each start_step, with the fewest steps",
     )
     add("--no-repair", action="store_true", help="leave the repair test out")
-    add("--controls", nargs="*", default=[], choices=["longer", "stock"])
+    add(
+        "--controls",
+        nargs="*",
+        default=[],
+        choices=["longer", "stock"],
+        help="longer: nnU-Net for its own and the denoiser's time, with its last weights and with averaged ones (one "
+        "training); stock: nnU-Net on stock plans",
+    )
     add("--control-epochs", type=int, help="length of the longer control (default: measured from the first denoiser)")
     add("--cases", type=int, help="evaluate this many validation cases, evenly spaced")
     add("--no-mirroring", action="store_true")

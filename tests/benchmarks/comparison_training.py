@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -140,6 +141,25 @@ def epoch_seconds(folders: Folders, training: Training) -> list[float]:
 def control_epochs(nnunet: list[float], denoiser: list[float]) -> int:
     """Return how many epochs nnU-Net trains for its own and the denoiser's time together (medians, rounded up)."""
     return len(nnunet) + math.ceil(len(denoiser) * statistics.median(denoiser) / statistics.median(nnunet))
+
+
+def without_averaging(folders: Folders, averaged: Training, plain: Training) -> None:
+    """Write the model that a training of `nnUNetTrainerEMA` would have given without the average, if it is not there."""
+    import torch
+
+    from nnunet_diffusion.training.averaged_nnunet import RAW_KEY
+    from nnunet_diffusion.training.checkpoints import read_checkpoint
+
+    target, source = (training.folder(folders) for training in (plain, averaged))
+    final = target / "checkpoint_final.pth"
+    if final.is_file():
+        return
+    target.mkdir(parents=True, exist_ok=True)
+    for name in ("plans.json", "dataset.json"):
+        shutil.copy(source.parent / name, target.parent / name)
+    checkpoint = read_checkpoint(source / "checkpoint_final.pth")
+    checkpoint |= {"network_weights": checkpoint.pop(RAW_KEY), "trainer_name": plain.trainer}
+    torch.save(checkpoint, final)
 
 
 def write_missing_trainer(folders: Folders, name: str) -> str:

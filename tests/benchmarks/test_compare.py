@@ -336,6 +336,29 @@ def test_another_nnunet_takes_the_presegmentors_place_unless_the_denoiser_met_it
     start((0, 1), **given, starts={"truth": 0.5, "presegmentation": 0.5})
 
 
+def test_one_training_gives_the_control_with_and_without_averaged_weights(tmp_path: Path) -> None:
+    folders = comparison_plans.Folders(tmp_path, "Dataset004_X")
+    averaged, plain = (
+        comparison_training.Training(f"{base}_7epochs", "small", "2d", 0, "cpu")
+        for base in ("nnUNetTrainerEMA", "nnUNetTrainer")
+    )
+    source, target = averaged.folder(folders), plain.folder(folders)
+    source.mkdir(parents=True)
+    for name in ("plans.json", "dataset.json"):
+        (source.parent / name).write_text("{}")
+    checkpoint = {"network_weights": {"w": torch.ones(2)}, "raw_weights": {"w": torch.zeros(2)}, "current_epoch": 7}
+    torch.save(checkpoint | {"trainer_name": averaged.trainer}, source / "checkpoint_final.pth")
+    comparison_training.without_averaging(folders, averaged, plain)
+    written = torch.load(target / "checkpoint_final.pth")
+    assert torch.equal(written["network_weights"]["w"], torch.zeros(2))
+    assert written["trainer_name"] == "nnUNetTrainer_7epochs" and written["current_epoch"] == 7
+    assert (target.parent / "plans.json").read_text() == "{}"
+    # one that was trained by itself stays
+    torch.save({"network_weights": {}}, target / "checkpoint_final.pth")
+    comparison_training.without_averaging(folders, averaged, plain)
+    assert torch.load(target / "checkpoint_final.pth") == {"network_weights": {}}
+
+
 def test_a_presegmentor_of_its_own_is_not_taken_for_the_shared_one(tmp_path: Path) -> None:
     folders = comparison_plans.Folders(tmp_path, "Dataset004_X")
     training = comparison_training.Training("nnUNetTrainer_10epochs", "small", "2d", 0, "cpu")
