@@ -81,6 +81,11 @@ def _add_own_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         help="weight of the pre-segmentation's probabilities in the result, 0 to 1",
     )
+    add(
+        "--presence_threshold",
+        type=float,
+        help="largest probability in the image below which a foreground class is left out, 0 to 1",
+    )
     add("--fusion", choices=FUSIONS, default="mean", help="how samples are combined into a segmentation (mean)")
     add("--keep_samples", action="store_true", help="write each sample to OUT/samples")
     add("--seed", type=int, help="seed of the noise")
@@ -208,6 +213,7 @@ def _loaded_predictor(options: argparse.Namespace, model: Path, folds: list[str]
             mirror_samples=options.mirror_samples,
             seed=options.seed,
             presegmentation_weight=options.presegmentation_weight,
+            presence_threshold=options.presence_threshold,
             fusion=options.fusion,
             joint=not options.tile_wise,
             keep_samples=options.keep_samples,

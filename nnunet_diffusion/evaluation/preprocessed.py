@@ -104,8 +104,19 @@ def mean_dice(segmentation: NDArray, truth: NDArray, label_manager: LabelManager
         truth: preprocessed label map (*volume); -1 is background, voxels of the ignore label are excluded.
         label_manager: label manager of the dataset.
     """
+    return mean_known([dice(ours, theirs) for ours, theirs in _masks(segmentation, truth, label_manager)])
+
+
+def presence(segmentation: NDArray, truth: NDArray, label_manager: LabelManager) -> NDArray[np.bool_]:
+    """Return whether each foreground label or region occurs, (2, K): in a label map and in the truth; see `mean_dice`."""
+    return np.array([[mask.any() for mask in pair] for pair in _masks(segmentation, truth, label_manager)]).T
+
+
+def _masks(segmentation: NDArray, truth: NDArray, label_manager: LabelManager) -> Iterator[tuple[NDArray, NDArray]]:
+    """Yield the known voxels of each foreground label or region in a label map and in the truth."""
     known = np.ones(truth.shape, bool)
     if label_manager.has_ignore_label:
         known = truth != label_manager.ignore_label
     classes = label_manager.foreground_regions if label_manager.has_regions else label_manager.foreground_labels
-    return mean_known([dice(np.isin(segmentation, each) & known, np.isin(truth, each) & known) for each in classes])
+    for each in classes:
+        yield np.isin(segmentation, each) & known, np.isin(truth, each) & known

@@ -1,4 +1,4 @@
-"""Choice of a model's inference settings by its validation cases: T', steps and the weight of the pre-segmentation.
+"""Choice of a model's inference settings by its validation cases: T', steps, the pre-segmentation's weight, presence.
 
 The weight 1 is among the choices: nnU-Net alone, without a reverse process. What is cheaper is preferred to what is better
 by less than one standard error, so that the reverse process has to be worth its cost (Breiman et al. 1984, section 3.4.3).
@@ -15,17 +15,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from numpy.typing import NDArray
 
 from nnunet_diffusion.evaluation.comparison import PairedComparison, compare_paired, comparison_table, markdown_table
 from nnunet_diffusion.evaluation.diagnostic import START_STEPS
-from nnunet_diffusion.evaluation.preprocessed import PreprocessedCase, mean_dice
+from nnunet_diffusion.evaluation.preprocessed import PreprocessedCase, mean_dice, presence
+from nnunet_diffusion.inference.fusion import absent, leave_out
 from nnunet_diffusion.inference.predictor import DiffusionPredictor
 from nnunet_diffusion.inference.presegmentation import Presegmentation
 from nnunet_diffusion.model import labels
 
 STEPS = (1, 2, 5)
 WEIGHTS = (0.0, 0.25, 0.5, 0.75)
+THRESHOLDS = (0.0, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
+"""Of presence; those above 0 are choices only where some choice finds a class that a case does not have."""
 SHOWN = 8
 
 
@@ -37,27 +41,44 @@ class Choice:
         steps: evaluations of the reverse process; 0 without one.
         start_step: T'; 0 without a reverse process.
         presegmentation_weight: weight of nnU-Net's probabilities.
+        presence_threshold: largest probability below which a class is left out.
     """
 
     steps: int
     start_step: int
     presegmentation_weight: float
+    presence_threshold: float = 0.0
 
     def settings(self) -> dict[str, Any]:
         """Return the entries of the plans' `inference` section; T' and steps of before stay without a reverse process."""
-        weight = {"presegmentation_weight": self.presegmentation_weight, "from_noise": False}
-        return weight if self == NNUNET else {**weight, "start_step": self.start_step, "steps": self.steps}
+        own = dataclasses.asdict(self) | {"from_noise": False}
+        return {key: value for key, value in own.items() if self.steps or key not in ("steps", "start_step")}
 
     def __str__(self) -> str:
         """Describe the choice in words."""
-        if self == NNUNET:
-            return "nnU-Net alone"
-        return f"T' = {self.start_step}, steps {self.steps}, weight of nnU-Net {self.presegmentation_weight:g}"
+        text = f"T' = {self.start_step}, steps {self.steps}, weight of nnU-Net {self.presegmentation_weight:g}"
+        threshold = f", presence from {self.presence_threshold:g}" if self.presence_threshold else ""
+        return (text if self.steps else "nnU-Net alone") + threshold
 
 
 NNUNET = Choice(0, 0, 1.0)
 Scores = Mapping[Choice, NDArray[np.float64]]
 """Mean Dice of each case, (N,), at each choice."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """One case at one choice.
+
+    Attributes:
+        dice: mean Dice of its classes; 1 where neither truth nor segmentation has a foreground.
+        missed: classes that only the truth has.
+        false_alarms: classes that only the segmentation has.
+    """
+
+    dice: float
+    missed: int
+    false_alarms: int
 
 
 @dataclass
@@ -66,7 +87,7 @@ class Tuning:
 
     Attributes:
         cases: names of the cases, N.
-        scores: choice -> mean Dice of each case, in their order.
+        found: choice -> what was found in each case, in their order.
         chosen: by all cases.
         before: the model's own settings, with the samples asked for.
         unseen: the tuned settings against nnU-Net, and against the model's own settings, each case measured at what was
@@ -74,22 +95,28 @@ class Tuning:
     """
 
     cases: list[str]
-    scores: dict[Choice, NDArray[np.float64]]
+    found: dict[Choice, list[Found]]
     chosen: Choice
     before: Choice
     unseen: dict[str, PairedComparison]
 
     def tables(self) -> str:
         """Return two markdown tables: the best choices, and what tuning gives on cases that it did not see."""
-        ranked = sorted(self.scores, key=lambda choice: -self.scores[choice].mean())
+        scores = scores_of(self.found)
+        ranked = sorted(scores, key=lambda choice: -scores[choice].mean())
         shown = [*ranked[:SHOWN], *(each for each in (self.chosen, self.before, NNUNET) if each not in ranked[:SHOWN])]
         names = {self.chosen: " (chosen)", self.before: " (before)"}
         rows = [
-            [f"{choice}{names.get(choice, '')}", f"{self.scores[choice].mean():.4f}"] for choice in dict.fromkeys(shown)
+            [
+                f"{choice}{names.get(choice, '')}",
+                f"{scores[choice].mean():.4f}",
+                *(str(sum(getattr(each, key) for each in self.found[choice])) for key in ("missed", "false_alarms")),
+            ]
+            for choice in dict.fromkeys(shown)
         ]
         return (
-            f"Mean Dice of {len(self.cases)} validation cases, the best of {len(self.scores)} choices:\n\n"
-            f"{markdown_table(['settings', 'Dice'], rows)}\n"
+            f"Mean Dice of {len(self.cases)} validation cases, the best of {len(scores)} choices:\n\n"
+            f"{markdown_table(['settings', 'Dice', 'classes missed', 'false alarms'], rows)}\n"
             "Tuned settings on the half of the cases that did not choose them, against:\n\n"
             f"{comparison_table(self.unseen)}"
         )
@@ -101,7 +128,10 @@ class Tuning:
             "chosen": dataclasses.asdict(self.chosen),
             "before": dataclasses.asdict(self.before),
             "unseen": {name: dataclasses.asdict(found) for name, found in self.unseen.items()},
-            "scores": [{**dataclasses.asdict(choice), "dice": list(dice)} for choice, dice in self.scores.items()],
+            "found": [
+                {**dataclasses.asdict(choice), "cases": [dataclasses.asdict(each) for each in found]}
+                for choice, found in self.found.items()
+            ],
         }
 
 
@@ -148,16 +178,24 @@ def tune(
             f"Tuning got {len(cases)} cases and start steps {sorted(asked)}. It needs at least four cases, and a start step "
             f"from 1 to the model's max_train_step, {limit}."
         )
-    every = sorted({*weights, settings.presegmentation_weight} - {1.0})
-    found: dict[Choice, list[float]] = {}
+    weight, threshold = settings.presegmentation_weight, settings.presence_threshold
+    every, thresholds = sorted({*weights, weight} - {1.0}), sorted({*THRESHOLDS, threshold})
+    found: dict[Choice, list[Found]] = {}
     for fold, name in cases:
         on_case(name)
-        for choice, dice in measure(predictor_of[fold], load(name), grid, every).items():
-            found.setdefault(choice, []).append(dice)
-    scores = {choice: np.array(dice) for choice, dice in found.items()}
-    weight = settings.presegmentation_weight
-    before = NNUNET if weight == 1 else Choice(settings.steps, own, weight)
-    return Tuning([name for _, name in cases], scores, choose(scores), before, on_unseen_cases(scores, before))
+        for choice, one in measure(predictor_of[fold], load(name), grid, every, thresholds).items():
+            found.setdefault(choice, []).append(one)
+    if not any(each.false_alarms for one in found.values() for each in one):
+        # without a false alarm a threshold can only miss
+        found = {choice: one for choice, one in found.items() if choice.presence_threshold in (0.0, threshold)}
+    scores = scores_of(found)
+    before = Choice(0, 0, 1.0, threshold) if weight == 1 else Choice(settings.steps, own, weight, threshold)
+    return Tuning([name for _, name in cases], found, choose(scores), before, on_unseen_cases(scores, before))
+
+
+def scores_of(found: Mapping[Choice, Sequence[Found]]) -> dict[Choice, NDArray[np.float64]]:
+    """Return the mean Dice of each case, (N,), at each choice."""
+    return {choice: np.array([each.dice for each in one]) for choice, one in found.items()}
 
 
 def measure(
@@ -165,35 +203,52 @@ def measure(
     case: PreprocessedCase,
     grid: Sequence[tuple[int, int]],
     weights: Sequence[float],
-) -> dict[Choice, float]:
-    """Return the mean Dice of one case at each choice; 1 where neither truth nor segmentation has a foreground.
+    thresholds: Sequence[float] = (0.0,),
+) -> dict[Choice, Found]:
+    """Return what is found in one case at each choice.
 
     Args:
         predictor: predictor of a fold that was not trained on the case.
         case: the case.
         grid: steps and T' of the reverse processes, which start from nnU-Net's output.
         weights: weights of nnU-Net's probabilities below 1.
+        thresholds: of presence.
     """
     network, manager, data = predictor.network, predictor.label_manager, torch.from_numpy(case.image)
     regions = network.settings.regions
 
     def probabilities(given: Presegmentation | None = None, **changes: Any) -> torch.Tensor:
-        with network.overridden(from_noise=False, **changes):
+        with network.overridden(from_noise=False, presence_threshold=0.0, **changes):
             return labels.activate(predictor.predict_volume(data, given).logits[None], regions)[0]
 
-    def score(found: torch.Tensor) -> float:
-        segmentation = np.asarray(manager.convert_probabilities_to_segmentation(found))
-        dice = mean_dice(segmentation, case.truth, manager)
-        return 1.0 if math.isnan(dice) else dice
+    scores: dict[Choice, Found] = {}
+
+    def score(choice: Choice, mean: torch.Tensor) -> None:
+        known: dict[tuple[bool, ...], Found] = {}  # most thresholds leave out the same classes
+        for threshold in thresholds:
+            classes = absent(mean, threshold, regions)
+            key = tuple(classes.tolist())
+            if key not in known:
+                kept = leave_out(mean, classes) if any(key) else mean
+                segmentation = np.asarray(manager.convert_probabilities_to_segmentation(kept))
+                known[key] = found_in(segmentation, case.truth, manager)
+            scores[dataclasses.replace(choice, presence_threshold=threshold)] = known[key]
 
     nnunet = probabilities(presegmentation_weight=1.0)
-    scores = {NNUNET: score(nnunet)}
+    score(NNUNET, nnunet)
     given = Presegmentation(nnunet.numpy(), True, "tuning")
     for steps, start_step in grid:
         denoised = probabilities(given, start_step=start_step, steps=steps, presegmentation_weight=0.0)
         for weight in weights:
-            scores[Choice(steps, start_step, weight)] = score(torch.lerp(denoised, nnunet, weight))
+            score(Choice(steps, start_step, weight), torch.lerp(denoised, nnunet, weight))
     return scores
+
+
+def found_in(segmentation: NDArray, truth: NDArray, manager: LabelManager) -> Found:
+    """Compare a label map with the truth, both (*volume), as `mean_dice` does."""
+    ours, theirs = presence(segmentation, truth, manager)
+    dice = mean_dice(segmentation, truth, manager)
+    return Found(1.0 if math.isnan(dice) else dice, int((theirs & ~ours).sum()), int((ours & ~theirs).sum()))
 
 
 def choose(scores: Scores) -> Choice:

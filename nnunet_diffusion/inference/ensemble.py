@@ -17,7 +17,7 @@ class VolumePrediction:
 
     Attributes:
         logits: logits of the mean probabilities over all members, (K, *volume), float32.
-        decision: logits of the fused segmentation; None if `logits` give the segmentation.
+        decision: logits of the segmentation by votes or without absent classes; None if `logits` give the segmentation.
         samples: name of each sample -> its logits, float16; empty unless samples are kept.
         evaluations: number of patches evaluated by each network.
         seconds: wall-clock time.

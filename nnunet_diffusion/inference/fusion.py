@@ -66,6 +66,25 @@ def _staple(votes: Tensor, mean: Tensor, regions: bool) -> Tensor:
     return result
 
 
+def absent(mean: Tensor, threshold: float, regions: bool) -> Tensor:
+    """Return which classes or regions, (K,), have a largest probability below a threshold; never the background.
+
+    Args:
+        mean: mean probabilities of the members (K, *volume).
+        threshold: `inference.presence_threshold`.
+        regions: whether the heads are regions.
+    """
+    low = mean.flatten(1).amax(1) < threshold
+    if not regions:
+        low[0] = False
+    return low
+
+
+def leave_out(probabilities: Tensor, classes: Tensor) -> Tensor:
+    """Return probabilities (K, *volume) in which the classes of a mask (K,) are 0 everywhere."""
+    return torch.where(classes.view(-1, *[1] * (probabilities.ndim - 1)), 0, probabilities)
+
+
 def staple(masks: Tensor, fallback: Tensor) -> Tensor:
     """Return STAPLE's foreground probability for several masks (Warfield et al. 2004, implemented by SimpleITK).
 

@@ -43,7 +43,9 @@ from nnunet_diffusion.inference.volume_run import VolumeRun
 from nnunet_diffusion.model.segmenter import DiffusionSegmenter
 
 Folds = Sequence[int | str] | None
-OVERRIDES = ("sampler", "steps", "start_step", "samples", "mirror_samples", "seed", "presegmentation_weight")
+OVERRIDES = (
+    "sampler", "steps", "start_step", "samples", "mirror_samples", "seed", "presegmentation_weight", "presence_threshold",
+)  # fmt: skip
 
 
 class DiffusionPredictor(nnUNetPredictor):
@@ -62,7 +64,7 @@ class DiffusionPredictor(nnUNetPredictor):
         verbose: as in nnU-Net.
         verbose_preprocessing: as in nnU-Net.
         allow_tqdm: show a bar over tiles x steps.
-        sampler: name of the sampler. For this and the next seven arguments, None means the model's setting.
+        sampler: name of the sampler. For this and the next eight arguments, None means the model's setting.
         steps: number of evaluations in one reverse process.
         start_step: T' of PD-DDPM.
         start_snr: T' stated as a signal-to-noise ratio, which means the same in every noise schedule.
@@ -70,6 +72,7 @@ class DiffusionPredictor(nnUNetPredictor):
         mirror_samples: mirror the image for the samples in turn, as nnU-Net mirrors it.
         seed: seed of their noise.
         presegmentation_weight: weight of the pre-segmentor's probabilities in the result, 0..1; in a vote, one vote if > 0.
+        presence_threshold: largest probability in the image below which a foreground class is left out, 0..1; 0: none is.
         fusion: "mean", "majority" or "staple". It affects the segmentation; the probabilities are always the mean.
         joint: True for one reverse process per volume; False for one per tile, as in nnU-Net's own prediction.
         keep_samples: keep the result of each sample.
@@ -107,6 +110,7 @@ class DiffusionPredictor(nnUNetPredictor):
         mirror_samples: bool | None = None,
         seed: int | None = None,
         presegmentation_weight: float | None = None,
+        presence_threshold: float | None = None,
         fusion: str = "mean",
         joint: bool = True,
         keep_samples: bool = False,
@@ -124,7 +128,9 @@ class DiffusionPredictor(nnUNetPredictor):
         self.allow_tqdm: bool = allow_tqdm
         if fusion not in FUSIONS:
             raise ValueError(f"fusion is {fusion!r}; known: {', '.join(FUSIONS)}")
-        given = (sampler, steps, start_step, samples, mirror_samples, seed, presegmentation_weight)
+        given = (
+            sampler, steps, start_step, samples, mirror_samples, seed, presegmentation_weight, presence_threshold,
+        )  # fmt: skip
         self.overrides: dict[str, Any] = {
             key: value for key, value in zip(OVERRIDES, given, strict=True) if value is not None
         }

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nnunet_diffusion.inference.ensemble import Members, VolumePrediction
-from nnunet_diffusion.inference.fusion import fuse
+from nnunet_diffusion.inference.fusion import absent, fuse, leave_out
 from nnunet_diffusion.inference.memory import GIB, free_bytes, peak_bytes, plan_memory
 from nnunet_diffusion.inference.out_of_memory import run_group, tell, unless_out_of_memory
 from nnunet_diffusion.inference.presegmentation import Presegmentation
@@ -231,11 +231,13 @@ class VolumeRun:
         inner: Sequence[slice] = (slice(None), *self._unpad[1:])
         mean = members.mean()[inner]
         refuse_nan(mean)
-        decision = None
+        fused, threshold = mean, self.settings.presence_threshold
         if members.votes:
             where = (slice(None), *(inner if regions else inner[1:]))
             fused = fuse(torch.stack(members.votes)[where], mean, self.predictor.fusion, regions)
-            decision = labels.probabilities_to_logits(fused[None], regions)[0]
+        if threshold > 0:
+            fused = leave_out(fused, absent(mean, threshold, regions))
+        decision = None if fused is mean else labels.probabilities_to_logits(fused[None], regions)[0]
         compute_gaussian.cache_clear()
         empty_cache(self.device)
         return VolumePrediction(

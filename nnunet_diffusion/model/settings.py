@@ -206,6 +206,14 @@ class DiffusionSettings:
         low=0,
         high=1,
     )
+    presence_threshold: float = _setting(
+        "inference",
+        0.0,
+        "A foreground class whose largest probability in the image is below this counts as a false alarm and is left out; 0: "
+        "none. `nnunet_diffusion predict` only.",
+        low=0,
+        high=1,
+    )
     start_from: str = _setting(
         "presegmentor",
         "presegmentor",

@@ -75,3 +75,12 @@ def test_a_sample_votes_for_what_its_own_file_says_though_that_is_rounded(region
     members.add(near_ties, 1.0, "sample")
     kept = members.samples["sample"]
     assert torch.equal(members.votes[0].long(), (kept > 0).long() if regions else kept.argmax(0))
+
+
+@pytest.mark.parametrize(("regions", "kept"), [(False, [True, True, False]), (True, [False, True, False])])
+def test_classes_below_the_threshold_of_presence_are_left_out(regions, kept):
+    mean = torch.tensor([[0.3, 0.1, 0.4], [0.1, 0.8, 0.2], [0.6, 0.1, 0.4]])
+    found = fusion.leave_out(mean, fusion.absent(mean, 0.7, regions))
+    assert found.any(1).tolist() == kept
+    assert torch.equal(found[torch.tensor(kept)], mean[torch.tensor(kept)])
+    assert not fusion.absent(mean, 0.0, regions).any()
