@@ -20,12 +20,13 @@ How to set them, with an example: [quick start](quick_start.md#settings).
 With `denoiser` `nnunet` the defaults of `prediction_type` (`logits`), `signal_scale` (0.1) and `mirror_samples` (true) differ.
 
 Three defaults follow the plans: `features_per_stage` is half of nnU-Net's width at each stage, at least 8; `norm` is
-`batch` for batches of 8 or more and `instance` below; `corruption_probability` is 0 for the prediction types `epsilon`
-and `v`.
+`batch` for batches of 8 or more and `instance` below; `starts` is `{{"truth": 1}}` for the prediction types `epsilon` and
+`v`.
 
 What must fit together: `start_step` is at most `max_train_step`, and that at most `timesteps`; `steps` is at most `start_step`;
-`from_noise` needs `start_step` equal to `timesteps`; `corruption_probability` and `presegmentation_start_probability`
-add up to at most 1, to 0 with `epsilon` or `v`, and to 1 with `condition_on_presegmentation`. `linear` needs at least
+`from_noise` needs `start_step` equal to `timesteps`; the shares of `starts` add up to 1, with `epsilon` or `v` all of them are
+`truth`, and with `condition_on_presegmentation` none is. `out_of_fold` does not go with `start_from` `previous_stage`.
+`linear` needs at least
 21 `timesteps`. `dpm_solver`, `dpm_solver++` and `unipc` need the extra `solvers`. `eta` matters to `ddim` only.
 
 The section `inference` may be changed
