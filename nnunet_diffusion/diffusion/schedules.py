@@ -38,6 +38,7 @@ class NoiseSchedule:
     Attributes:
         name: what the schedule is called in the settings.
         betas: (T,), each strictly between 0 and 1; held as float64. betas[0] is the step that timestep 0 has behind it.
+        full_noise: whether the last beta may be 1, after which nothing of the clean state is left.
 
     Raises:
         ValueError: betas is not a non-empty vector, or an entry is not strictly between 0 and 1.
@@ -45,12 +46,14 @@ class NoiseSchedule:
 
     name: str
     betas: Tensor
+    full_noise: bool = False
 
     def __post_init__(self) -> None:
         if self.betas.ndim != 1 or len(self.betas) == 0:
             raise ValueError(f"betas has shape {tuple(self.betas.shape)}; give a vector of at least one entry")
         betas = self.betas.to(torch.float64)
-        if not bool(((betas > 0) & (betas < 1)).all()):
+        below = betas[:-1] if self.full_noise and betas[-1] == 1 else betas
+        if not bool((betas > 0).all() and (below < 1).all()):
             raise ValueError(
                 f"betas of schedule {self.name!r} range from {betas.min().item():.4g} to {betas.max().item():.4g}; "
                 "every beta must be strictly between 0 and 1: change the schedule or its number of timesteps"
@@ -198,6 +201,18 @@ def scaled_betas(betas: Tensor, signal_scale: float) -> Tensor:
     return 1 - scaled / torch.cat([torch.ones(1, dtype=scaled.dtype), scaled[:-1]])
 
 
+def replacement_betas(timesteps: int) -> Tensor:
+    """Betas 1 / (T - t), whose alpha_bar falls linearly from 1 - 1 / T to 0: each step replaces as many voxels.
+
+    Args:
+        timesteps: T, at least 1.
+
+    Returns:
+        (T,) float64; the last one is 1.
+    """
+    return 1 / torch.arange(timesteps, 0, -1, dtype=torch.float64)
+
+
 SCHEDULES: dict[str, Callable[[int], Tensor]] = {"linear": linear_betas, "cosine": cosine_betas}
 
 
@@ -220,3 +235,23 @@ def noise_schedule(name: str, timesteps: int, signal_scale: float = 1.0) -> Nois
     if timesteps < 1:
         raise ValueError(f"timesteps is {timesteps}; at least one noising step is needed")
     return NoiseSchedule(name, scaled_betas(SCHEDULES[name](timesteps), signal_scale))
+
+
+BERNOULLI_SCHEDULES: dict[str, Callable[[int], Tensor]] = {"linear": replacement_betas, "cosine": cosine_betas}
+
+
+def bernoulli_schedule(name: str, timesteps: int) -> NoiseSchedule:
+    """Return the schedule of that name for a Bernoulli process, in which beta is the share of voxels that a step replaces.
+
+    Args:
+        name: a key of BERNOULLI_SCHEDULES.
+        timesteps: T, at least 1.
+
+    Raises:
+        ValueError: an unknown name, or no timesteps.
+    """
+    if name not in BERNOULLI_SCHEDULES:
+        raise ValueError(f"schedule is {name!r}; known schedules: {', '.join(BERNOULLI_SCHEDULES)}")
+    if timesteps < 1:
+        raise ValueError(f"timesteps is {timesteps}; at least one noising step is needed")
+    return NoiseSchedule(name, BERNOULLI_SCHEDULES[name](timesteps), full_noise=True)
