@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,7 @@ def _is_of_diffusion_trainer(model: Path) -> bool:
         plans = read_plans(model / "plans.json", "")
     except (OSError, ValueError):
         return True  # loading the model reports what is wrong with its plans
+    trainer = re.sub(r"_half[01]$", "", trainer)  # trained on a half of the cases, for starts out of fold
     section = plans["configurations"].get(configuration, {}).get("diffusion")
     if section is None:
         return False

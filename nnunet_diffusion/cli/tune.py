@@ -23,11 +23,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add `tune` to the command line."""
     parser = subparsers.add_parser(
         "tune",
-        help="choose T', steps and the weight of nnU-Net by a model's validation cases",
-        description="Measures choices of T', steps and the weight of nnU-Net's probabilities on the validation cases of the "
-        "trained folds, each predicted by the fold that was not trained on it. Writes the choice into the `inference` settings "
-        f"of the model's plans.json, where prediction reads it, and all figures into {FILE} beside it. The preprocessed data "
-        "must be there.",
+        help="choose T', steps, the weight of nnU-Net and a presence threshold by a model's validation cases",
+        description="Measures choices of T', steps, the weight of nnU-Net's probabilities and the presence threshold on the "
+        "validation cases of the trained folds, each predicted by the fold that was not trained on it. Writes the choice into "
+        "the `inference` settings of the model's plans.json, where prediction reads it, and all figures into "
+        f"{FILE} beside it. The preprocessed data must be there.",
     )
     add = parser.add_argument
     add_model_arguments(parser)
@@ -89,9 +89,11 @@ def run(options: argparse.Namespace) -> int:
     changes = {**tuned.chosen.settings(), **used}
     with named_for_the_user(OSError):
         write_inference(model / "plans.json", predictor.identity["configuration"], predictor.network.settings, changes)
+    alone = " (but for the presence threshold, which only nnunet_diffusion predict applies)"
     print(
         f"Chosen: {tuned.chosen}. It is in {model / 'plans.json'}, where prediction reads it. The folds' validations are still "
-        "those of the settings before: nnUNetv2_train ... --val makes them again."
+        "those of the settings before: nnUNetv2_train ... --val makes them again"
+        f"{alone if tuned.chosen.presence_threshold else ''}."
     )
     return 0
 

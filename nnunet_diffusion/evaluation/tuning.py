@@ -90,8 +90,8 @@ class Tuning:
         found: choice -> what was found in each case, in their order.
         chosen: by all cases.
         before: the model's own settings, with the samples asked for.
-        unseen: the tuned settings against nnU-Net, and against the model's own settings, each case measured at what was
-            chosen by the other half of the cases.
+        unseen: the tuned settings against nnU-Net, against the model's own settings, and where thresholds were tried against
+            nnU-Net with the best of them, each case measured at what was chosen by the other half of the cases.
     """
 
     cases: list[str]
@@ -254,7 +254,7 @@ def found_in(segmentation: NDArray, truth: NDArray, manager: LabelManager) -> Fo
 def choose(scores: Scores) -> Choice:
     """Return the cheapest choice that is worse than the best by at most one standard error of their paired difference.
 
-    Among choices with as many evaluations it is the best. Cheap means few evaluations of the denoiser.
+    Cheap means few evaluations of the denoiser, then no threshold, which can miss what is there; among the rest it is the best.
     """
     best = max(scores, key=lambda choice: (scores[choice].mean(), -choice.steps))
 
@@ -262,18 +262,32 @@ def choose(scores: Scores) -> Choice:
         difference = scores[best] - scores[choice]
         return bool(difference.mean() <= difference.std(ddof=1) / math.sqrt(len(difference)))
 
-    return min((choice for choice in scores if close(choice)), key=lambda each: (each.steps, -scores[each].mean()))
+    def cost(choice: Choice) -> tuple[float, ...]:
+        return choice.steps, choice.presence_threshold > 0, -scores[choice].mean()
+
+    return min((choice for choice in scores if close(choice)), key=cost)
 
 
 def on_unseen_cases(scores: Scores, before: Choice) -> dict[str, PairedComparison]:
     """Compare tuned settings with nnU-Net and with the settings before, each half of the cases at the other half's choice."""
-    tuned = np.empty(len(scores[NNUNET]))
-    for half in (slice(0, None, 2), slice(1, None, 2)):
-        other = slice(1 - half.start, None, 2)
-        chosen = choose({choice: dice[other] for choice, dice in scores.items()})
-        tuned[half] = scores[chosen][half]
-    against = {"nnU-Net": NNUNET, "the settings before": before}
-    return {name: compare_paired(tuned, scores[choice]) for name, choice in against.items()}
+
+    def unseen(scores: Scores) -> NDArray[np.float64]:
+        tuned = np.empty(len(scores[NNUNET]))
+        for half in (slice(0, None, 2), slice(1, None, 2)):
+            other = slice(1 - half.start, None, 2)
+            chosen = choose({choice: dice[other] for choice, dice in scores.items()})
+            tuned[half] = scores[chosen][half]
+        return tuned
+
+    tuned = unseen(scores)
+    found = {
+        name: compare_paired(tuned, scores[choice])
+        for name, choice in (("nnU-Net", NNUNET), ("the settings before", before))
+    }
+    nnunet = {choice: dice for choice, dice in scores.items() if not choice.steps}
+    if len(nnunet) > 1:
+        found["nnU-Net with a tuned presence threshold"] = compare_paired(tuned, unseen(nnunet))
+    return found
 
 
 def with_fold(predictor: DiffusionPredictor, place: int) -> DiffusionPredictor:

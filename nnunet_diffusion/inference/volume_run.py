@@ -235,8 +235,8 @@ class VolumeRun:
         if members.votes:
             where = (slice(None), *(inner if regions else inner[1:]))
             fused = fuse(torch.stack(members.votes)[where], mean, self.predictor.fusion, regions)
-        if threshold > 0:
-            fused = leave_out(fused, absent(mean, threshold, regions))
+        if (gone := absent(mean, threshold, regions)).any():
+            fused = leave_out(fused, gone)
         decision = None if fused is mean else labels.probabilities_to_logits(fused[None], regions)[0]
         compute_gaussian.cache_clear()
         empty_cache(self.device)

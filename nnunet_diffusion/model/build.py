@@ -87,6 +87,13 @@ def _presegmentor_features(settings: DiffusionSettings, topology: Mapping[str, A
     return feature_channels(theirs["features_per_stage"])
 
 
+def objective_without_data(segmenter: DiffusionSegmenter) -> DenoisingObjective:
+    """Return the objective of a training whose cost is measured: the pre-segmentor stands in for networks out of fold."""
+    objective = build_objective(segmenter)
+    objective.out_of_fold = lambda image, cases: segmenter.presegment(image).probabilities
+    return objective
+
+
 def build_objective(segmenter: DiffusionSegmenter) -> DenoisingObjective:
     """Return what the training of a segmenter minimises: trainer and planning ask here and know no method."""
     return (PGDiffSegObjective if segmenter.settings.denoiser == "pgdiffseg" else DenoisingObjective)(segmenter)

@@ -15,6 +15,8 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import interpolate, one_hot
 
+from nnunet_diffusion.model import labels
+
 BLUR_CELLS = (2, 4, 8)  # voxels per cell of the grids that soften borders
 PART_PROBABILITY = 0.25  # share of samples that lose a part; as many are given one
 LARGEST_STRENGTH = 4.0  # strength 1 moves borders by a few voxels
@@ -40,8 +42,8 @@ class Mistakes:
     def describe(self) -> str:
         """Return the quartiles of the Dice and the false alarms in words."""
         quartiles = " / ".join(f"{value:.2f}" for value in self.dice.quantile(torch.tensor([0.25, 0.5, 0.75])))
-        alarms = f"false alarms in {self.false_alarms:.0%} of the others"
-        return f"Dice {quartiles} (quartiles of {len(self.dice)} patches), {alarms}"
+        alarms = f"false alarms in {self.false_alarms:.0%} of patches without foreground"
+        return f"Dice {quartiles} (quartiles of {len(self.dice)}), {alarms}"
 
 
 UNMEASURED = Mistakes(torch.linspace(0.6, 0.98, 20), torch.full((20,), 0.5), 0.1)
@@ -56,7 +58,7 @@ def measure(pairs: Iterable[tuple[Tensor, Tensor]], regions: bool = False) -> Mi
         regions: whether the heads are regions; each is then looked at by itself.
 
     Returns:
-        On the CPU. `UNMEASURED` has the Dice and softness if no patch has foreground.
+        On the CPU; what no patch can tell is that of `UNMEASURED`.
     """
     dice, softness, alarms = [], [], []
     for probabilities, masks in pairs:
@@ -67,10 +69,9 @@ def measure(pairs: Iterable[tuple[Tensor, Tensor]], regions: bool = False) -> Mi
         dice.append(_dice(found, masks)[present].cpu())
         softness.append((_spread(probabilities) / _border(masks))[present].cpu())
         alarms.append((found > 0).flatten(1).any(1)[~present].float().cpu())
-    rate = torch.cat(alarms).mean() if any(len(each) for each in alarms) else torch.tensor(0.0)
-    if not any(len(each) for each in dice):
-        return Mistakes(UNMEASURED.dice, UNMEASURED.softness, float(rate))
-    return Mistakes(torch.cat(dice), torch.cat(softness), float(rate))
+    found, soft, alarm = (torch.cat(values) for values in (dice, softness, alarms))
+    rate = float(alarm.mean()) if len(alarm) else UNMEASURED.false_alarms
+    return Mistakes(found, soft, rate) if len(found) else Mistakes(UNMEASURED.dice, UNMEASURED.softness, rate)
 
 
 def corrupt(masks: Tensor, generator: Generator, mistakes: Mistakes = UNMEASURED, regions: bool = False) -> Tensor:
@@ -101,7 +102,9 @@ def corrupt(masks: Tensor, generator: Generator, mistakes: Mistakes = UNMEASURED
     strength = torch.where(present, strength, LARGEST_STRENGTH * alarm)
     logits = spoil(strength)
     # p (1 - p) grows with the factor by which the log-odds are divided, and the segmentation stays
-    wanted = softness * _border(masks)
+    # where the truth has no border, that of what is invented
+    borders = _border(torch.where(_column(present, masks), masks, labels.hardened(logits)))
+    wanted = softness * borders
     factor = 2.0 ** _halve(
         lambda f: _spread((logits / _column(2.0**f, masks)).softmax(1)) < wanted, SHARPEST, SOFTEST, masks
     )

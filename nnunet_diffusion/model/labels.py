@@ -63,6 +63,13 @@ def labels_to_masks(labels: Tensor, num_classes: int) -> Tensor:
     return one_hot(labels[:, 0].long(), num_classes).movedim(-1, 1).float()
 
 
+def hardened(probabilities: Tensor, regions: bool = False) -> Tensor:
+    """Return the masks (B, K, *spatial) of the segmentation that probabilities give, 0 and 1."""
+    if regions:
+        return (probabilities > 0.5).to(probabilities)
+    return labels_to_masks(probabilities.argmax(1, keepdim=True), probabilities.shape[1]).to(probabilities)
+
+
 def foreground_to_probabilities(masks: Tensor) -> Tensor:
     """Return class probabilities (B, K, *spatial) of foreground masks (B, K - 1, *spatial); the rest is background."""
     masks = masks.float()

@@ -35,6 +35,9 @@ class Objective(Protocol):
     terms: tuple[str, ...]
     evaluations: Mapping[str, Callable[..., Any]]
 
+    def begin_epoch(self, recycling: bool) -> None:
+        """Begin an epoch, with or without the network's own estimates as starts."""
+
     def turns(
         self,
         image: Tensor,
@@ -130,10 +133,11 @@ class DenoisingObjective:
             clean = self.clean_state(truth, image)
             start = self.start(clean, image, generator, cases)
             timestep, noise = self.draw_noise(clean, generator)
-            start = self.recycled(start, image, timestep, generator)
+            # what the reverse process began with, also after its first step
+            seen = segmenter.condition_image(image, segmenter.process.to_probabilities(start))
+            start = self.recycled(start, image, seen, timestep, generator)
             # Eq. 14, from the start instead of the truth
             noisy = segmenter.process.add_noise(start, noise, timestep)
-            seen = segmenter.condition_image(image, segmenter.process.to_probabilities(start))
             prediction, *heads = denoise(noisy, seen, timestep, segmenter.features(image))
             with torch.autocast(image.device.type, enabled=False):
                 if segmentation_loss is not None and settings.prediction_type == "logits":
@@ -188,12 +192,15 @@ class DenoisingObjective:
         settings, process = self.segmenter.settings, self.segmenter.process
         makers: dict[str, Callable[[list[int]], Tensor]] = {
             "corrupted": lambda which: corrupted_truth.corrupt(
-                process.to_probabilities(clean[which]).round(), generator, self.mistakes, settings.regions
+                labels.hardened(process.to_probabilities(clean[which]), settings.regions),
+                generator,
+                self.mistakes,
+                settings.regions,
             ),
             "presegmentation": lambda which: self.segmenter.own_start(image[which]),
-            "out_of_fold": lambda which: self._unseen(image[which], [cases[index] for index in which]),
+            "out_of_fold": lambda which: self._unseen(image, cases, which),
         }
-        shares = {kind: share for kind, share in settings.starts.items() if kind != "recycled"} or {"truth": 1.0}
+        shares = {kind: share for kind, share in settings.starts.items() if kind != "recycled"}
         kinds = self._lots(generator).choice(
             list(shares), len(clean), p=np.array(list(shares.values())) / sum(shares.values())
         )
@@ -209,17 +216,17 @@ class DenoisingObjective:
         self._steps += 1
         return np.random.default_rng((generator.initial_seed(), self._steps))
 
-    def _unseen(self, image: Tensor, cases: Sequence[str]) -> Tensor:
-        """Segment images with networks that were not trained on their cases."""
+    def _unseen(self, image: Tensor, cases: Sequence[str], which: list[int]) -> Tensor:
+        """Segment some of the images with networks that were not trained on their cases."""
         if self.out_of_fold is None:
             raise ValueError("training.starts has a share of out_of_fold, but the objective has no such networks.")
-        return self.out_of_fold(image, cases)
+        return self.out_of_fold(image[which], [cases[index] for index in which] if cases else [])
 
-    def recycled(self, start: Tensor, image: Tensor, timestep: Tensor, generator: Generator) -> Tensor:
+    def recycled(self, start: Tensor, image: Tensor, seen: Tensor, timestep: Tensor, generator: Generator) -> Tensor:
         """Replace a share of the starts by what the denoiser makes of them at a noisier step (Fu et al. 2023).
 
         So the denoiser meets its own estimates in training, as it does in a reverse process of several steps. The weights are
-        the present ones, in evaluation mode, without a gradient.
+        the present ones, in evaluation mode, without a gradient. `seen` is the image as the condition flow sees it.
         """
         segmenter, share = self.segmenter, self.segmenter.settings.starts.get("recycled", 0.0)
         if not (self._recycling and share > 0):
@@ -232,15 +239,17 @@ class DenoisingObjective:
         # s uniform in [t, max_train_step)
         earlier = timestep + (part * (segmenter.settings.max_train_step - timestep)).long()
         denoiser, training = segmenter.denoiser, segmenter.denoiser.training
-        begun, times, shown = start[which], earlier[which], image[which]
+        times = earlier[which]
         denoiser.eval()
         with torch.no_grad():
-            noisy = segmenter.process.add_noise(begun, noise[which], times)
-            seen = segmenter.condition_image(shown, segmenter.process.to_probabilities(begun))
+            noisy = segmenter.process.add_noise(start[which], noise[which], times)
+            features = segmenter.features(image[which])
             # not the distributed evaluation: ranks recycle different numbers of samples
-            prediction = self.evaluations["denoiser"](denoiser, noisy, seen, times, segmenter.features(shown))[0]
+            prediction = self.evaluations["denoiser"](denoiser, noisy, seen[which], times, features)[0]
             estimate = segmenter.prediction.to_clean(prediction, noisy, times, segmenter.process)
         denoiser.train(training)
+        # earlier versions of torch would take the weights cast here, which have no gradient, for the training step too
+        torch.clear_autocast_cache()
         start = start.clone()
         start[which] = estimate.to(start)
         return start

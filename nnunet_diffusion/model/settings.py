@@ -293,21 +293,21 @@ class DiffusionSettings:
                 f"diffusion.training.starts must have shares from 0 to 1 with the sum 1 of {', '.join(STARTS)}, got {starts!r}."
             )
         object.__setattr__(self, "starts", {kind: float(starts[kind]) for kind in STARTS if starts.get(kind)})
+        if set(self.starts) == {"recycled"}:
+            raise ValueError(
+                "diffusion.training.starts has recycled starts only, but recycling begins with a start of another kind: give "
+                "one of them a share too."
+            )
         # with a start other than the truth, the targets of epsilon and v grow as 1 / sqrt(1 - alpha_bar)
         if set(self.starts) != {"truth"} and self.prediction_type in ("epsilon", "v"):
             raise ValueError(
                 f"diffusion.process.prediction_type {self.prediction_type!r} has no bounded target for noisy states that "
-                "are not made from the truth: set diffusion.training.starts to {'truth': 1}, or take 'x0' or 'logits'."
+                "are not made from the truth: set diffusion.training.starts to {\"truth\": 1}, or take 'x0' or 'logits'."
             )
         if self.condition_on_presegmentation and "truth" in self.starts:
             raise ValueError(
                 "diffusion.network.condition_on_presegmentation would show the denoiser the truth: diffusion.training.starts "
                 f"must not have a share of truth, got {self.starts}."
-            )
-        if self.start_from == "previous_stage" and "out_of_fold" in self.starts:
-            raise NotImplementedError(
-                "diffusion.training.starts out_of_fold is nnU-Net's output on cases it has not seen, but "
-                "diffusion.presegmentor.start_from is previous_stage: leave one of them out."
             )
 
     def start_step_at(self, snr: float) -> int:
@@ -430,10 +430,12 @@ def _read_earlier_starts(entries: dict[str, Any], prefix: str) -> None:
     shares = {"corruption_probability": 0.0 if truth_only else 0.5, "presegmentation_start_probability": 0.0} | given
     if not all(_is_share(share) for share in shares.values()) or sum(shares.values()) > 1 + 1e-9:
         raise ValueError(
-            f"diffusion has {told}: these are shares of the training samples, from 0 to 1 and at most 1 in all."
+            f"diffusion has {told}. These are shares of the training samples, from 0 to 1 and at most 1 in all "
+            f"({' and '.join(f'{name} {share!r}' for name, share in shares.items())})."
         )
     starts = {kind: float(shares[name]) for name, kind in EARLIER_STARTS.items()}
-    entries[prefix + "starts"] = {"truth": max(0.0, 1 - sum(starts.values())), **starts}
+    # rounded, as folds with other shares would be refused
+    entries[prefix + "starts"] = {"truth": round(max(0.0, 1 - sum(starts.values())), 9), **starts}
 
 
 def _is_share(value: Any) -> bool:

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from nnunet_diffusion.model.build import build_denoiser, build_objective
+from nnunet_diffusion.model.build import build_denoiser, objective_without_data
 from nnunet_diffusion.model.segmenter import DiffusionSegmenter
 from nnunet_diffusion.model.settings import DiffusionSettings
 from nnunet_diffusion.networks.attention import ParameterSharedAttention, SelfAttention
@@ -139,7 +139,7 @@ def _denoiser_cost(plan: str, section: str, channels: int, heads: int, batch: in
         denoiser = build_denoiser(settings, configuration, channels, heads, nnunet_builder(configuration, heads))
     # outside: a noise schedule looks at its values when it is made
     segmenter = DiffusionSegmenter(frozen, denoiser, settings).train()
-    objective, loss, generator = build_objective(segmenter), nnunet_loss(settings.regions), torch.Generator()
+    objective, loss, generator = objective_without_data(segmenter), nnunet_loss(settings.regions), torch.Generator()
 
     def step() -> None:
         turns = objective.turns(image, target, loss, generator, precision=lambda: _autocast(amp))

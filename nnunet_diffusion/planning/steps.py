@@ -13,7 +13,7 @@ from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import Tensor, nn
 
-from nnunet_diffusion.model.build import build_objective
+from nnunet_diffusion.model.build import objective_without_data
 from nnunet_diffusion.model.precision import training_precision
 from nnunet_diffusion.model.segmenter import DiffusionSegmenter
 from nnunet_diffusion.networks.architectures import refuse_unknown_classes
@@ -103,7 +103,7 @@ def diffusion_step(
     """
     from nnunet_diffusion.training.learner import Learner, train_step  # the trainer imports planning
 
-    objective, fused = build_objective(network), image.device.type != "mps"
+    objective, fused = objective_without_data(network), image.device.type != "mps"
     learners = {}
     for name, evaluate in objective.evaluations.items():
         module = getattr(network, name)

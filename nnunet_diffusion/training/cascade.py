@@ -58,12 +58,18 @@ def _number_of_folds(trainer: Any) -> int:
 
 
 def refuse_impossible_start(settings: DiffusionSettings, previous_stage: str | None, configuration: str) -> None:
-    """Raise an error if the settings start the reverse process from the previous stage, but this is not possible.
+    """Raise an error if starts of the settings are not possible in this configuration.
 
     Raises:
-        ValueError: there is no previous stage.
-        NotImplementedError: the labels are regions, whose masks cannot be derived from the previous stage's labels.
+        ValueError: the reverse process starts from the previous stage, but there is none.
+        NotImplementedError: the same, and the labels are regions, whose masks cannot be derived from the previous stage's
+            labels; or training starts out of fold in a cascade.
     """
+    if previous_stage is not None and "out_of_fold" in settings.starts:
+        raise NotImplementedError(
+            f"diffusion.training.starts out_of_fold is not supported in a cascade, and {configuration} has the previous stage "
+            f"{previous_stage}: leave that share out."
+        )
     if settings.start_from != "previous_stage":
         return
     if previous_stage is None:

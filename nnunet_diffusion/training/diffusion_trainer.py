@@ -39,7 +39,7 @@ RANK_SEEDS = 1_000_003  # more than any number of epochs, so that no rank repeat
 
 
 class DiffusionTrainer(nnUNetTrainer):
-    """nnU-Net trainer for the PGDiffSeg denoiser, which starts from the segmentation of a frozen nnU-Net.
+    """nnU-Net trainer for a denoiser, which starts from the segmentation of a frozen nnU-Net.
 
     Planning, preprocessing, augmentation, folds, logging, validation and export are nnU-Net's. The denoiser is trained with
     AdamW and nnU-Net's poly schedule. Its moving average (EMA) is validated, saved as `network_weights` and used for
@@ -95,7 +95,7 @@ class DiffusionTrainer(nnUNetTrainer):
         num_output_channels: int,
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
-        """Build the segmenter from the plans alone, as inference requires; deep supervision has no effect."""
+        """Build the segmenter from the plans alone, as inference requires; it has one output, whatever nnU-Net asks for."""
         channels = num_input_channels, num_output_channels
         return build_segmenter(plans_manager, configuration_manager, *channels, DiffusionTrainer.presegmentor_trainer)
 
@@ -127,7 +127,7 @@ class DiffusionTrainer(nnUNetTrainer):
         """Do nothing: nnU-Net draws with a package that cannot draw this network."""
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
-        """Do nothing: this network has one output."""
+        """Do nothing: the segmenter has one output; deep supervision is its objective's (`DenoisingObjective.segmentation`)."""
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
         """Return AdamW for the denoiser's parameters, and nnU-Net's learning rate schedule."""

@@ -58,7 +58,9 @@ def describe(trainer: DiffusionTrainer) -> None:
     else:
         state = presegmentor_state(presegmentor_folder(trainer), given=trainer.given_presegmentor is not None)
     names = trainer.settings.presegmentor_trainer, state, type(trainer).__name__
-    trainer.print_to_log_file(two_networks(*names, trainer.num_epochs, trainer.current_epoch))
+    trainer.print_to_log_file(
+        two_networks(*names, trainer.num_epochs, trainer.current_epoch, "out_of_fold" in trainer.settings.starts)
+    )
 
 
 def warn(trainer: DiffusionTrainer) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 
-def two_networks(presegmentor: str, state: str, trainer: str, epochs: int, done: int = 0) -> str:
+def two_networks(presegmentor: str, state: str, trainer: str, epochs: int, done: int = 0, halves: bool = False) -> str:
     """Return the first lines of a training's log.
 
     Args:
@@ -17,6 +17,7 @@ def two_networks(presegmentor: str, state: str, trainer: str, epochs: int, done:
         trainer: name of the denoiser's trainer.
         epochs: number of epochs of the denoiser.
         done: number of epochs already finished, if the training is resumed.
+        halves: whether starts out of fold need two further nnU-Nets.
     """
     left = f"{epochs} epochs" if done == 0 else f"resumed after {done} of {epochs} epochs"
     return (
@@ -24,7 +25,13 @@ def two_networks(presegmentor: str, state: str, trainer: str, epochs: int, done:
         f"  1. pre-segmentor, an ordinary nnU-Net ({presegmentor}): {state}\n"
         f"  2. denoiser, which corrects what the first one segments ({trainer}): {left}, then validated and compared with "
         "nnU-Net\n"
-        "The remaining time is estimated after the first epoch of each."
+        + (
+            "Before the denoiser two further nnU-Nets are trained if they are missing, each on half of the training cases and "
+            "for half of the epochs. They make its starts out of fold.\n"
+            if halves
+            else ""
+        )
+        + "The remaining time is estimated after the first epoch of each."
     )
 
 

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_diffusion.model.settings import PLANS_KEY, REMOVED, VERSION, DiffusionSettings, default_settings
+from nnunet_diffusion.model.settings import (
+    EARLIER_STARTS,
+    PLANS_KEY,
+    REMOVED,
+    VERSION,
+    DiffusionSettings,
+    default_settings,
+)
 from nnunet_diffusion.planning.record import RECORD_KEY, PlanRecord
 from nnunet_diffusion.training.cascade import previous_stage_folder, refuse_impossible_start
 from nnunet_diffusion.training.checkpoints import refuse_unknown_networks
@@ -93,7 +100,13 @@ def notes(configuration: Mapping[str, Any], denoiser: str | None = None) -> list
         ]
     removed = [key for key in REMOVED if section.get(key) or section.get("training", {}).get(key)]
     lost = [f"WARNING: the plans' {key} does not exist any more; this training does without it." for key in removed]
-    version = configuration.get(PLANS_KEY, {}).get("version", VERSION)
+    earlier = [key for key in EARLIER_STARTS if key in section or key in section.get("training", {})]
+    if earlier:
+        lost.append(
+            f"The plans' {' and '.join(earlier)} are read as training.starts. Corrupted truths are now as wrong as the "
+            "pre-segmentor's output, no longer by a fixed rule."
+        )
+    version = section.get("version", VERSION)
     if version >= VERSION:
         return lost
     return [

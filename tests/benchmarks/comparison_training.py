@@ -148,7 +148,7 @@ def without_averaging(folders: Folders, averaged: Training, plain: Training) -> 
     import torch
 
     from nnunet_diffusion.training.averaged_nnunet import RAW_KEY
-    from nnunet_diffusion.training.checkpoints import read_checkpoint
+    from nnunet_diffusion.training.checkpoints import read_checkpoint, write_aside
 
     target, source = (training.folder(folders) for training in (plain, averaged))
     final = target / "checkpoint_final.pth"
@@ -159,7 +159,7 @@ def without_averaging(folders: Folders, averaged: Training, plain: Training) -> 
         shutil.copy(source.parent / name, target.parent / name)
     checkpoint = read_checkpoint(source / "checkpoint_final.pth")
     checkpoint |= {"network_weights": checkpoint.pop(RAW_KEY), "trainer_name": plain.trainer}
-    torch.save(checkpoint, final)
+    write_aside(lambda aside: torch.save(checkpoint, aside), final)
 
 
 def write_missing_trainer(folders: Folders, name: str) -> str:

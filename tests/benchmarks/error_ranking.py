@@ -53,6 +53,8 @@ def measure(predictor: Any, case: Any, start_steps: list[int], steps: int) -> di
     """Return the AUROC of each map for one case."""
     network, manager, image = predictor.network, predictor.label_manager, torch.from_numpy(case.image)
     regions = network.settings.regions
+    if regions:
+        raise NotImplementedError("the ranking is of classes, but the labels of this dataset are regions")
 
     def run(**changes: Any) -> tuple[np.ndarray, np.ndarray]:
         """Mean probabilities, and those of each sample (N, K, *volume)."""
@@ -67,6 +69,8 @@ def measure(predictor: Any, case: Any, start_steps: list[int], steps: int) -> di
     segmentation = np.asarray(manager.convert_probabilities_to_segmentation(nnunet))
     truth = np.maximum(case.truth, 0)
     near = band(segmentation, truth)
+    if manager.has_ignore_label:
+        near &= case.truth != manager.ignore_label
     wrong = (segmentation != truth)[near]
     maps = {"nnU-Net's entropy": entropy(nnunet)}
     for start_step in start_steps:

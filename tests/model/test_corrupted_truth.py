@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from scipy.stats import rankdata
 
+from nnunet_diffusion.evaluation.uncertainty import auroc
 from nnunet_diffusion.model import corrupted_truth, labels
 from nnunet_diffusion.model.corrupted_truth import Mistakes, corrupt, measure
 
@@ -35,9 +35,8 @@ def of(dice, softness=0.4, false_alarms=0.0):
 
 def energy_auc(one, other):
     """Probability that a state of one kind has more energy than one of the other kind."""
-    ranks = rankdata(torch.cat([((2 * each - 1) ** 2).flatten(1).mean(1) for each in (one, other)]))
-    below = ranks[: len(one)].sum() - len(one) * (len(one) + 1) / 2
-    return below / len(one) / len(other)
+    energies = torch.cat([((2 * each - 1) ** 2).flatten(1).mean(1) for each in (one, other)])
+    return auroc(energies.numpy(), np.arange(len(energies)) < len(one))
 
 
 @pytest.mark.parametrize("shape", [(3, 1, 17, 33), (2, 1, 6, 16, 9), (1, 1, 1, 4)])
@@ -110,12 +109,16 @@ def test_parts_are_invented_in_the_measured_share_of_the_patches_without_foregro
     empty = labels.labels_to_masks(torch.zeros(400, 1, 32, 32), 3)
     wrong = corrupt(empty, torch.Generator().manual_seed(2), of(0.8, false_alarms=rate))
     assert measure([(wrong, empty)]).false_alarms == pytest.approx(rate, abs=0.1)
+    # as soft at their own border as mistakes beside a true one
+    found = wrong[(wrong.argmax(1) > 0).flatten(1).any(1)]
+    if rate:
+        assert measure([(found, labels.hardened(found))]).softness.median().item() == pytest.approx(0.4, abs=0.05)
 
 
 def test_measure_knows_a_perfect_network_and_one_that_finds_nothing():
     masks = shapes(20, seed=4)
     perfect = measure([(masks, masks)])
-    assert perfect.dice.min() == 1 and perfect.softness.max() == 0 and perfect.false_alarms == 0
+    assert perfect.dice.min() == 1 and perfect.softness.max() == 0
     nothing = torch.zeros_like(masks)
     nothing[:, 0] = 1
     assert measure([(nothing, masks)]).dice.max() == 0
@@ -125,6 +128,8 @@ def test_measure_knows_a_perfect_network_and_one_that_finds_nothing():
     assert measure([(half, disc(1))]).dice.item() == pytest.approx(float(2 * kept / (kept + whole)))
 
 
-def test_without_any_foreground_the_usual_mistakes_are_taken():
+def test_without_any_foreground_or_any_other_patch_the_usual_mistakes_are_taken():
     empty = labels.labels_to_masks(torch.zeros(4, 1, 8, 8), 2)
     assert torch.equal(measure([(empty, empty)]).dice, corrupted_truth.UNMEASURED.dice)
+    # and the other way round
+    assert measure([(disc(2), disc(2))]).false_alarms == corrupted_truth.UNMEASURED.false_alarms

@@ -147,10 +147,10 @@ def test_recycled_starts_are_the_denoisers_own_estimates_in_the_last_epochs():
     image, clean = torch.randn(300, 1, 8, 8), clean_state(torch.zeros(300, 1, 8, 8), 3)
     timestep, seen = torch.arange(300) * 3, []
     objective.begin_epoch(recycling=False)
-    assert torch.equal(objective.recycled(clean, image, timestep, torch.Generator().manual_seed(0)), clean)
+    assert torch.equal(objective.recycled(clean, image, image, timestep, torch.Generator().manual_seed(0)), clean)
     objective.begin_epoch(recycling=True)
     network.train()
-    start = objective.recycled(clean, image, timestep, torch.Generator().manual_seed(0))
+    start = objective.recycled(clean, image, image, timestep, torch.Generator().manual_seed(0))
     assert network.denoiser.training
     own = (start.argmax(1) == 2).all((1, 2))
     assert own.float().mean().item() == pytest.approx(0.5, abs=0.08)
@@ -158,6 +158,25 @@ def test_recycled_starts_are_the_denoisers_own_estimates_in_the_last_epochs():
     # from a noisier state than the one it begins
     assert (seen[0] >= timestep[own]).all() and seen[0].max() < settings.max_train_step
     assert (seen[0] - timestep[own]).float().mean() > 100
+
+
+def test_the_condition_flow_sees_what_the_process_began_with_also_when_its_state_is_recycled(monkeypatch):
+    starts = {"presegmentation": 0.5, "recycled": 0.5}
+    settings = dataclasses.replace(SETTINGS, condition_on_presegmentation=True, starts=starts)
+    network = segmenter(settings)
+    objective, shown = PGDiffSegObjective(network), []
+    evaluate = objective.evaluations["denoiser"]
+    monkeypatch.setattr(
+        PGDiffSegObjective, "evaluations", {"denoiser": lambda *inputs: (shown.append(inputs[2]), evaluate(*inputs))[1]}
+    )
+    objective.begin_epoch(recycling=True)
+    image, target = torch.randn(8, 1, 16, 16), torch.randint(0, 3, (8, 1, 16, 16))
+    ((_, terms),) = objective.turns(image, target, cross_entropy, torch.Generator().manual_seed(1))
+    assert torch.isfinite(sum(terms.values()))
+    own = 2 * network.presegment(image).probabilities - 1
+    recycled, trained = shown  # some of the images, then all
+    assert 0 < len(recycled) < 8
+    torch.testing.assert_close(trained[:, 1:], own)
 
 
 def test_the_draws_of_an_epoch_depend_on_its_seed_alone():

@@ -99,18 +99,12 @@ def test_shares_of_earlier_versions_are_read_as_starts(sections):
         section = {"process": process, "training": shares} if sections else {**process, **shares}
         return DiffusionSettings.from_plans(configuration(**section)).starts
 
-    assert read(corruption_probability=0.3, presegmentation_start_probability=0.5) == pytest.approx(
-        {"truth": 0.2, "corrupted": 0.3, "presegmentation": 0.5}
-    )
+    shares = {"truth": 0.2, "corrupted": 0.3, "presegmentation": 0.5}
+    assert read(corruption_probability=0.3, presegmentation_start_probability=0.5) == shares
     assert read(presegmentation_start_probability=0.25) == {"truth": 0.25, "corrupted": 0.5, "presegmentation": 0.25}
     assert read(process="v", presegmentation_start_probability=0.0) == {"truth": 1}
     with pytest.raises(ValueError, match=r"corruption_probability 0.3 beside .*starts"):
         read(corruption_probability=0.3, starts={"truth": 1.0})
-
-
-def test_starts_out_of_fold_and_from_the_previous_stage_contradict_each_other():
-    with pytest.raises(NotImplementedError, match="out_of_fold.*previous_stage"):
-        DiffusionSettings.from_plans(configuration(starts={"out_of_fold": 1}, start_from="previous_stage"))
 
 
 @pytest.mark.parametrize(
@@ -138,6 +132,8 @@ def test_starts_out_of_fold_and_from_the_previous_stage_contradict_each_other():
         ({"starts": {"truth": 0.5}}, ["diffusion.training.starts", "sum 1", "0.5"]),
         ({"starts": {"truth": 0.5, "noise": 0.5}}, ["diffusion.training.starts", "recycled", "noise"]),
         ({"starts": {"truth": 1.5, "corrupted": -0.5}}, ["diffusion.training.starts", "-0.5"]),
+        ({"starts": {"recycled": 1}}, ["recycled starts only", "another kind"]),
+        ({"presegmentation_start_probability": 0.7}, ["0.7", "at most 1", "corruption_probability 0.5"]),
         ({"starts": ["truth"]}, ["diffusion.training.starts", "['truth']"]),
         ({"starts": {"truth": "all"}}, ["diffusion.training.starts", "all"]),
         ({"version": 4}, ["version", "4", "install a newer one"]),

@@ -60,6 +60,21 @@ def test_saved_bytes_are_those_of_a_real_forward_pass(configuration, patch, batc
     assert cost.activations == pytest.approx(saved.activations, rel=0.1)
 
 
+@pytest.mark.parametrize("denoiser", ["pgdiffseg", "nnunet"])
+def test_starts_out_of_fold_cost_an_evaluation_of_nnunet_more(configuration, denoiser):
+    """The networks are not trained yet when a job estimates its memory."""
+    plan = configuration((64, 64), 8, 16, 4)
+    truth, unseen = (
+        dataclasses.replace(default_settings(plan, denoiser=denoiser), starts={kind: 1.0})
+        for kind in ("truth", "out_of_fold")
+    )
+    costs_of = [denoiser_cost(plan, settings, CHANNELS, HEADS, 8, amp=False) for settings in (truth, unseen)]
+    # a step of nnU-Net is three passes
+    assert costs_of[1].flops - costs_of[0].flops == pytest.approx(
+        nnunet_cost(plan, CHANNELS, HEADS, 8, amp=False).flops / 3, rel=0.1
+    )
+
+
 @pytest.mark.parametrize(("patch", "residual"), [((64, 64), False), ((32, 32, 16), False), ((32, 32, 16), True)])
 def test_peak_and_flops_of_nnunet_are_those_of_a_real_step(configuration, patch, residual):
     plan = configuration(patch, 2, 16, 3, residual=residual)

@@ -79,7 +79,9 @@ def test_block_names_both_networks_and_what_is_done():
     assert len(block) == 4
     assert block[1].strip() == "1. pre-segmentor, an ordinary nnU-Net (nnUNetTrainer): trained already, 1000 epochs"
     assert "(DiffusionTrainer): 1000 epochs" in block[2]
+    assert "starts out of fold" in two_networks("nnUNetTrainer", "", "DiffusionTrainer", 1000, halves=True)
     resumed = two_networks("nnUNetTrainer", "", "DiffusionTrainer", 1000, 7)
+    assert "starts out of fold" not in resumed
     assert "resumed after 7 of 1000 epochs" in resumed
 
 

@@ -15,9 +15,11 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.file_path_utilities import get_output_folder
 
-from nnunet_diffusion.files import PRESEGMENTOR_FOLDER, write_json
+from nnunet_diffusion.files import PRESEGMENTOR_FOLDER
 from nnunet_diffusion.model.out_of_fold import OutOfFold
+from nnunet_diffusion.training.checkpoints import write_aside
 from nnunet_diffusion.training.presegmentor.fit import build_presegmentor, load_presegmentor_weights
+from nnunet_diffusion.training.presegmentor.lock import agreed
 from nnunet_diffusion.training.presegmentor.train import ensure_presegmentor
 
 if TYPE_CHECKING:
@@ -60,7 +62,9 @@ def half_trainer(trainer: type[nnUNetTrainer], half: int) -> type[nnUNetTrainer]
             dataset_json: dict,
             device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net's signature
         ) -> None:
-            super().__init__(plans, configuration, fold, dataset_json, device)
+            super().__init__(
+                plans=plans, configuration=configuration, fold=fold, dataset_json=dataset_json, device=device
+            )
             self.num_epochs: int = max(1, self.num_epochs // 2)
 
         def do_split(self) -> tuple[list[str], list[str]]:
@@ -96,11 +100,8 @@ def out_of_fold(trainer: DiffusionTrainer) -> OutOfFold:
     networks, network_of = [], {}
     for half, cases in enumerate(halves):
         place: Any = (manager.dataset_name, half_name(name, half), manager.plans_name, configuration, fold)
-        record = Path(get_output_folder(*place)) / CASES
-        _refuse_other_cases(record, cases)
-        if trainer.local_rank == 0:
-            record.parent.mkdir(parents=True, exist_ok=True)
-            write_json({"training": cases}, record)
+        folder = Path(get_output_folder(*place))
+        _keep_cases(folder, cases, trainer.local_rank == 0)
         path = ensure_presegmentor(
             name, manager.dataset_name, configuration, fold, manager.plans_name, trainer.device,
             trainer.print_to_log_file, partial(half_trainer, half=half),
@@ -114,10 +115,19 @@ def out_of_fold(trainer: DiffusionTrainer) -> OutOfFold:
     return OutOfFold(networks, network_of, trainer.settings.regions)
 
 
-def _refuse_other_cases(record: Path, cases: list[str]) -> None:
-    """Raise ValueError if a half was trained on other cases than those given."""
-    if record.is_file() and json.loads(record.read_text()) != {"training": cases}:
+def _keep_cases(folder: Path, cases: list[str], first_rank: bool) -> None:
+    """Write the cases of a half into its folder before its training begins.
+
+    Raises:
+        ValueError: the half was trained on other cases, or nobody knows on which.
+    """
+    record, content = folder / CASES, json.dumps({"training": cases}, indent=2)
+    if agreed(not record.is_file() and not any(folder.glob("checkpoint_*.pth"))):
+        if first_rank:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_aside(lambda aside: Path(aside).write_text(content, encoding="utf-8"), record)
+    elif agreed(not record.is_file() or record.read_text(encoding="utf-8") != content):
         raise ValueError(
-            f"{record.parent} is an nnU-Net trained on other cases ({record.name}): the split has changed since. Restore "
-            "splits_final.json, or move that folder away and start again."
+            f"{folder} is an nnU-Net trained on other cases than this fold's ({CASES} there): the split has changed since. "
+            "Restore splits_final.json, or move that folder away and start again."
         )

@@ -89,7 +89,7 @@ def ensure_presegmentor(
             log(f"Pre-segmentor: {trainer_name} of fold {fold} is not trained yet, training it first (in {folder}).")
             resumable = agreed(any((folder / f"checkpoint_{kind}.pth").is_file() for kind in ("latest", "best")))
             trainer = _make_trainer(trainer_name, dataset_name, configuration, fold, plans_name, resumable, device, own)
-            if not _trained(trainer, resumable, log):
+            if not _trained(trainer, resumable, log, "pre-segmentor" if own is None else trainer_name):
                 log(f"Pre-segmentor: nnU-Net's own training began in {folder}, so this one gives way to it.")
                 trainer = None
                 wait_for_stock_training(folder, log)
@@ -130,13 +130,16 @@ def presegmentor_state(folder: Path, given: bool = False) -> str:
     return "to be trained and validated first"
 
 
-def _trained(trainer: nnUNetTrainer, resumable: bool, log: Callable[[str], None]) -> bool:
-    """Train to the end. Return False if a job of nnU-Net's own began to train the same network."""
+def _trained(trainer: nnUNetTrainer, resumable: bool, log: Callable[[str], None], what: str) -> bool:
+    """Train to the end. Return False if a job of nnU-Net's own began to train the same network.
+
+    `what` names the network in the log.
+    """
     _save_often_and_whole(trainer)
     _check_batches(trainer)
     give_way_to_stock_training(trainer)
     _load_last_checkpoint(trainer, resumable)
-    announce(trainer, "pre-segmentor", log)
+    announce(trainer, what, log)
     try:
         trainer.run_training()
     except (KeyboardInterrupt, SystemExit):
@@ -174,7 +177,13 @@ def _make_trainer(
     else:
         folder = Path(nnUNet_preprocessed) / dataset
         planned = {**load_json(folder / f"{plans}.json"), "continue_training": resume}
-        trainer = own(planned, configuration, fold, load_json(folder / "dataset.json"), device)
+        trainer = own(
+            plans=planned,
+            configuration=configuration,
+            fold=fold,
+            dataset_json=load_json(folder / "dataset.json"),
+            device=device,
+        )
     claim_log(Path(trainer.log_file), trainer.local_rank)
     return trainer
 
