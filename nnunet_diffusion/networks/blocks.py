@@ -56,6 +56,19 @@ def per_axis(name: str, values: Sequence[int | Sequence[int]], conv_op: type[nn.
     return stages
 
 
+def check_topology(features: Sequence[int], strides: Sequence[Sequence[int]], kernels: Sequence[Sequence[int]]) -> None:
+    """Raise ValueError unless widths, strides and kernel sizes describe a U-Net of at least two stages."""
+    if len(features) < 2 or min(features) < 1:
+        raise ValueError(f"features_per_stage must hold at least 2 positive integers, got {features}")
+    for name, values in (("strides", strides), ("kernel_sizes", kernels)):
+        if len(values) != len(features):
+            raise ValueError(f"{name} must have one entry per stage ({len(features)}), got {len(values)}")
+    if max(strides[0]) > 1:
+        raise ValueError(f"strides[0] must be all ones (the first stage works at full resolution), got {strides[0]}")
+    if any(size % 2 == 0 for kernel in kernels for size in kernel):
+        raise ValueError(f"kernel_sizes must be odd, got {list(kernels)}")
+
+
 def group_count(channels: int) -> int:
     """Return the number of groups for group normalisation.
 

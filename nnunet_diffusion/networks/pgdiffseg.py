@@ -17,6 +17,7 @@ from nnunet_diffusion.networks.attention import ATTENTIONS, FLOWS, ParameterShar
 from nnunet_diffusion.networks.blocks import (
     ResidualBlock,
     SlimDenseBlock,
+    check_topology,
     group_norm,
     make_conv,
     per_axis,
@@ -186,7 +187,7 @@ class PGDiffSeg(nn.Module):
         features = [int(width) for width in features_per_stage]
         strides = per_axis("strides", strides, conv_op)
         kernels = per_axis("kernel_sizes", kernel_sizes, conv_op)
-        _check_topology(features, strides, kernels)
+        check_topology(features, strides, kernels)
         stages = range(1, len(features))
         attended = set(stages if attention_stages is None else attention_stages)
         if not attended <= set(stages):
@@ -345,17 +346,3 @@ class PGDiffSeg(nn.Module):
                     attended.append(features)
                 features = self.attention[str(stage)](features, flow, next(others, None))
         return tuple(skips), features, tuple(attended)
-
-
-def _check_topology(
-    features: Sequence[int], strides: Sequence[Sequence[int]], kernels: Sequence[Sequence[int]]
-) -> None:
-    if len(features) < 2 or min(features) < 1:
-        raise ValueError(f"features_per_stage must hold at least 2 positive integers, got {features}")
-    for name, values in (("strides", strides), ("kernel_sizes", kernels)):
-        if len(values) != len(features):
-            raise ValueError(f"{name} must have one entry per stage ({len(features)}), got {len(values)}")
-    if max(strides[0]) > 1:
-        raise ValueError(f"strides[0] must be all ones (the first stage works at full resolution), got {strides[0]}")
-    if any(size % 2 == 0 for kernel in kernels for size in kernel):
-        raise ValueError(f"kernel_sizes must be odd, got {list(kernels)}")
