@@ -41,10 +41,11 @@ def log_terms(trainer: DiffusionTrainer, outputs: Sequence[dict]) -> None:
 def draw_curves(trainer: DiffusionTrainer) -> None:
     """Draw loss, loss terms and proxy Dice into `progress_diffusion.png` in the output folder."""
     curves = curves_of(trainer)
-    shown = {key: curves[key] for key in ("train_losses", *(f"{term}_loss" for term in trainer.objective.terms))}
-    curves_figure(
-        {**shown, "proxy_dice": curves["mean_fg_dice"]}, Path(trainer.output_folder) / "progress_diffusion.png"
-    )
+    shown = {"training loss": curves["train_losses"]}
+    if len(trainer.objective.terms) > 1:  # a single term is the loss
+        shown |= {f"{term} loss": curves[f"{term}_loss"] for term in trainer.objective.terms}
+    shown["Dice, one step (proxy)"] = curves["mean_fg_dice"]
+    curves_figure(shown, Path(trainer.output_folder) / "progress_diffusion.png")
 
 
 def _mean_of_ranks(values: Any, distributed: bool) -> float:
