@@ -226,6 +226,16 @@ class VolumeRun:
             return [()]
         return [chosen for count in range(len(axes) + 1) for chosen in itertools.combinations(axes, count)]
 
+    def _tell_what_is_left_out(self, fused: Tensor, mean: Tensor, gone: Tensor) -> None:
+        """Note the classes that only `presence_threshold` keeps out of the segmentation."""
+        masks = labels.hardened(fused[None], self.settings.regions)[0].bool()
+        for number in (gone & masks.flatten(1).any(1)).nonzero()[:, 0].tolist():
+            kind = "region" if self.settings.regions else "class"
+            self.notes.append(
+                f"{kind} {number} is left out: its largest probability, {mean[number].max():.2f}, is below "
+                f"presence_threshold {self.settings.presence_threshold:g}"
+            )
+
     def _ensemble(self, begin: float) -> VolumePrediction:
         members, regions = self.members, self.settings.regions
         inner: Sequence[slice] = (slice(None), *self._unpad[1:])
@@ -236,6 +246,7 @@ class VolumeRun:
             where = (slice(None), *(inner if regions else inner[1:]))
             fused = fuse(torch.stack(members.votes)[where], mean, self.predictor.fusion, regions)
         if (gone := absent(mean, threshold, regions)).any():
+            self._tell_what_is_left_out(fused, mean, gone)
             fused = leave_out(fused, gone)
         decision = None if fused is mean else labels.probabilities_to_logits(fused[None], regions)[0]
         compute_gaussian.cache_clear()

@@ -1,10 +1,13 @@
 """Fusion of a few small masks, by hand."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from nnunet_diffusion.inference import fusion
 from nnunet_diffusion.inference.ensemble import Members
+from nnunet_diffusion.inference.volume_run import VolumeRun
 from nnunet_diffusion.model import labels
 
 
@@ -84,3 +87,10 @@ def test_classes_below_the_threshold_of_presence_are_left_out(regions, kept):
     assert found.any(1).tolist() == kept
     assert torch.equal(found[torch.tensor(kept)], mean[torch.tensor(kept)])
     assert not fusion.absent(mean, 0.0, regions).any()
+
+
+def test_the_user_is_told_of_a_class_that_only_the_threshold_leaves_out():
+    run = SimpleNamespace(settings=SimpleNamespace(regions=False, presence_threshold=0.9), notes=[])
+    mean = torch.tensor([[0.3, 0.9], [0.6, 0.1], [0.1, 0.0]])
+    VolumeRun._tell_what_is_left_out(run, mean, mean, fusion.absent(mean, 0.9, False))
+    assert run.notes == ["class 1 is left out: its largest probability, 0.60, is below presence_threshold 0.9"]
