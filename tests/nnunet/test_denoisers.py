@@ -84,7 +84,8 @@ def test_starts_out_of_fold_train_two_nnunets_on_halves_of_the_cases(hippocampus
         assert (fold / "checkpoint_final.pth").is_file() and not (fold / "validation").exists()
         seen.append(json.loads((fold / "cases.json").read_text())["training"])
     assert sorted(seen[0] + seen[1]) == sorted(split["train"]) and not set(seen[0]) & set(seen[1])
-    assert "The pre-segmentor's mistakes on validation patches, which corrupted truths imitate: Dice" in printed
+    assert "Corrupted truths imitate the pre-segmentor's mistakes, measured on validation patches: Dice" in printed
+    assert "Before the denoiser two further nnU-Nets are trained if they are missing" in printed
     model = results / "TinyDiffusionTrainerUNet__Tiny_starts__2d"
     saved = read_checkpoint(model / "fold_0" / "checkpoint_final.pth")["diffusion"]["mistakes"]
     assert len(saved["dice"]) == len(saved["softness"]) > 0
@@ -96,6 +97,6 @@ def test_starts_out_of_fold_train_two_nnunets_on_halves_of_the_cases(hippocampus
     refused = hippocampus.run("nnUNetv2_train", *words, nnUNet_results=str(tmp_path), check=False)
     assert refused.returncode != 0
     assert (
-        "is an nnU-Net trained on other cases (cases.json): the split has changed since"
+        "is an nnU-Net trained on other cases than this fold's (cases.json there): the split has changed since"
         in refused.stderr + refused.stdout
     )
