@@ -162,16 +162,12 @@ class DenoisingObjective:
             target: as nnU-Net's loader gives it.
             loss: of logits and a target of the same size.
         """
-        each = [
-            loss(
-                logits.float(),
-                target if not stage else _at_size(target, logits.shape[2:]),
-            )
-            for stage, logits in enumerate([prediction, *heads])
-        ]
-        # each coarser stage has half of the weight
-        weights = [0.5**stage for stage in range(len(each))]
-        return torch.stack([weight * value for weight, value in zip(weights, each, strict=True)]).sum() / sum(weights)
+        total, weight, weights = loss(prediction.float(), target), 1.0, 1.0
+        for logits in heads:
+            # each coarser stage has half of the weight
+            weight /= 2
+            total, weights = total + weight * loss(logits.float(), _at_size(target, logits.shape[2:])), weights + weight
+        return total / weights
 
     def clean_state(self, truth: labels.Target, image: Tensor) -> Tensor:
         """Return the state of the truth (B, K, *spatial); where that is not known, of the pre-segmentation (METHODS 1)."""
