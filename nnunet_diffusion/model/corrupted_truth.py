@@ -20,7 +20,7 @@ from nnunet_diffusion.model import labels
 BLUR_CELLS = (2, 4, 8)  # voxels per cell of the grids that soften borders
 PART_PROBABILITY = 0.25  # share of samples that lose a part; as many are given one
 LARGEST_STRENGTH = 4.0  # strength 1 moves borders by a few voxels
-HALVINGS = 10  # of the intervals in which strength and softness are looked for
+HALVINGS = 8  # of the intervals in which strength and softness are looked for
 SHARPEST, SOFTEST = -6.0, 4.0  # log2 of the factors that divide the log-odds
 LEAST_SHARE = 1e-3  # of a class where it does not occur, before the mistakes
 
