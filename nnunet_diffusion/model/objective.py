@@ -216,7 +216,7 @@ class DenoisingObjective:
         """Segment some of the images with networks that were not trained on their cases."""
         if self.out_of_fold is None:
             raise ValueError("training.starts has a share of out_of_fold, but the objective has no such networks.")
-        return self.out_of_fold(image[which], [cases[index] for index in which] if cases else [])
+        return self.out_of_fold(image[which], [str(cases[index]) for index in which] if len(cases) else [])
 
     def recycled(self, start: Tensor, image: Tensor, seen: Tensor, timestep: Tensor, generator: Generator) -> Tensor:
         """Replace a share of the starts by what the denoiser makes of them at a noisier step (Fu et al. 2023).

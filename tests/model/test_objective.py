@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from small_segmenters import SETTINGS, clean_state, cross_entropy, known, segmenter, terms_of
@@ -112,7 +113,7 @@ def test_starts_out_of_fold_come_from_the_network_that_was_not_trained_on_the_ca
     settings = dataclasses.replace(SETTINGS, starts={"truth": 0.4, "out_of_fold": 0.6})
     objective = PGDiffSegObjective(segmenter(settings))
     image, clean = torch.randn(300, 1, 8, 8), clean_state(torch.randint(0, 3, (300, 1, 8, 8)), 3)
-    cases = [f"case{number % 4}" for number in range(300)]
+    cases = np.array([f"case{number % 4}" for number in range(300)])  # as nnU-Net's loader names them
     networks = [always(1), always(2)]
     objective.out_of_fold = OutOfFold(networks, {"case0": 0, "case1": 0, "case2": 1, "case3": 1}, regions=False)
     start = objective.start(clean, image, torch.Generator().manual_seed(0), cases)
