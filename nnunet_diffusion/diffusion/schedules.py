@@ -230,11 +230,7 @@ def noise_schedule(name: str, timesteps: int, signal_scale: float = 1.0) -> Nois
     Raises:
         ValueError: an unknown name, no timesteps or too few for this schedule, or a scale out of range.
     """
-    if name not in SCHEDULES:
-        raise ValueError(f"schedule is {name!r}; known schedules: {', '.join(SCHEDULES)}")
-    if timesteps < 1:
-        raise ValueError(f"timesteps is {timesteps}; at least one noising step is needed")
-    return NoiseSchedule(name, scaled_betas(SCHEDULES[name](timesteps), signal_scale))
+    return NoiseSchedule(name, scaled_betas(_betas(SCHEDULES, name, timesteps), signal_scale))
 
 
 BERNOULLI_SCHEDULES: dict[str, Callable[[int], Tensor]] = {"linear": replacement_betas, "cosine": cosine_betas}
@@ -250,8 +246,12 @@ def bernoulli_schedule(name: str, timesteps: int) -> NoiseSchedule:
     Raises:
         ValueError: an unknown name, or no timesteps.
     """
-    if name not in BERNOULLI_SCHEDULES:
-        raise ValueError(f"schedule is {name!r}; known schedules: {', '.join(BERNOULLI_SCHEDULES)}")
+    return NoiseSchedule(name, _betas(BERNOULLI_SCHEDULES, name, timesteps), full_noise=True)
+
+
+def _betas(schedules: dict[str, Callable[[int], Tensor]], name: str, timesteps: int) -> Tensor:
+    if name not in schedules:
+        raise ValueError(f"schedule is {name!r}; known schedules: {', '.join(schedules)}")
     if timesteps < 1:
         raise ValueError(f"timesteps is {timesteps}; at least one noising step is needed")
-    return NoiseSchedule(name, BERNOULLI_SCHEDULES[name](timesteps), full_noise=True)
+    return schedules[name](timesteps)

@@ -104,16 +104,13 @@ def mean_dice(segmentation: NDArray, truth: NDArray, label_manager: LabelManager
         truth: preprocessed label map (*volume); -1 is background, voxels of the ignore label are excluded.
         label_manager: label manager of the dataset.
     """
-    return mean_known([dice(ours, theirs) for ours, theirs in _masks(segmentation, truth, label_manager)])
+    return mean_known([dice(ours, theirs) for ours, theirs in class_masks(segmentation, truth, label_manager)])
 
 
-def presence(segmentation: NDArray, truth: NDArray, label_manager: LabelManager) -> NDArray[np.bool_]:
-    """Return whether each foreground label or region occurs, (2, K): in a label map and in the truth; see `mean_dice`."""
-    return np.array([[mask.any() for mask in pair] for pair in _masks(segmentation, truth, label_manager)]).T
-
-
-def _masks(segmentation: NDArray, truth: NDArray, label_manager: LabelManager) -> Iterator[tuple[NDArray, NDArray]]:
-    """Yield the known voxels of each foreground label or region in a label map and in the truth."""
+def class_masks(
+    segmentation: NDArray, truth: NDArray, label_manager: LabelManager
+) -> Iterator[tuple[NDArray, NDArray]]:
+    """Yield the known voxels of each foreground label or region in a label map and in the truth; see `mean_dice`."""
     known = np.ones(truth.shape, bool)
     if label_manager.has_ignore_label:
         known = truth != label_manager.ignore_label

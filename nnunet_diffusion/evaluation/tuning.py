@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from nnunet_diffusion.evaluation.comparison import PairedComparison, compare_paired, comparison_table, markdown_table
 from nnunet_diffusion.evaluation.diagnostic import START_STEPS
-from nnunet_diffusion.evaluation.preprocessed import PreprocessedCase, mean_dice, presence
+from nnunet_diffusion.evaluation.metrics import dice, mean_known
+from nnunet_diffusion.evaluation.preprocessed import PreprocessedCase, class_masks
 from nnunet_diffusion.inference.fusion import absent, leave_out
 from nnunet_diffusion.inference.predictor import DiffusionPredictor
 from nnunet_diffusion.inference.presegmentation import Presegmentation
@@ -246,9 +247,10 @@ def measure(
 
 def found_in(segmentation: NDArray, truth: NDArray, manager: LabelManager) -> Found:
     """Compare a label map with the truth, both (*volume), as `mean_dice` does."""
-    ours, theirs = presence(segmentation, truth, manager)
-    dice = mean_dice(segmentation, truth, manager)
-    return Found(1.0 if math.isnan(dice) else dice, int((theirs & ~ours).sum()), int((ours & ~theirs).sum()))
+    pairs = list(class_masks(segmentation, truth, manager))
+    mean = mean_known([dice(ours, theirs) for ours, theirs in pairs])
+    there = [(bool(ours.any()), bool(theirs.any())) for ours, theirs in pairs]
+    return Found(1.0 if math.isnan(mean) else mean, there.count((False, True)), there.count((True, False)))
 
 
 def choose(scores: Scores) -> Choice:

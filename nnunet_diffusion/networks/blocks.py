@@ -206,6 +206,15 @@ def pointwise(conv_op: type[nn.Module], in_channels: int, out_channels: int, bia
     return conv_op(in_channels, out_channels, 1, bias=bias)
 
 
+def output_head(
+    channels: int, output_channels: int, kernel_size: Sequence[int], conv_op: type[nn.Module]
+) -> nn.Sequential:
+    """Return a U-Net's last layers: GroupNorm, SiLU and a convolution to the output channels."""
+    # zero padding would disturb the outermost voxels, and no later layer could correct them
+    last = make_conv(conv_op, channels, output_channels, kernel_size, padding_mode="replicate")
+    return nn.Sequential(group_norm(channels), nn.SiLU(), last)
+
+
 class ResidualBlock(nn.Module):
     """Two (GroupNorm - SiLU - convolution) with a residual connection; PGDiffSeg, Eq. 20 and Fig. 12.
 

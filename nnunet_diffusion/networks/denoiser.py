@@ -7,6 +7,11 @@ from typing import Protocol, TypeVar
 from torch import Tensor
 
 
+def repeat_images(features: Tensor, samples: int) -> Tensor:
+    """Repeat each image's features (B, C, *spatial) `samples` times, those of one image adjacent; one image needs no memory."""
+    return features.unsqueeze(1).expand(-1, samples, *features.shape[1:]).flatten(0, 1)
+
+
 class Condition(Protocol):
     """Encoded images, as input of the denoising side; independent of the noisy states."""
 

@@ -15,7 +15,16 @@ from torch.nn import functional
 
 from nnunet_diffusion.networks.attention import attend, pool_tokens
 from nnunet_diffusion.networks.binary import BinaryConv
-from nnunet_diffusion.networks.blocks import check_topology, group_norm, make_conv, per_axis, pointwise, resolve_conv_op
+from nnunet_diffusion.networks.blocks import (
+    check_topology,
+    group_norm,
+    make_conv,
+    output_head,
+    per_axis,
+    pointwise,
+    resolve_conv_op,
+)
+from nnunet_diffusion.networks.denoiser import repeat_images
 from nnunet_diffusion.networks.time_embedding import TimeEmbedding, TimeShift
 
 
@@ -33,11 +42,8 @@ class Guidance:
 
     def repeat_interleave(self, samples: int) -> Guidance:
         """Repeat each image's guidance for `samples` noisy states; the states of one image are adjacent."""
-
-        def repeat(x: Tensor) -> Tensor:
-            return x.unsqueeze(1).expand(-1, samples, *x.shape[1:]).flatten(0, 1)
-
-        return Guidance(repeat(self.image), tuple(repeat(each) for each in self.features))
+        features = tuple(repeat_images(each, samples) for each in self.features)
+        return Guidance(repeat_images(self.image, samples), features)
 
 
 class RefinerBlock(nn.Module):
@@ -177,11 +183,7 @@ class HiDiffRefiner(nn.Module):
             make_conv(conv_op, widths[stage + 1], widths[stage], kernel[stage]) for stage in reversed(range(last))
         )
         self.merge = nn.ModuleList(block(2 * widths[stage], widths[stage], stage) for stage in reversed(range(last)))
-        self.output = nn.Sequential(
-            group_norm(widths[0]),
-            nn.SiLU(),
-            make_conv(conv_op, widths[0], state_channels, kernel[0], padding_mode="replicate"),
-        )
+        self.output = output_head(widths[0], state_channels, kernel[0], conv_op)
 
     def encode(
         self, image: Tensor, timestep: Tensor | None = None, features: Sequence[Tensor] | None = None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_diffusion.networks import unet
+from nnunet_diffusion.networks.denoiser import repeat_images
 from nnunet_diffusion.networks.time_embedding import TimeEmbedding
 
 TIME_WIDTH = 128
@@ -26,8 +27,7 @@ class ImageCondition:
 
     def repeat_interleave(self, samples: int) -> ImageCondition:
         """Repeat each image for `samples` noisy states; the states of one image are adjacent. It needs no memory for one."""
-        image = self.image
-        return ImageCondition(image.unsqueeze(1).expand(-1, samples, *image.shape[1:]).flatten(0, 1))
+        return ImageCondition(repeat_images(self.image, samples))
 
 
 class NoisyUNet(nn.Module):

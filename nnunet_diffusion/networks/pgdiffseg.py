@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +21,12 @@ from nnunet_diffusion.networks.blocks import (
     check_topology,
     group_norm,
     make_conv,
+    output_head,
     per_axis,
     pointwise,
     resolve_conv_op,
 )
+from nnunet_diffusion.networks.denoiser import repeat_images
 from nnunet_diffusion.networks.prior_supervision import PriorSupervision
 from nnunet_diffusion.networks.time_embedding import TimeEmbedding, TimeShift
 
@@ -55,10 +58,7 @@ class Condition:
 
         For a batch of one image this needs no additional memory.
         """
-
-        def repeat(x: Tensor) -> Tensor:
-            return x.unsqueeze(1).expand(-1, samples, *x.shape[1:]).flatten(0, 1)
-
+        repeat = partial(repeat_images, samples=samples)
         return Condition(
             tuple(repeat(skip) for skip in self.skips),
             repeat(self.bottleneck),
@@ -260,12 +260,7 @@ class PGDiffSeg(nn.Module):
             UpUnit(features[s], features[s - 1], kernels[s - 1], conv_op, time_width, location_classes * normalised)
             for s in reversed(stages)
         )
-        self.output = nn.Sequential(
-            group_norm(features[0]),
-            nn.SiLU(),
-            # zero padding would disturb the outermost voxels, and no later layer could correct them
-            make_conv(conv_op, features[0], output_channels, kernels[0], padding_mode="replicate"),
-        )
+        self.output = output_head(features[0], output_channels, kernels[0], conv_op)
 
     def encode(
         self, image: Tensor, timestep: Tensor | None = None, features: Sequence[Tensor] | None = None
