@@ -6,6 +6,7 @@ segmentor's probability: the chain ends at the segmentor's own distribution, not
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,11 +42,20 @@ class BernoulliProcess:
 
     Attributes:
         schedule: alpha_bar is the share of voxels that noise has not replaced.
-        prior: the segmentor's probabilities p, (B, K, *spatial), of the states that the process is given.
+        prior: the segmentor's probabilities p, (B, K, *spatial), of the states that the process is given; None until `towards`
+            names them.
     """
 
     schedule: NoiseSchedule
-    prior: Tensor
+    prior: Tensor | None = None
+
+    def towards(self, prior: Tensor | None) -> BernoulliProcess:
+        """Return the process with this prior, (B, K, *spatial) or broadcast against it."""
+        return dataclasses.replace(self, prior=prior)
+
+    def draw_noise(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+        """Return uniform noise in [0, 1), float32, drawn on the generator's device."""
+        return torch.rand(tuple(shape), generator=generator, device=generator.device)
 
     def to_state(self, masks: Tensor) -> Tensor:
         """Return masks or probabilities as they are: a fresh tensor of the same shape."""
@@ -156,6 +166,8 @@ class BernoulliProcess:
         return cast_like(sigma, noisy) * noisy + cast_like(before - sigma * now, noisy) * clean
 
     def _prior(self, like: Tensor) -> Tensor:
+        if self.prior is None:
+            raise ValueError("The process has no prior: name the segmentor's probabilities first, by `towards`")
         return self.prior.to(like).clamp(LEAST, 1 - LEAST)
 
 

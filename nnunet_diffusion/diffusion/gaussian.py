@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +50,14 @@ class GaussianProcess:
     """
 
     schedule: NoiseSchedule
+
+    def towards(self, prior: Tensor | None) -> GaussianProcess:
+        """Return the process itself: its noise tends to a standard normal one, whatever the prior."""
+        return self
+
+    def draw_noise(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+        """Return standard normal noise, float32, drawn on the generator's device."""
+        return torch.randn(tuple(shape), generator=generator, device=generator.device)
 
     def to_state(self, masks: Tensor) -> Tensor:
         """Return 2 p - 1, in [-1, 1], of masks or probabilities; a fresh tensor of the same shape."""

@@ -1,4 +1,4 @@
-"""What a network of a Gaussian process may predict: one small class each, with its target and its way to the clean state.
+"""What a network may predict: one small class each, with its target and its way to the clean state.
 
 Everywhere: tensors are (B, K, *spatial), a timestep is an int or a long tensor (B,), 0..T-1; results are float32, or float64
 where the input is.
@@ -8,20 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from nnunet_diffusion.diffusion.gaussian import GaussianProcess, at_least_float32
+from nnunet_diffusion.diffusion.process import Process
 
 
 class Prediction(Protocol):
     """A prediction type."""
 
-    def target(self, clean: Tensor, noise: Tensor, timestep: int | Tensor, process: GaussianProcess) -> Tensor:
+    def target(self, clean: Tensor, noise: Tensor, timestep: int | Tensor, process: Any) -> Tensor:
         """Return what a network should give for `process.add_noise(clean, noise, timestep)`."""
 
-    def to_clean(self, prediction: Tensor, noisy: Tensor, timestep: int | Tensor, process: GaussianProcess) -> Tensor:
+    def to_clean(self, prediction: Tensor, noisy: Tensor, timestep: int | Tensor, process: Any) -> Tensor:
         """Return the estimate of the clean state that a prediction, also in half precision, amounts to."""
 
 
@@ -97,26 +98,44 @@ class Logits:
         return process.to_state(self.activation(at_least_float32(prediction)))
 
 
+@dataclass(frozen=True)
+class Flip:
+    """Of a Bernoulli process: the logit of a flip, that is of the noisy state differing from the clean one (HiDiff)."""
+
+    def target(self, clean: Tensor, noise: Tensor, timestep: int | Tensor, process: Process) -> Tensor:
+        """Return |y_t - y_0|, 0 and 1."""
+        clean = at_least_float32(clean)
+        return (process.add_noise(clean, noise, timestep) - clean).abs()
+
+    def to_clean(self, prediction: Tensor, noisy: Tensor, timestep: int | Tensor, process: Process) -> Tensor:
+        """Return |y_t - flip|, the probability that the clean state is 1."""
+        return (at_least_float32(noisy) - at_least_float32(prediction).sigmoid()).abs()
+
+
 PREDICTION_TYPES = ("epsilon", "x0", "v", "logits")
+"""Of a Gaussian process."""
+FLIP = "flip"
+"""Of a Bernoulli process."""
 
 
 def prediction_of(name: str, activation: Callable[[Tensor], Tensor], *, clamp_epsilon: bool = True) -> Prediction:
     """Return the prediction type of a name in the settings.
 
     Args:
-        name: one of PREDICTION_TYPES.
+        name: one of PREDICTION_TYPES, or FLIP.
         activation: of "logits".
         clamp_epsilon: see `Epsilon`.
 
     Raises:
         ValueError: an unknown name.
     """
-    if name not in PREDICTION_TYPES:
-        raise ValueError(f"prediction_type is {name!r}; known types: {', '.join(PREDICTION_TYPES)}")
+    if name not in (*PREDICTION_TYPES, FLIP):
+        raise ValueError(f"prediction_type is {name!r}; known types: {', '.join((*PREDICTION_TYPES, FLIP))}")
     known: dict[str, Prediction] = {
         "epsilon": Epsilon(clamp_epsilon),
         "x0": CleanState(),
         "v": Velocity(),
         "logits": Logits(activation),
+        FLIP: Flip(),
     }
     return known[name]

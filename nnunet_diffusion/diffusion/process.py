@@ -32,6 +32,12 @@ class Process(Protocol):
     def schedule(self) -> NoiseSchedule:
         """The noise schedule of T steps."""
 
+    def towards(self, prior: Tensor | None) -> Process:
+        """Return the process whose noise tends to a prior (B, K, *spatial); itself, if its noise does not depend on one."""
+
+    def draw_noise(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+        """Return noise as `add_noise` takes it: float32, drawn on the generator's device."""
+
     def to_state(self, masks: Tensor) -> Tensor:
         """Return the clean state of masks or probabilities in [0, 1]; a fresh tensor."""
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nnunet_diffusion.diffusion.process import Process
 from nnunet_diffusion.diffusion.samplers import Estimate, sample
 from nnunet_diffusion.model import labels
 from nnunet_diffusion.model.segmenter import Conditions, DiffusionSegmenter
@@ -122,7 +123,8 @@ class VolumeProcess:
         Args:
             samples: numbers of the samples, from 0; they share the condition flow.
         """
-        return self._sample(self._evaluate, self._starts(samples), [(number,) for number in samples])
+        process = self.segmenter.process.towards(_batch_of_one(self.presegmentation))
+        return self._sample(process, self._evaluate, self._starts(samples), [(number,) for number in samples])
 
     def run_tile_wise(self, samples: Sequence[int]) -> Tensor:
         """As `run`, but with a separate reverse process for each tile; the results are blended at the end."""
@@ -134,11 +136,15 @@ class VolumeProcess:
             def evaluate(noisy: Tensor, timestep: int, tile: Tile = tile) -> Tensor:
                 return self._clean_of_tiles([tile], noisy[None], timestep)[0]
 
-            probabilities = self._sample(evaluate, start, [(each, number + 1) for each in samples])
+            prior = None if self.presegmentation is None else self.presegmentation[tile].to(start.device)
+            process = self.segmenter.process.towards(_batch_of_one(prior))
+            probabilities = self._sample(process, evaluate, start, [(each, number + 1) for each in samples])
             total[_all_samples(tile)] += (probabilities * self.tiling.weight).to(self.state_device)
         return total / self._total
 
-    def _sample(self, evaluate: Estimate, start: Tensor, names: Sequence[tuple[int, ...]]) -> Tensor:
+    def _sample(
+        self, process: Process, evaluate: Estimate, start: Tensor, names: Sequence[tuple[int, ...]]
+    ) -> Tensor:
         """Run reverse processes from `start`; `names` are numbers that seed the noise of each."""
         settings = self.segmenter.settings
         with torch.no_grad():
@@ -148,12 +154,12 @@ class VolumeProcess:
                 start,
                 settings.start_step,
                 settings.steps,
-                self.segmenter.process,
+                process,
                 generator=[self._generator(number, NOISE_OF_STEPS, *tile) for number, *tile in names],
                 eta=settings.eta,
             )
         # in place, because the samples of a large volume fill the memory
-        found = self.segmenter.process.to_probabilities(clean, in_place=True)
+        found = process.to_probabilities(clean, in_place=True)
         return labels.normalised(found, settings.regions)
 
     def _generator(self, *numbers: int) -> torch.Generator:
@@ -167,12 +173,13 @@ class VolumeProcess:
         settings, shape = self.segmenter.settings, (self._heads, *self.image.shape[1:])
         states = torch.empty((len(samples), *shape), device=self.state_device)
         for state, number in zip(states, samples, strict=True):
-            state.copy_(torch.randn(shape, generator=self._generator(number, NOISE_OF_START)))
+            state.copy_(self.segmenter.process.draw_noise(shape, self._generator(number, NOISE_OF_START)))
         if settings.from_noise or self.presegmentation is None:
             return states
         # in place, because a large volume fills the memory: one more volume instead of four
-        start = self.segmenter.process.start
-        return start(self.presegmentation[None], settings.start_step, states, in_place=True)
+        presegmentation = self.presegmentation[None]
+        process = self.segmenter.process.towards(presegmentation)
+        return process.start(presegmentation, settings.start_step, states, in_place=True)
 
     def _evaluate(self, noisy: Tensor, timestep: int) -> Tensor:
         """Return the blended clean estimate of the whole state, (S, K, *volume)."""
@@ -213,11 +220,15 @@ class VolumeProcess:
             device = self.tiling.device
             image = torch.stack([self.image[tile] for tile in tiles]).to(device)
             given = None
-            if self.presegmentation is not None and self.segmenter.settings.condition_on_presegmentation:
+            if self.presegmentation is not None and self.segmenter.settings.shows_presegmentation:
                 given = torch.stack([self.presegmentation[tile] for tile in tiles]).to(device)
             seen = self.segmenter.condition_image(image, given)
             self._conditions = tiles, Conditions(self.segmenter, self._mirror(seen))
         return self._conditions[1]
+
+
+def _batch_of_one(probabilities: Tensor | None) -> Tensor | None:
+    return None if probabilities is None else probabilities[None]
 
 
 def _all_samples(tile: Tile) -> Tile:

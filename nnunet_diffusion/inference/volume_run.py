@@ -145,7 +145,7 @@ class VolumeRun:
             counts = settings.presegmentation_weight > 0 and not self.given.certain
             return start, start if counts else None
         own: Tensor | None = None
-        needed = not settings.from_noise or settings.condition_on_presegmentation
+        needed = not settings.from_noise or settings.shows_presegmentation
         if settings.presegmentation_weight > 0 or (needed and settings.start_from == "presegmentor"):
             own = self._presegment()
         self._on_tiles(len(self.tiling.tiles))

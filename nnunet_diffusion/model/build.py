@@ -7,10 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from nnunet_diffusion.model.objective import DenoisingObjective, PGDiffSegObjective
+from nnunet_diffusion.model.hidiff_objective import HiDiffObjective
+from nnunet_diffusion.model.objective import DenoisingObjective, Objective, PGDiffSegObjective
 from nnunet_diffusion.model.segmenter import DiffusionSegmenter
-from nnunet_diffusion.model.settings import DiffusionSettings, topology_of
+from nnunet_diffusion.model.settings import HIDIFF, DiffusionSettings, topology_of
 from nnunet_diffusion.networks.blocks import per_axis, resolve_conv_op
+from nnunet_diffusion.networks.hidiff import HiDiffRefiner
 from nnunet_diffusion.networks.noisy_unet import NoisyUNet
 from nnunet_diffusion.networks.pgdiffseg import PGDiffSeg
 from nnunet_diffusion.networks.unet import feature_channels
@@ -22,7 +24,7 @@ def build_denoiser(
     num_input_channels: int,
     num_output_channels: int,
     nnunet: Callable[[int], nn.Module],
-) -> PGDiffSeg | NoisyUNet:
+) -> PGDiffSeg | NoisyUNet | HiDiffRefiner:
     """Build the denoiser with random weights.
 
     Args:
@@ -46,6 +48,19 @@ def build_denoiser(
             f"diffusion.network.features_per_stage has {len(settings.features_per_stage)} entries, the plans' network has "
             f"{len(topology['strides'])} stages: give one width per stage."
         )
+    if settings.is_hidiff:
+        return HiDiffRefiner(
+            num_input_channels,
+            num_output_channels,
+            settings.features_per_stage,
+            topology["strides"],
+            topology["kernel_sizes"],
+            topology["conv_op"],
+            guide_channels=_presegmentor_topology(settings, topology)["features_per_stage"],
+            image_input=settings.image_input,
+            binary=settings.binary,
+            attention_tokens=settings.attention_tokens,
+        )
     return PGDiffSeg(
         num_input_channels + num_output_channels * settings.condition_on_presegmentation,
         num_output_channels,
@@ -63,37 +78,40 @@ def build_denoiser(
         time_in_condition_flow=settings.time_in_condition_flow,
         guidance=settings.guidance,
         attention=settings.attention,
-        feature_channels=_presegmentor_features(settings, topology) if settings.uses_features else None,
+        feature_channels=(
+            feature_channels(_presegmentor_topology(settings, topology)["features_per_stage"])
+            if settings.uses_features
+            else None
+        ),
     )
 
 
-def _presegmentor_features(settings: DiffusionSettings, topology: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the channels of the pre-segmentor's features at each stage of a topology.
+def _presegmentor_topology(settings: DiffusionSettings, topology: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the topology of the pre-segmentor, whose features a denoiser of `topology` takes.
 
     Raises:
         NotImplementedError: the pre-segmentor's network has other stages.
     """
-    theirs = topology
-    if settings.presegmentor_architecture:
-        theirs = topology_of({"architecture": settings.presegmentor_architecture})
-        strides = [
-            per_axis("strides", each["strides"], resolve_conv_op(each["conv_op"])) for each in (theirs, topology)
-        ]
-        if strides[0] != strides[1]:
-            raise NotImplementedError(
-                "diffusion.network.condition 'presegmentor' supports a pre-segmentor with the strides of these plans "
-                f"({topology['strides']}); the given one has {theirs['strides']}."
-            )
-    return feature_channels(theirs["features_per_stage"])
+    if not settings.presegmentor_architecture:
+        return topology
+    theirs = topology_of({"architecture": settings.presegmentor_architecture})
+    strides = [per_axis("strides", each["strides"], resolve_conv_op(each["conv_op"])) for each in (theirs, topology)]
+    if strides[0] != strides[1]:
+        raise NotImplementedError(
+            f"{settings.features_user} supports a pre-segmentor with the strides of these plans ({topology['strides']}); the "
+            f"given one has {theirs['strides']}."
+        )
+    return theirs
 
 
-def objective_without_data(segmenter: DiffusionSegmenter) -> DenoisingObjective:
+def objective_without_data(segmenter: DiffusionSegmenter) -> Objective:
     """Return the objective of a training whose cost is measured: the pre-segmentor stands in for networks out of fold."""
     objective = build_objective(segmenter)
     objective.out_of_fold = lambda image, cases: segmenter.presegment(image).probabilities
     return objective
 
 
-def build_objective(segmenter: DiffusionSegmenter) -> DenoisingObjective:
+def build_objective(segmenter: DiffusionSegmenter) -> Objective:
     """Return what the training of a segmenter minimises: trainer and planning ask here and know no method."""
-    return (PGDiffSegObjective if segmenter.settings.denoiser == "pgdiffseg" else DenoisingObjective)(segmenter)
+    kinds = {"pgdiffseg": PGDiffSegObjective, "nnunet": DenoisingObjective, HIDIFF: HiDiffObjective}
+    return kinds[segmenter.settings.denoiser](segmenter)

@@ -36,18 +36,24 @@ def location_loss(location_logits: Tensor, target: Target, regions: bool = False
     """
     logits = location_logits.float()
     wanted, weight = labels.location(target, logits.shape[2:], regions)
-    probability = logits.sigmoid()
-    axes = (0, *range(2, logits.ndim))
-    overlap = _over_ranks((weight * probability * wanted).sum(axes))
-    total = _over_ranks((weight * (probability + wanted)).sum(axes))
-    dice = (2 * overlap + 1) / (total + 1)
-    return 1 - dice.mean() + weighted_cross_entropy(logits, wanted, weight)
+    return _soft_dice_loss(logits.sigmoid(), wanted, weight) + weighted_cross_entropy(logits, wanted, weight)
 
 
 def weighted_cross_entropy(logits: Tensor, wanted: Tensor, weight: Tensor) -> Tensor:
     """Binary cross-entropy averaged with weights that broadcast against `logits`; 0 where all weights are 0."""
     terms = binary_cross_entropy_with_logits(logits, wanted, reduction="none")
     return _mean(terms, weight)
+
+
+def soft_dice_loss(probability: Tensor, wanted: Tensor, known: Tensor | None = None) -> Tensor:
+    """1 - soft Dice of the whole batch, mean over the channels; finite without foreground.
+
+    Args:
+        probability: (B, K, *spatial).
+        wanted: same shape, 0 to 1.
+        known: (B, 1, *spatial) bool; other voxels do not count.
+    """
+    return _soft_dice_loss(probability, wanted, 1.0 if known is None else known.to(wanted))
 
 
 def squared_error(prediction: Tensor, target: Tensor, known: Tensor | None = None) -> Tensor:
@@ -58,8 +64,19 @@ def squared_error(prediction: Tensor, target: Tensor, known: Tensor | None = Non
         target: same shape.
         known: (B, 1, *spatial) bool; other voxels do not count.
     """
-    error = (prediction.float() - target) ** 2
-    return error.mean() if known is None else _mean(error, known.to(error))
+    return mean((prediction.float() - target) ** 2, known)
+
+
+def mean(terms: Tensor, known: Tensor | None) -> Tensor:
+    """Mean of (B, K, *spatial) over the voxels that are known, (B, 1, *spatial) bool; over all without."""
+    return terms.mean() if known is None else _mean(terms, known.to(terms))
+
+
+def _soft_dice_loss(probability: Tensor, wanted: Tensor, weight: Tensor | float) -> Tensor:
+    axes = (0, *range(2, wanted.ndim))
+    overlap = _over_ranks((weight * probability * wanted).sum(axes))
+    total = _over_ranks((weight * (probability + wanted)).sum(axes))
+    return 1 - ((2 * overlap + 1) / (total + 1)).mean()
 
 
 def _over_ranks(sums: Tensor) -> Tensor:

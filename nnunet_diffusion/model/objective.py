@@ -122,10 +122,7 @@ class DenoisingObjective:
         denoise = evaluate["denoiser"] if evaluate else partial(self.evaluations["denoiser"], segmenter.denoiser)
         if settings.prediction_type == "logits" and segmentation_loss is None:
             raise ValueError("prediction_type 'logits' needs a segmentation_loss (logits, target) -> scalar.")
-        if generator is None:
-            # a fresh one always begins alike
-            seed = int(torch.randint(2**62, ()))
-            generator = torch.Generator(image.device).manual_seed(seed)
+        generator = generator_for(image, generator)
         with precision():
             truth = labels.read_target(
                 target, segmenter.denoiser.state_channels, settings.regions, segmenter.ignore_label
@@ -154,20 +151,8 @@ class DenoisingObjective:
     def segmentation(
         self, prediction: Tensor, heads: Sequence[Tensor], target: Tensor, loss: SegmentationLoss
     ) -> Tensor:
-        """Return nnU-Net's loss of the logits, with deep supervision as in nnU-Net (its weights, Isensee et al. 2021).
-
-        Args:
-            prediction: logits (B, K, *spatial).
-            heads: logits of coarser decoder stages, fine to coarse.
-            target: as nnU-Net's loader gives it.
-            loss: of logits and a target of the same size.
-        """
-        total, weight, weights = loss(prediction.float(), target), 1.0, 1.0
-        for logits in heads:
-            # each coarser stage has half of the weight
-            weight /= 2
-            total, weights = total + weight * loss(logits.float(), _at_size(target, logits.shape[2:])), weights + weight
-        return total / weights
+        """Return nnU-Net's loss of the logits, and of those of coarser decoder stages: see `deeply_supervised`."""
+        return deeply_supervised(prediction, heads, target, loss)
 
     def clean_state(self, truth: labels.Target, image: Tensor) -> Tensor:
         """Return the state of the truth (B, K, *spatial); where that is not known, of the pre-segmentation (METHODS 1)."""
@@ -259,6 +244,30 @@ class DenoisingObjective:
         target = self.segmenter.prediction.target(clean, noise, timestep, process)
         # Eq. 19, on the chosen target
         return losses.squared_error(prediction, target, known)
+
+
+def generator_for(image: Tensor, generator: Generator | None) -> Generator:
+    """Return the generator, or without one a new one on the image's device, seeded by torch's own: a fresh one begins alike."""
+    return generator or Generator(image.device).manual_seed(int(torch.randint(2**62, ())))
+
+
+def deeply_supervised(
+    prediction: Tensor, heads: Sequence[Tensor], target: Tensor, loss: SegmentationLoss
+) -> Tensor:
+    """Return nnU-Net's loss of logits, with deep supervision as in nnU-Net (its weights, Isensee et al. 2021).
+
+    Args:
+        prediction: logits (B, K, *spatial).
+        heads: logits of coarser decoder stages, fine to coarse.
+        target: as nnU-Net's loader gives it.
+        loss: of logits and a target of the same size.
+    """
+    total, weight, weights = loss(prediction.float(), target), 1.0, 1.0
+    for logits in heads:
+        # each coarser stage has half of the weight
+        weight /= 2
+        total, weights = total + weight * loss(logits.float(), _at_size(target, logits.shape[2:])), weights + weight
+    return total / weights
 
 
 def _at_size(target: Tensor, size: torch.Size) -> Tensor:

@@ -1,4 +1,7 @@
-"""The network nnU-Net sees: pre-segmentor, denoiser and diffusion process in one module (layer 2)."""
+"""The network nnU-Net sees: pre-segmentor, denoiser and diffusion process in one module (layer 2).
+
+With HiDiff the pre-segmentor is the segmentor, and the denoiser the refiner.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,11 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from nnunet_diffusion.diffusion.bernoulli import BernoulliProcess
 from nnunet_diffusion.diffusion.gaussian import GaussianProcess
 from nnunet_diffusion.diffusion.predictions import prediction_of
+from nnunet_diffusion.diffusion.process import Process
 from nnunet_diffusion.diffusion.samplers import OnStep, sample
-from nnunet_diffusion.diffusion.schedules import noise_schedule
 from nnunet_diffusion.model import labels
 from nnunet_diffusion.model.precision import all_finite, inference_precision, outside_inference_mode, refuse_nan
 from nnunet_diffusion.model.settings import DiffusionSettings
@@ -43,41 +47,40 @@ class _StartNoise:
 
 
 class DiffusionSegmenter(nn.Module):
-    """PD-DDPM around two networks: a frozen pre-segmentor and a denoiser.
+    """A reverse process around two networks: a pre-segmentor, frozen but for HiDiff, and a denoiser.
 
     `segmenter(image)` gives logits, as any network of nnU-Net's does; what training minimises is an objective's
     (`model/objective.py`). `settings` may be replaced at any time by one that differs in inference settings.
 
     Args:
         presegmentor: image (B, C, *spatial) -> logits (B, K, *spatial), or a list of such (deep supervision), the
-            finest first. Frozen here, always in evaluation mode.
+            finest first. Frozen here and always in evaluation mode, but for HiDiff.
         denoiser: `encode(image, timestep) -> condition` and `denoiser(noisy, timestep, condition) -> prediction`.
         settings: validated settings; the denoiser's training fixes the section `process`.
     """
 
     def __init__(self, presegmentor: nn.Module, denoiser: Any, settings: DiffusionSettings) -> None:
-        """Freeze the pre-segmentor and build the diffusion process."""
+        """Freeze the pre-segmentor, unless it is trained too, and build the diffusion process."""
         super().__init__()
-        self.presegmentor = presegmentor.requires_grad_(False).eval()
-        self.denoiser = denoiser
-        self.settings = settings
-        self.process = GaussianProcess(noise_schedule(settings.schedule, settings.timesteps, settings.signal_scale))
+        self.presegmentor, self.denoiser, self.settings = presegmentor, denoiser, settings
+        if not settings.is_hidiff:
+            presegmentor.requires_grad_(False).eval()
+        kind = BernoulliProcess if settings.is_hidiff else GaussianProcess
+        self.process: Process = kind(settings.noise_schedule)
         self.prediction = prediction_of(
             settings.prediction_type, lambda logits: labels.activate(logits, settings.regions)
         )
         self.ignore_label: int | None = None
         self.evaluations = 0
-        self._encode, self._denoise, self._run, self._run_to_features = (
-            _encode,
-            _denoise,
-            _run,
-            unet.logits_and_features,
-        )
+        self._to_features = unet.encode if settings.is_hidiff else _to_all_features
+        self._encode, self._denoise, self._run, self._run_to_features = _encode, _denoise, _run, self._to_features
         self._noise: _StartNoise | None = None
 
     def train(self, mode: bool = True) -> DiffusionSegmenter:
-        """Switch the denoiser's mode; the pre-segmentor stays in evaluation."""
+        """Switch the denoiser's mode; a frozen pre-segmentor stays in evaluation."""
         super().train(mode)
+        if self.settings.is_hidiff:
+            return self
         # autocast keeps its half-precision copies of weights only where they require gradients; in training these must not
         self.presegmentor.eval().requires_grad_(not mode)
         return self
@@ -138,11 +141,16 @@ class DiffusionSegmenter(nn.Module):
             return Presegmentation(labels.activate(logits, self.settings.regions))
 
     def features(self, image: Tensor) -> tuple[Tensor, ...] | None:
-        """Return the pre-segmentor's features of images (B, C, *spatial) if the denoiser's condition comes from them."""
+        """Return the pre-segmentor's features of images if the denoiser's condition comes from them.
+
+        Args:
+            image: (B, C, *spatial), or with what the condition sees beside it (`condition_image`).
+        """
         if not self.settings.uses_features:
             return None
         with torch.no_grad():
-            return outside_inference_mode(self._run_to_features, self.presegmentor, image)[1]
+            image = image[:, : self.denoiser.image_channels] if self.settings.shows_presegmentation else image
+            return tuple(outside_inference_mode(self._run_to_features, self.presegmentor, image))
 
     def run_presegmentor(self, image: Tensor) -> Any:
         """Return what the pre-segmentor makes of (B, C, *spatial): logits, or a list of such, the finest first."""
@@ -174,7 +182,7 @@ class DiffusionSegmenter(nn.Module):
             (B, K, *spatial) probabilities, float32.
         """
         settings = self.settings
-        needed = not settings.from_noise or settings.condition_on_presegmentation
+        needed = not settings.from_noise or settings.shows_presegmentation
         member = None
         if presegmentation is None:
             member = self.presegment(image).probabilities if settings.presegmentation_weight > 0 else None
@@ -183,9 +191,11 @@ class DiffusionSegmenter(nn.Module):
             presegmentation = self.own_start(image, member) if needed else None
         shape = (len(image) * settings.samples, self.denoiser.state_channels, *image.shape[2:])
         start, generator = self._start_noise(shape, image.device)
+        process = self.process
         if not settings.from_noise and presegmentation is not None:
             repeated = presegmentation.float().repeat_interleave(settings.samples, 0)
-            start = self.process.start(repeated, settings.start_step, start)
+            process = process.towards(repeated)
+            start = process.start(repeated, settings.start_step, start)
         conditions = Conditions(self, self.condition_image(image, presegmentation))
 
         def estimate(noisy: Tensor, timestep: int) -> Tensor:
@@ -200,7 +210,7 @@ class DiffusionSegmenter(nn.Module):
                 start,
                 settings.start_step,
                 settings.steps,
-                self.process,
+                process,
                 generator=generator,
                 eta=settings.eta,
                 on_step=on_step,
@@ -244,7 +254,7 @@ class DiffusionSegmenter(nn.Module):
 
     def condition_image(self, image: Tensor, presegmentation: Tensor | None) -> Tensor:
         """Return what the condition flow sees: the image, with the start's state below it where the settings say so."""
-        if not self.settings.condition_on_presegmentation or presegmentation is None:
+        if not self.settings.shows_presegmentation or presegmentation is None:
             return image
         return torch.cat((image, self.process.to_state(presegmentation).to(image)), 1)
 
@@ -257,7 +267,7 @@ class DiffusionSegmenter(nn.Module):
         key = (shape, self.settings.seed, device)
         if self._noise is None or self._noise.key != key:
             generator = torch.Generator().manual_seed(self.settings.seed)
-            field = torch.randn(shape, generator=generator).to(device)
+            field = self.process.draw_noise(shape, generator).to(device)
             self._noise = _StartNoise(key, field, generator.get_state())
         generator = torch.Generator()
         generator.set_state(self._noise.generator_state)
@@ -270,7 +280,7 @@ class DiffusionSegmenter(nn.Module):
         """
         if self._denoise is _denoise:
             self._encode, self._denoise, self._run, self._run_to_features = (
-                torch.compile(each) for each in (_encode, _denoise, _run, unet.logits_and_features)
+                torch.compile(each) for each in (_encode, _denoise, _run, self._to_features)
             )
 
     @contextlib.contextmanager
@@ -328,3 +338,7 @@ def _denoise(denoiser: Denoiser, noisy: Tensor, timestep: Tensor, condition: Con
 
 def _run(network: nn.Module, image: Tensor) -> Any:
     return network(image)
+
+
+def _to_all_features(network: nn.Module, image: Tensor) -> tuple[Tensor, ...]:
+    return unet.logits_and_features(network, image)[1]

@@ -9,16 +9,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from nnunet_diffusion.diffusion.predictions import PREDICTION_TYPES
+from nnunet_diffusion.diffusion.predictions import FLIP, PREDICTION_TYPES
 from nnunet_diffusion.diffusion.samplers import SAMPLERS
-from nnunet_diffusion.diffusion.schedules import SCHEDULES, noise_schedule
+from nnunet_diffusion.diffusion.schedules import SCHEDULES, NoiseSchedule, bernoulli_schedule, noise_schedule
+from nnunet_diffusion.diffusion.solvers import SOLVERS
 from nnunet_diffusion.model.precision import PRECISIONS
 from nnunet_diffusion.networks.attention import ATTENTIONS
 from nnunet_diffusion.networks.blocks import NORMS
 from nnunet_diffusion.networks.pgdiffseg import GUIDANCES
 
 PLANS_KEY = "diffusion"
-DENOISERS = ("pgdiffseg", "nnunet")
+HIDIFF = "hidiff"
+DENOISERS = ("pgdiffseg", "nnunet", HIDIFF)
 CONDITIONS = ("own", "presegmentor")
 VERSION = 3
 SECTIONS = ("process", "network", "training", "inference", "presegmentor")
@@ -34,6 +36,10 @@ START_SNR = "start_snr"
 """Key of `inference` that states T' as a signal-to-noise ratio; it is read as `start_step`."""
 NNUNET_DENOISER: Mapping[str, Any] = {"prediction_type": "logits", "signal_scale": 0.1, "mirror_samples": True}
 """Defaults that differ where the denoiser is nnU-Net's network."""
+HIDIFF_DENOISER: Mapping[str, Any] = {
+    "prediction_type": FLIP, "timesteps": 10, "max_train_step": 10, "start_step": 10, "steps": 2, "mirror_samples": True,
+}  # fmt: skip
+"""Defaults that differ with HiDiff."""
 STARTS = ("truth", "corrupted", "presegmentation", "out_of_fold", "recycled")
 """What noise is added to in training; see `training.starts`."""
 EARLIER_STARTS = {"corruption_probability": "corrupted", "presegmentation_start_probability": "presegmentation"}
@@ -76,7 +82,9 @@ class DiffusionSettings:
         }
     )
     # the diffusion process
-    prediction_type: str = _setting("process", "x0", "What the denoiser predicts.", choices=PREDICTION_TYPES)
+    prediction_type: str = _setting(
+        "process", "x0", "What the denoiser predicts; `flip` is HiDiff's.", choices=(*PREDICTION_TYPES, FLIP)
+    )
     schedule: str = _setting("process", "linear", "Noise schedule; `linear` is the paper's.", choices=tuple(SCHEDULES))
     timesteps: int = _setting("process", 1000, "Length T of the forward process, in steps.", low=2)
     signal_scale: float = _setting(
@@ -92,7 +100,8 @@ class DiffusionSettings:
         "network",
         "pgdiffseg",
         "`pgdiffseg`, or `nnunet`: nnU-Net's own network, which starts from the pre-segmentor's weights and sees the noisy "
-        "segmentation as further input channels. The sizes of PGDiffSeg in this section are then without effect.",
+        "segmentation as further input channels. The sizes of PGDiffSeg in this section are then without effect. `hidiff`: "
+        "HiDiff's refiner, with a Bernoulli process, trained in turns with the pre-segmentor.",
         choices=DENOISERS,
     )
     condition: str = _setting(
@@ -142,6 +151,10 @@ class DiffusionSettings:
     condition_on_presegmentation: bool = _setting(
         "network", False, "Give the start's probabilities to the condition flow as further image channels."
     )
+    image_input: bool = _setting(
+        "network", True, "HiDiff: the refiner sees the image itself, beside nnU-Net's probabilities and features."
+    )
+    binary: bool = _setting("network", False, "HiDiff: binarise the convolutions of the refiner's blocks.")
     regions: bool = _setting(
         "network",
         False,
@@ -163,6 +176,12 @@ class DiffusionSettings:
     )
     presence_weight: float = _setting("training", 1.0, "lambda 1 of Eq. 10: weight of the presence loss.", low=0)
     location_weight: float = _setting("training", 1.0, "lambda 2 of Eq. 10: weight of the location loss.", low=0)
+    collaboration_weight: float = _setting(
+        "training",
+        1.0,
+        "HiDiff: weight lambda of the refiner's loss in nnU-Net's turn; 0: the refiner learns from nnU-Net alone.",
+        low=0,
+    )
     learning_rate: float = _setting(
         "training", 1e-3, "Initial learning rate of AdamW; decays as nnU-Net's (poly 0.9).", low=0
     )
@@ -260,16 +279,73 @@ class DiffusionSettings:
             )
         self._check_network()
         self._check_training_starts()
+        self._check_hidiff()
+
+    @property
+    def is_hidiff(self) -> bool:
+        """Whether the method is HiDiff: a Bernoulli process, and a pre-segmentor that is trained in turns with the refiner."""
+        return self.denoiser == HIDIFF
+
+    @property
+    def learning_networks(self) -> tuple[str, ...]:
+        """Modules of the segmenter that training changes, the denoiser first."""
+        return ("denoiser", "presegmentor") if self.is_hidiff else ("denoiser",)
 
     @property
     def uses_features(self) -> bool:
         """Whether the denoiser's condition comes from the pre-segmentor's features."""
-        return self.denoiser == "pgdiffseg" and self.condition == "presegmentor"
+        return self.is_hidiff or (self.denoiser == "pgdiffseg" and self.condition == "presegmentor")
+
+    @property
+    def features_user(self) -> str:
+        """The setting that uses the pre-segmentor's features, for messages."""
+        name, value = ("denoiser", HIDIFF) if self.is_hidiff else ("condition", self.condition)
+        return f"diffusion.network.{name} {value!r}"
+
+    @property
+    def shows_presegmentation(self) -> bool:
+        """Whether the denoiser's condition has the start's probabilities beside the image."""
+        return self.is_hidiff or self.condition_on_presegmentation
 
     @property
     def condition_depends_on_time(self) -> bool:
         """Whether an image's condition is another at each timestep."""
         return self.denoiser == "pgdiffseg" and self.condition == "own" and self.time_in_condition_flow
+
+    @property
+    def noise_schedule(self) -> NoiseSchedule:
+        """The noise schedule of the method's process."""
+        if self.is_hidiff:
+            return bernoulli_schedule(self.schedule, self.timesteps)
+        return noise_schedule(self.schedule, self.timesteps, self.signal_scale)
+
+    def _check_hidiff(self) -> None:
+        if self.is_hidiff != (self.prediction_type == FLIP):
+            raise ValueError(
+                f"diffusion.process.prediction_type is {self.prediction_type!r} and diffusion.network.denoiser {self.denoiser!r}, "
+                f"but {FLIP!r} and {HIDIFF!r} go together: the first is a prediction of HiDiff's Bernoulli process."
+            )
+        if not self.is_hidiff:
+            return
+        if self.start_from == "previous_stage":
+            raise NotImplementedError(
+                "diffusion.presegmentor.start_from 'previous_stage' is not supported with HiDiff, whose segmentor is trained in "
+                "turns with the refiner: set it to 'presegmentor'. The previous stage then is an input of both networks."
+            )
+        only: dict[str, tuple[Any, str]] = {
+            "signal_scale": (1.0, "a Bernoulli process has no scale of the signal"),
+            "starts": ({"truth": 1.0}, "HiDiff's noise already consists of nnU-Net's segmentation"),
+            "from_noise": (False, "HiDiff always starts from a draw of nnU-Net's probabilities"),
+        }
+        for name, (value, why) in only.items():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"diffusion.{path_of(name)} is {getattr(self, name)!r}, but must be {value!r} with HiDiff: {why}."
+                )
+        if self.sampler in SOLVERS:
+            raise ValueError(
+                f"diffusion.inference.sampler {self.sampler!r} solves a Gaussian process only; with HiDiff take 'ddim' or 'ddpm'."
+            )
 
     def _check_network(self) -> None:
         if self.uses_features and self.attention == ATTENTIONS[1]:
@@ -277,7 +353,7 @@ class DiffusionSettings:
                 "diffusion.network.attention 'cross' needs a condition flow, which diffusion.network.condition 'presegmentor' "
                 "replaces: choose attention 'paper'."
             )
-        if self.condition_on_presegmentation and (self.denoiser == "nnunet" or self.condition == "presegmentor"):
+        if self.condition_on_presegmentation and (self.denoiser != "pgdiffseg" or self.condition == "presegmentor"):
             raise ValueError(
                 "diffusion.network.condition_on_presegmentation gives nnU-Net's segmentation to PGDiffSeg's condition flow, "
                 f"which does not exist with denoiser {self.denoiser!r} and condition {self.condition!r}: set it to false."
@@ -318,7 +394,7 @@ class DiffusionSettings:
         """
         if isinstance(snr, bool) or not isinstance(snr, (int, float)):
             raise ValueError(f"diffusion.inference.start_snr must be a positive number, got {snr!r}.")
-        return noise_schedule(self.schedule, self.timesteps, self.signal_scale).start_step_at(snr)
+        return self.noise_schedule.start_step_at(snr)
 
     def to_plans(self) -> dict[str, Any]:
         """Return the JSON-ready section of the plans; `from_plans` reads it back unchanged."""
@@ -479,10 +555,10 @@ def default_settings(
         NotImplementedError: if the plans' architecture does not describe nnU-Net's encoder-decoder topology.
     """
     topology = topology_of(configuration)
-    own = NNUNET_DENOISER if denoiser == "nnunet" else {"prediction_type": "x0"}
+    own = {"nnunet": NNUNET_DENOISER, HIDIFF: HIDIFF_DENOISER}.get(denoiser, {"prediction_type": "x0"})
     if prediction_type is not None:
         own = {**own, "prediction_type": prediction_type}
-    truth_only = own["prediction_type"] in ("epsilon", "v")
+    truth_only = own["prediction_type"] in ("epsilon", "v", FLIP)
     return DiffusionSettings(
         # half of nnU-Net's width: its two flows alone then take 1.0 to 1.3 times the FLOPs of nnU-Net
         features_per_stage=tuple(max(8, width // 2) for width in topology["features_per_stage"]),

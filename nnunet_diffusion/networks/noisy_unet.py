@@ -50,9 +50,7 @@ class NoisyUNet(nn.Module):
         unet.refuse_other_architectures(network, "diffusion.network.denoiser 'nnunet'")
         self.image_channels, self.state_channels = image_channels, state_channels
         self.network, self.deep_supervision = network, deep_supervision
-        decoder: Any = network.decoder
-        # outputs that no loss uses have no gradients, which distributed training would wait for
-        decoder.seg_layers[: 1 if deep_supervision and len(decoder.seg_layers) > 1 else -1].requires_grad_(False)
+        unet.freeze_unused_outputs(network, deep_supervision)
         channels: Any = network.encoder.output_channels  # type: ignore[union-attr]
         self.time_embedding = TimeEmbedding(TIME_WIDTH // 2, TIME_WIDTH)
         self.scale_and_shift = nn.ModuleList(nn.Linear(TIME_WIDTH, 2 * int(width)) for width in channels)

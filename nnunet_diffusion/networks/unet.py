@@ -28,6 +28,17 @@ def refuse_other_architectures(network: nn.Module, purpose: str) -> None:
         )
 
 
+def freeze_unused_outputs(network: Any, deep_supervision: bool) -> None:
+    """Let the outputs that no loss uses have no gradients, which distributed training would wait for.
+
+    Args:
+        network: nnU-Net's network.
+        deep_supervision: whether the outputs of `deep_logits` are used, beside the finest.
+    """
+    layers = network.decoder.seg_layers
+    layers[: 1 if deep_supervision and len(layers) > 1 else -1].requires_grad_(False)
+
+
 def encode(network: Any, image: Tensor, after: Callable[[int, Tensor], Tensor] = lambda _, x: x) -> list[Tensor]:
     """Return the features of each encoder stage, from the full resolution to the bottleneck.
 

@@ -2,7 +2,8 @@
 
 from nnunet_diffusion.training.averaged_nnunet import nnUNetTrainerEMA
 from nnunet_diffusion.training.diffusion_trainer import DiffusionTrainer
+from nnunet_diffusion.training.hidiff import HiDiffTrainer
 from nnunet_diffusion.training.no_mirroring import DiffusionTrainerNoMirroring
 from nnunet_diffusion.training.unet import DiffusionTrainerUNet
 
-__all__ = ["DiffusionTrainer", "DiffusionTrainerNoMirroring", "DiffusionTrainerUNet", "nnUNetTrainerEMA"]
+__all__ = ["DiffusionTrainer", "DiffusionTrainerNoMirroring", "DiffusionTrainerUNet", "HiDiffTrainer", "nnUNetTrainerEMA"]

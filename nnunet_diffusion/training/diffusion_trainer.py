@@ -19,6 +19,7 @@ from nnunet_diffusion.model.corrupted_truth import Mistakes
 from nnunet_diffusion.model.precision import has_bfloat16, training_precision
 from nnunet_diffusion.model.segmenter import DiffusionSegmenter
 from nnunet_diffusion.model.settings import DiffusionSettings
+from nnunet_diffusion.networks.noisy_unet import NoisyUNet
 from nnunet_diffusion.training import job
 from nnunet_diffusion.training.cascade import refuse_incomplete_previous_stage
 from nnunet_diffusion.training.checkpoints import remove_what_killed_jobs_left, write_checkpoint
@@ -111,9 +112,10 @@ class DiffusionTrainer(nnUNetTrainer):
         # nnU-Net wraps the whole network for distributed training; here only the learners, which have gradients, are wrapped
         self.network = self.segmenter
         self.objective = build_objective(self.segmenter)
-        ((name, evaluate),) = self.objective.evaluations.items()
-        module = getattr(self.segmenter, name)
-        self.learners = {name: Learner(module, evaluate, self.optimizer, self.settings.ema_decay)}
+        self.learners = {
+            name: Learner(getattr(self.segmenter, name), evaluate, self.optimizers[name], self.settings.ema_decay)
+            for name, evaluate in self.objective.evaluations.items()
+        }
         wrap = (lambda module: nnunet_trainer.DDP(module, device_ids=[self.local_rank])) if self.is_ddp else None
         compile_and_distribute(self.learners, super()._do_i_compile(), wrap, self.print_to_log_file)
         if has_bfloat16(self.device) or self.settings.precision != "auto":
@@ -130,14 +132,20 @@ class DiffusionTrainer(nnUNetTrainer):
         """Do nothing: the segmenter has one output; deep supervision is its objective's (`DenoisingObjective.segmentation`)."""
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
-        """Return AdamW for the denoiser's parameters, and nnU-Net's learning rate schedule."""
-        optimizer = torch.optim.AdamW(
-            self.segmenter.denoiser.parameters(),
-            self.initial_lr,
-            weight_decay=self.weight_decay,
-            fused=self.device.type != "mps",  # updating hundreds of small tensors one by one takes ten times as long
-        )
-        return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
+        """Make an AdamW for each network that learns; return the denoiser's, and nnU-Net's learning rate schedule for all."""
+        self.optimizers = {
+            name: torch.optim.AdamW(
+                getattr(self.segmenter, name).parameters(),
+                self.initial_lr,
+                weight_decay=self.weight_decay,
+                fused=self.device.type != "mps",  # updating hundreds of small tensors one by one takes ten times as long
+            )
+            for name in self.settings.learning_networks
+        }
+        self._schedules = [
+            PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs) for optimizer in self.optimizers.values()
+        ]
+        return self.optimizers["denoiser"], self._schedules[0]
 
     # training --------------------------------------------------------------------------------------------------------
 
@@ -169,13 +177,15 @@ class DiffusionTrainer(nnUNetTrainer):
     def _embed_presegmentor(self) -> None:
         weights = presegmentor_weights(self)
         self.segmenter.presegmentor.load_state_dict(weights)
-        if self.settings.denoiser == "nnunet":
+        if isinstance(self.segmenter.denoiser, NoisyUNet):
             fresh = self.segmenter.denoiser.start_from(weights)
             self.print_to_log_file(f"The denoiser starts from {'nnU-Net' if fresh else 'pretrained'} weights.")
 
     def on_train_epoch_start(self) -> None:
         """Seed the noise of the epoch, so that a resumed training draws the same noise as an uninterrupted one."""
         super().on_train_epoch_start()
+        for schedule in self._schedules[1:]:  # nnU-Net has moved the first
+            schedule.step(self.current_epoch)
         self._generator = torch.Generator(self.device).manual_seed(
             self.settings.seed + 1 + self.current_epoch + RANK_SEEDS * self.local_rank
         )

@@ -46,7 +46,7 @@ def build_segmenter(
 
     presegmentor = nnunet(num_input_channels)
     if settings.uses_features:
-        refuse_other_architectures(presegmentor, "diffusion.network.condition 'presegmentor'")
+        refuse_other_architectures(presegmentor, settings.features_user)
     configuration = configuration_manager.configuration
     denoiser = build_denoiser(settings, configuration, num_input_channels, num_output_channels, nnunet)
     return DiffusionSegmenter(presegmentor, denoiser, settings)

@@ -27,10 +27,13 @@ def checkpoint_of(trainer: DiffusionTrainer) -> dict[str, Any]:
     """
     with averaged_weights(trainer.segmenter, trainer.learners):
         averaged = trainer.segmenter.state_dict()
-    learner = trainer.learners["denoiser"].state_dict()
+    learner, *further = (
+        {**trainer.learners[name].state_dict(), "optimizer": trainer.optimizers[name].state_dict()}
+        for name in trainer.settings.learning_networks
+    )
     return {
         "network_weights": averaged,
-        "optimizer_state": trainer.optimizer.state_dict(),
+        "optimizer_state": learner["optimizer"],
         "grad_scaler_state": trainer.grad_scaler.state_dict() if trainer.grad_scaler is not None else None,
         "logging": trainer.logger.get_checkpoint(),
         "_best_ema": trainer._best_ema,
@@ -41,6 +44,7 @@ def checkpoint_of(trainer: DiffusionTrainer) -> dict[str, Any]:
         DIFFUSION_KEY: {
             "denoiser_weights": learner["weights"],
             "averaged_steps": learner["averaged_steps"],
+            "further_learners": dict(zip(trainer.settings.learning_networks[1:], further, strict=True)),
             "mistakes": None if trainer.mistakes is None else dataclasses.asdict(trainer.mistakes),
         },
     }
@@ -84,6 +88,8 @@ def restore(trainer: DiffusionTrainer, checkpoint: dict[str, Any]) -> None:
     trainer.learners["denoiser"].load_state_dict(
         {"weights": own["denoiser_weights"], "averaged_steps": own["averaged_steps"]}, checkpoint["optimizer_state"]
     )
+    for name, state in own.get("further_learners", {}).items():
+        trainer.learners[name].load_state_dict(state, state["optimizer"])
     if own.get("mistakes") is not None:  # checkpoints of earlier versions have none
         trainer.mistakes = Mistakes(**own["mistakes"])
     if trainer.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
