@@ -39,6 +39,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add = parser.add_argument
     add("-d", nargs="+", required=True, metavar="ID", help="datasets, each by number or full name")
     add("-pl", default="DiffusionPlanner", metavar="PLANNER", help=f"one of {', '.join(planner_names())}")
+    add(
+        "-denoiser",
+        choices=("pgdiffseg", "hidiff"),
+        default="pgdiffseg",
+        help="network to size beside nnU-Net: pgdiffseg for DiffusionTrainer, hidiff for HiDiffTrainer (DiffusionTrainerUNet needs "
+        "no plans of its own)",
+    )
     add("-gpu_memory_target", type=float, metavar="GB", help="GPU memory to plan for (default: 8, for ResEncL 24)")
     add("-preprocessor_name", default="DefaultPreprocessor", metavar="NAME", help="nnU-Net's preprocessor")
     add(
@@ -189,8 +196,11 @@ def plan(dataset: str, options: argparse.Namespace) -> tuple[dict[str, Any], str
             preprocessor_name=options.preprocessor_name,
             overwrite_target_spacing=options.overwrite_target_spacing,
             budget=budget,
+            denoiser=options.denoiser,
             **{key: value for key, value in keywords.items() if value is not None},
         )
+        if options.denoiser == "hidiff" and options.overwrite_plans_name is None:
+            planner.plans_identifier = planner.plans_identifier.replace("Diffusion", "HiDiff")
         earlier = Path(os.environ[PREPROCESSED]) / dataset / f"{planner.plans_identifier}.json"
         if earlier.is_file():  # nnU-Net keeps the configurations that users added
             read_plans(earlier, "remove that file; this command then writes a new one")

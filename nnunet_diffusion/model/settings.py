@@ -287,6 +287,11 @@ class DiffusionSettings:
         return self.denoiser == HIDIFF
 
     @property
+    def method(self) -> str:
+        """Name of the method, for messages."""
+        return "HiDiff" if self.is_hidiff else "PD-DDPM"
+
+    @property
     def learning_networks(self) -> tuple[str, ...]:
         """Modules of the segmenter that training changes, the denoiser first."""
         return ("denoiser", "presegmentor") if self.is_hidiff else ("denoiser",)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from nnunet_diffusion.model.settings import DiffusionSettings, topology_of
+from nnunet_diffusion.model.settings import DENOISERS, DiffusionSettings, topology_of
 from nnunet_diffusion.planning.costs import Cost, denoiser_cost, nnunet_cost
 from nnunet_diffusion.planning.rules import Sized, narrowest_sized, sized
 from nnunet_diffusion.planning.timing import (
@@ -79,6 +79,7 @@ class MemoryBudget:
         heads: int,
         regions: bool,
         memory_share: Callable[[Cost], float],
+        denoiser: str = DENOISERS[0],
     ) -> tuple[Sized, float]:
         """Return the widest denoiser that fits with the configuration's patch and batch.
 
@@ -88,11 +89,15 @@ class MemoryBudget:
             heads: K.
             regions: whether the heads are regions.
             memory_share: returns the share of the memory target that a cost takes; at most 1 fits.
+            denoiser: which one.
 
         Returns:
             The denoiser, and the measured seconds of its training step; 0 if not measured.
         """
-        return sized(configuration, channels, heads, regions, lambda cost, _: memory_share(cost)), 0.0
+        found = sized(
+            configuration, channels, heads, regions, lambda cost, _: memory_share(cost), denoiser=denoiser
+        )
+        return found, 0.0
 
     def busy(self) -> str | None:
         """Return the sign that the machine was busy while steps were timed, as part of a sentence; None if it was not."""
@@ -165,9 +170,10 @@ class TimeBudget(MemoryBudget):
         heads: int,
         regions: bool,
         memory_share: Callable[[Cost], float],
+        denoiser: str = DENOISERS[0],
     ) -> tuple[Sized, float]:
         """Return the largest measured denoiser whose step keeps the budget (else the smallest), and its seconds."""
-        smallest = narrowest_sized(configuration, channels, heads, regions, gpu=False)
+        smallest = narrowest_sized(configuration, channels, heads, regions, gpu=False, denoiser=denoiser)
         seconds = self.denoiser_step(configuration, smallest.settings, channels, heads)
         times, measured = StepTimes({smallest.cost.flops: seconds}), [(smallest, seconds)]
 
@@ -176,7 +182,7 @@ class TimeBudget(MemoryBudget):
             return max(memory_share(cost), in_time)
 
         for _ in range(CORRECTIONS if seconds < self.seconds else 0):
-            found = sized(configuration, channels, heads, regions, need, gpu=False)
+            found = sized(configuration, channels, heads, regions, need, gpu=False, denoiser=denoiser)
             if found.cost.flops in times.measured:
                 break
             seconds = self.denoiser_step(configuration, found.settings, channels, heads)
@@ -201,7 +207,7 @@ class TimeBudget(MemoryBudget):
         self, configuration: Mapping[str, Any], settings: DiffusionSettings, channels: int, heads: int
     ) -> float:
         """Return the FLOP/s of DiffusionTrainer's step at the settings' widths."""
-        key = _key(f"denoiser {settings.sdb_depth}", configuration, settings.features_per_stage)
+        key = _key(f"{settings.denoiser} {settings.sdb_depth}", configuration, settings.features_per_stage)
         if key not in self.rates:
             small, batch = _small(configuration)
             flops = denoiser_cost(small, settings, channels, heads, batch, amp=False, gpu=False).flops

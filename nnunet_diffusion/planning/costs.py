@@ -114,7 +114,7 @@ def denoiser_cost(
     amp: bool = True,
     gpu: bool = True,
 ) -> Cost:
-    """Return the cost of DiffusionTrainer's training step (frozen nnU-Net in memory, AdamW, moving average).
+    """Return the cost of DiffusionTrainer's training step (nnU-Net in memory, AdamW, moving average of what learns).
 
     Args:
         configuration: resolved configuration of the plans.
@@ -147,7 +147,7 @@ def _denoiser_cost(plan: str, section: str, channels: int, heads: int, batch: in
             torch.stack(list(terms.values())).sum().backward()
 
     with mode:
-        trace = _Trace(segmenter, segmenter.denoiser)
+        trace = _Trace(segmenter, nn.ModuleList(getattr(segmenter, name) for name in settings.learning_networks))
         with trace.recording():
             image = torch.zeros(batch, channels, *configuration["patch_size"])
             maps = heads if settings.regions else 1

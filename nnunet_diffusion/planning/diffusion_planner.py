@@ -15,7 +15,7 @@ from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_en
 )
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-from nnunet_diffusion.model.settings import PLANS_KEY
+from nnunet_diffusion.model.settings import DENOISERS, PLANS_KEY
 from nnunet_diffusion.planning.budgets import MemoryBudget
 from nnunet_diffusion.planning.costs import Cost, denoiser_cost, nnunet_cost
 from nnunet_diffusion.planning.data_reuse import shared_identifier
@@ -72,10 +72,12 @@ class DiffusionPlanning(ExperimentPlanner):
 
     UNet_base_num_features: int
 
-    def __init__(self, *arguments: Any, budget: MemoryBudget | None = None, **keywords: Any) -> None:
-        """Take nnU-Net's arguments and, optionally, a budget; without, memory alone is limited."""
+    def __init__(
+        self, *arguments: Any, budget: MemoryBudget | None = None, denoiser: str = DENOISERS[0], **keywords: Any
+    ) -> None:
+        """Take nnU-Net's arguments, a budget (without, memory alone is limited) and the denoiser to plan for."""
         super().__init__(*arguments, **keywords)
-        self.budget = budget or MemoryBudget()
+        self.budget, self.denoiser = budget or MemoryBudget(), denoiser
         self.sized: dict[str, Sized] = {}
         self.candidates: dict[int, list[Candidate]] = {2: [], 3: []}
         self._stock_alone, self._keep_patch, self._voxels = False, False, dict[str, float]()
@@ -171,7 +173,9 @@ class DiffusionPlanning(ExperimentPlanner):
 
     def _costs(self, configuration: Mapping[str, Any], channels: int) -> tuple[Callable[[int], Cost], ...]:
         """Return two functions of the batch: the costs of nnU-Net's and of the narrowest denoiser's training step."""
-        gpu, (narrow, _) = self.budget.gpu, narrowest(configuration, channels, self.heads, self.regions)
+        gpu, (narrow, _) = self.budget.gpu, narrowest(
+            configuration, channels, self.heads, self.regions, self.denoiser
+        )
         return (
             lambda batch: nnunet_cost(configuration, channels, self.heads, batch, amp=gpu, gpu=gpu),
             lambda batch: denoiser_cost(configuration, narrow, channels, self.heads, batch, amp=gpu, gpu=gpu),
@@ -313,7 +317,9 @@ class DiffusionPlanning(ExperimentPlanner):
     def _add_denoiser(self, name: str, configuration: dict[str, Any], cascaded: bool) -> None:
         channels = self.channels + self.previous_stage_channels * cascaded  # the cascade uses the same widths
         gpu, size = self.budget.gpu, (channels, self.heads)
-        found, seconds = self.budget.denoiser(configuration, *size, self.regions, self._memory_share)
+        found, seconds = self.budget.denoiser(
+            configuration, *size, self.regions, self._memory_share, self.denoiser
+        )
         nnunet_seconds = self.budget.nnunet_seconds(configuration, self.channels, self.heads)
         self.sized[name] = found
         batch = int(configuration["batch_size"])

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nnunet_diffusion.model.settings import DiffusionSettings, default_settings, topology_of
+from nnunet_diffusion.model.settings import DENOISERS, DiffusionSettings, default_settings, topology_of
 from nnunet_diffusion.networks.attention import pooled_size
 from nnunet_diffusion.planning.costs import Cost, denoiser_cost
 
@@ -53,29 +53,38 @@ def width_at(parts: int, features: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def narrowest(
-    configuration: Mapping[str, Any], channels: int, heads: int, regions: bool
+    configuration: Mapping[str, Any], channels: int, heads: int, regions: bool, denoiser: str = DENOISERS[0]
 ) -> tuple[DiffusionSettings, dict[str, tuple[str, str]]]:
     """Return the settings of the smallest denoiser, which must fit with the chosen patch, and the reasons."""
-    settings, reasons = with_attention(configuration, base_settings(configuration, HALF, regions), channels, heads)
+    base = base_settings(configuration, HALF, regions, denoiser)
+    settings, reasons = with_attention(configuration, base, channels, heads)
     width = width_at(WIDTHS[0], tuple(topology_of(configuration)["features_per_stage"]))
     return replace(settings, features_per_stage=width, sdb_depth=SDB_DEPTHS[-1]), reasons
 
 
 def narrowest_sized(
-    configuration: Mapping[str, Any], channels: int, heads: int, regions: bool, *, gpu: bool = True
+    configuration: Mapping[str, Any],
+    channels: int,
+    heads: int,
+    regions: bool,
+    *,
+    gpu: bool = True,
+    denoiser: str = DENOISERS[0],
 ) -> Sized:
     """Return the smallest denoiser that `sized` may choose; the arguments are the same."""
-    settings, reasons = narrowest(configuration, channels, heads, regions)
+    settings, reasons = narrowest(configuration, channels, heads, regions, denoiser)
     batch = int(configuration["batch_size"])
     cost = denoiser_cost(configuration, settings, channels, heads, batch, amp=gpu, gpu=gpu)
     return Sized(settings, WIDTHS[0], cost, reasons, channels)
 
 
-def base_settings(configuration: Mapping[str, Any], parts: int, regions: bool) -> DiffusionSettings:
+def base_settings(
+    configuration: Mapping[str, Any], parts: int, regions: bool, denoiser: str = DENOISERS[0]
+) -> DiffusionSettings:
     """Return the settings at a width; all others are the best measured ones (`default_settings`)."""
     features = tuple(topology_of(configuration)["features_per_stage"])
     return replace(
-        default_settings(configuration),
+        default_settings(configuration, denoiser=denoiser),
         features_per_stage=width_at(parts, features),
         ema_decay=EMA_DECAY,
         regions=regions,
@@ -90,6 +99,7 @@ def sized(
     need: Callable[[Cost, DiffusionSettings], float],
     *,
     gpu: bool = True,
+    denoiser: str = DENOISERS[0],
 ) -> Sized:
     """Return the widest denoiser whose training step fits at the configuration's patch and batch.
 
@@ -100,11 +110,13 @@ def sized(
         regions: whether the heads are regions.
         need: returns the share of the target that a denoiser of this cost takes; at most 1 fits. It grows with the width.
         gpu: True if the denoiser will train on a GPU, in half precision and with a workspace.
+        denoiser: which one.
 
     Raises:
         ValueError: not even an eighth of nnU-Net's width fits.
     """
-    settings, reasons = with_attention(configuration, base_settings(configuration, HALF, regions), channels, heads)
+    base = base_settings(configuration, HALF, regions, denoiser)
+    settings, reasons = with_attention(configuration, base, channels, heads)
     batch, features = int(configuration["batch_size"]), tuple(topology_of(configuration)["features_per_stage"])
 
     def at(depth: int, parts: int) -> tuple[Sized, float]:
@@ -142,11 +154,14 @@ def _widest(at: Callable[[int], tuple[Sized, float]], low: tuple[Sized, float], 
 def with_attention(
     configuration: Mapping[str, Any], settings: DiffusionSettings, channels: int, heads: int
 ) -> tuple[DiffusionSettings, dict[str, tuple[str, str]]]:
-    """Return the settings with stages and tokens of parameter-shared attention, and the reasons.
+    """Return the settings with stages and tokens of parameter-shared attention, and the reasons; HiDiff has its defaults.
 
     The number of tokens, to which keys and values are pooled, is the largest whose attention takes a small share of the
     denoiser's FLOPs. A stage that exceeds this share even with the fewest tokens has no attention.
     """
+    if settings.is_hidiff:
+        rule = "HiDiff: attention at the lowest stage alone"
+        return settings, {name: ("-", rule) for name in ("attention_tokens", "attention_stages")}
     tokens_of = stage_tokens(configuration)
     whole = denoiser_cost(configuration, settings, channels, heads, 2, amp=False).flops / 2
     limit = ATTENTION_SHARE * whole

@@ -7,7 +7,7 @@ from typing import Any
 
 from nnunet_diffusion.evaluation.comparison import markdown_table
 from nnunet_diffusion.files import preprocess_command
-from nnunet_diffusion.model.settings import topology_of
+from nnunet_diffusion.model.settings import HIDIFF, topology_of
 from nnunet_diffusion.planning.costs import nnunet_cost
 from nnunet_diffusion.planning.diffusion_planner import DiffusionPlanning
 from nnunet_diffusion.planning.flops import flops_text
@@ -79,11 +79,16 @@ def next_commands(
     name = (chosen or names)[0]
     fold = "0" if planner.dataset_json["numTraining"] >= FOLDS else "all"
     words = f"{int(dataset[7:10])} {name} {fold} -p {plans['plans_name']}"
+    hidiff = planner.denoiser == HIDIFF
     if not planner.budget.gpu:
-        words += f" -tr DiffusionTrainerUNet_{CPU_EPOCHS}epochs -device cpu"
+        words += f" -tr {'HiDiffTrainer' if hidiff else 'DiffusionTrainerUNet'}_{CPU_EPOCHS}epochs -device cpu"
+    elif hidiff:
+        words += " -tr HiDiffTrainer"
     lines = ["Next:"] + [f"  {preprocess_command(dataset, plans['plans_name'], name)}"] * (not preprocessed)
     lines.append(f"  nnunet_diffusion train {words}")
-    if not planner.budget.gpu:
+    if not planner.budget.gpu and hidiff:
+        lines.append(f"That trains nnU-Net for {CPU_EPOCHS} epochs, then HiDiff for as many; without _{CPU_EPOCHS}epochs 1000 of each.")
+    elif not planner.budget.gpu:
         lines.append(
             f"That trains nnU-Net for {CPU_EPOCHS} epochs, then its network as denoiser; without -tr it is PGDiffSeg, and 1000 "
             "epochs of each."

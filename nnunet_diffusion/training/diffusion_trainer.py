@@ -172,7 +172,7 @@ class DiffusionTrainer(nnUNetTrainer):
         prepare_networks(self)
         super().on_train_start()
         prepare_mistakes(self)
-        announce(self, "denoiser", self.print_to_log_file)
+        announce(self, "two networks" if self.settings.is_hidiff else "denoiser", self.print_to_log_file)
 
     def _embed_presegmentor(self) -> None:
         weights = presegmentor_weights(self)

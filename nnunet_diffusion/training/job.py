@@ -59,7 +59,13 @@ def describe(trainer: DiffusionTrainer) -> None:
         state = presegmentor_state(presegmentor_folder(trainer), given=trainer.given_presegmentor is not None)
     names = trainer.settings.presegmentor_trainer, state, type(trainer).__name__
     trainer.print_to_log_file(
-        two_networks(*names, trainer.num_epochs, trainer.current_epoch, "out_of_fold" in trainer.settings.starts)
+        two_networks(
+            *names,
+            trainer.num_epochs,
+            trainer.current_epoch,
+            halves="out_of_fold" in trainer.settings.starts,
+            in_turns=trainer.settings.is_hidiff,
+        )
     )
 
 

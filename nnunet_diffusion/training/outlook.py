@@ -8,7 +8,16 @@ from collections.abc import Callable
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 
-def two_networks(presegmentor: str, state: str, trainer: str, epochs: int, done: int = 0, halves: bool = False) -> str:
+def two_networks(
+    presegmentor: str,
+    state: str,
+    trainer: str,
+    epochs: int,
+    done: int = 0,
+    *,
+    halves: bool = False,
+    in_turns: bool = False,
+) -> str:
     """Return the first lines of a training's log.
 
     Args:
@@ -18,13 +27,16 @@ def two_networks(presegmentor: str, state: str, trainer: str, epochs: int, done:
         epochs: number of epochs of the denoiser.
         done: number of epochs already finished, if the training is resumed.
         halves: whether starts out of fold need two further nnU-Nets.
+        in_turns: whether the first network goes on learning beside the second.
     """
     left = f"{epochs} epochs" if done == 0 else f"resumed after {done} of {epochs} epochs"
+    names = ("segmentor", "refiner") if in_turns else ("pre-segmentor", "denoiser")
+    further = ", in which the first one learns too, in turns with it" if in_turns else ""
     return (
         "This model has two networks, which are trained one after the other:\n"
-        f"  1. pre-segmentor, an ordinary nnU-Net ({presegmentor}): {state}\n"
-        f"  2. denoiser, which corrects what the first one segments ({trainer}): {left}, then validated and compared with "
-        "nnU-Net\n"
+        f"  1. {names[0]}, an ordinary nnU-Net ({presegmentor}): {state}\n"
+        f"  2. {names[1]}, which corrects what the first one segments ({trainer}): {left}{further}, then validated and compared "
+        "with nnU-Net\n"
         + (
             "Before the denoiser two further nnU-Nets are trained if they are missing, each on half of the training cases and "
             "for half of the epochs. They make its starts out of fold.\n"

@@ -23,6 +23,11 @@ COMPARISON = "validation/comparison.json"
 SIGNIFICANT = 0.05
 FEWEST_CASES = 6  # the exact two-sided Wilcoxon p of 5 pairs is at least 2 / 2^5 = 0.0625
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+MEMBERS = {
+    "PD-DDPM": ("denoiser alone", "nnU-Net alone"),
+    "HiDiff": ("refiner alone", "its nnU-Net alone, trained further in turns"),
+}
+"""What the weights 0 and 1 stand for, by method."""
 MEASURE = "Dice, mean over the foreground classes of each case; classes absent from label and segmentation are left out"
 HOW_WEIGHTS = "predicted as by `nnunet_diffusion predict`, measured on the preprocessed grid, not on that of the images"
 
@@ -68,13 +73,13 @@ def _compare_networks(trainer: DiffusionTrainer) -> dict[str, Any]:
     try:
         nnunet, reason = _dice_of_presegmentor(trainer, ending), ""
     except (OSError, ValueError) as error:
-        nnunet, reason = {}, f"PD-DDPM cannot be compared with nnU-Net: {error}"
-    content = comparison_content(nnunet, pddpm, trainer.fold == "all")
+        nnunet, reason = {}, f"{trainer.settings.method} cannot be compared with nnU-Net: {error}"
+    content = comparison_content(nnunet, pddpm, trainer.fold == "all", trainer.settings.method)
     return {**content, "sentence": reason or content["sentence"]}
 
 
 def _dice_of_presegmentor(trainer: DiffusionTrainer, file_ending: str) -> dict[str, float]:
-    """Return the Dice of each case from the embedded pre-segmentor's validation.
+    """Return the Dice of each case from the validation of the nnU-Net that the model started from.
 
     Raises:
         OSError: there is no such validation.
@@ -86,6 +91,8 @@ def _dice_of_presegmentor(trainer: DiffusionTrainer, file_ending: str) -> dict[s
         "command with --val"
     )
     found = dice_of_cases(folder / SUMMARY, file_ending, cure)
+    if trainer.settings.is_hidiff:  # its segmentor has learned further
+        return found
     weights = read_checkpoint(folder / "checkpoint_final.pth")["network_weights"]
     theirs = {key.removeprefix("module."): value for key, value in weights.items()}
     embedded = trainer.segmenter.presegmentor.state_dict()
@@ -120,7 +127,10 @@ def dice_of_cases(summary: Path, file_ending: str, cure: str) -> dict[str, float
 
 
 def comparison_content(
-    nnunet: Mapping[str, float], pddpm: Mapping[str, float], on_training_cases: bool = False
+    nnunet: Mapping[str, float],
+    pddpm: Mapping[str, float],
+    on_training_cases: bool = False,
+    method: str = "PD-DDPM",
 ) -> dict[str, Any]:
     """Compare two networks on the cases that both have and return the content of `validation/comparison.json`.
 
@@ -128,11 +138,12 @@ def comparison_content(
         nnunet: case -> Dice of the pre-segmentor alone.
         pddpm: case -> Dice of this model.
         on_training_cases: whether the cases were used in training, as with fold "all".
+        method: name of this model's method; the keys are the same for all.
     """
     cases = sorted(nnunet.keys() & pddpm.keys())
     comparison = compare_paired([pddpm[case] for case in cases], [nnunet[case] for case in cases])
     return {
-        "sentence": verdict_sentence(comparison, on_training_cases),
+        "sentence": verdict_sentence(comparison, on_training_cases, method),
         "measure": MEASURE,
         "on_training_cases": on_training_cases,
         "n": comparison.cases,
@@ -149,27 +160,30 @@ def comparison_content(
     }
 
 
-def verdict_sentence(comparison: PairedComparison, on_training_cases: bool = False) -> str:
+def verdict_sentence(
+    comparison: PairedComparison, on_training_cases: bool = False, method: str = "PD-DDPM"
+) -> str:
     """Return a sentence that says which network is better; it begins with "WARNING" if it is nnU-Net.
 
     Args:
-        comparison: comparison of PD-DDPM with nnU-Net as the baseline.
+        comparison: comparison of this model with nnU-Net as the baseline.
         on_training_cases: whether the cases were used in training, as with fold "all".
+        method: name of this model's method.
     """
     if comparison.cases == 0:
-        return "PD-DDPM and nnU-Net cannot be compared: no validation case has a Dice for both."
+        return f"{method} and nnU-Net cannot be compared: no validation case has a Dice for both."
     better, worse = is_better(comparison), _significant(comparison) and comparison.mean_difference < 0
     if better:
-        said = "Verdict: PD-DDPM is better than nnU-Net."
+        said = f"Verdict: {method} is better than nnU-Net."
     elif worse:
-        said = "WARNING: Verdict: PD-DDPM is worse than nnU-Net; predict with nnU-Net's own model."
+        said = f"WARNING: Verdict: {method} is worse than nnU-Net; predict with nnU-Net's own model."
     else:
-        said = "Verdict: neither PD-DDPM nor nnU-Net is shown to be better."
+        said = f"Verdict: neither {method} nor nnU-Net is shown to be better."
     kind = "training cases (fold all)" if on_training_cases else "validation cases"
     lower, upper = comparison.interval
     figures = (
         f"On {comparison.cases} {kind} the mean Dice is {comparison.baseline_mean:.4f} with nnU-Net alone and "
-        f"{comparison.candidate_mean:.4f} with PD-DDPM (this model): difference {comparison.mean_difference:+.4f}, 95 % "
+        f"{comparison.candidate_mean:.4f} with {method} (this model): difference {comparison.mean_difference:+.4f}, 95 % "
         f"interval {lower:+.4f} to {upper:+.4f}, p = {comparison.p_value:.2g} (paired Wilcoxon test)."
     )
     notes = []
@@ -201,26 +215,30 @@ def _compare_weights(trainer: DiffusionTrainer, cases: Sequence[str]) -> dict[st
     # imported here because `inference` imports this package
     from nnunet_diffusion.training.weights import dice_by_weight
 
-    own = trainer.segmenter.settings.presegmentation_weight
+    settings = trainer.segmenter.settings
+    own, members = settings.presegmentation_weight, MEMBERS[settings.method]
     trainer.print_to_log_file("Predicting the validation cases once more, to compare values of presegmentation_weight.")
     dice = dice_by_weight(trainer, cases, sorted({*WEIGHTS, own}))
-    return weights_content(dice, own, str(Path(trainer.output_folder_base) / "plans.json"))
+    return weights_content(dice, own, str(Path(trainer.output_folder_base) / "plans.json"), members)
 
 
-def weights_content(dice: Mapping[float, Mapping[str, float]], own: float, plans: str) -> dict[str, Any]:
+def weights_content(
+    dice: Mapping[float, Mapping[str, float]], own: float, plans: str, members: Sequence[str] = MEMBERS["PD-DDPM"]
+) -> dict[str, Any]:
     """Compare each weight with the model's own and return the section of `validation/comparison.json` about them.
 
     Args:
         dice: weight -> case -> Dice, with the same cases in the same order.
         own: weight in the model's settings.
         plans: path of the file in which the weight is set.
+        members: what the weights 0 and 1 stand for.
     """
     baseline = list(dice[own].values())
     comparisons = {weight: compare_paired(list(cases.values()), baseline) for weight, cases in dice.items()}
     better = [weight for weight, comparison in comparisons.items() if is_better(comparison)]
     best = max(better, key=lambda weight: comparisons[weight].mean_difference, default=None)
     return {
-        "sentence": weights_sentence(comparisons, own, best, plans),
+        "sentence": weights_sentence(comparisons, own, best, plans, members),
         "how": HOW_WEIGHTS,
         "own": own,
         "better": best,
@@ -237,7 +255,13 @@ def weights_content(dice: Mapping[float, Mapping[str, float]], own: float, plans
     }
 
 
-def weights_sentence(comparisons: Mapping[float, PairedComparison], own: float, best: float | None, plans: str) -> str:
+def weights_sentence(
+    comparisons: Mapping[float, PairedComparison],
+    own: float,
+    best: float | None,
+    plans: str,
+    members: Sequence[str] = MEMBERS["PD-DDPM"],
+) -> str:
     """Return sentences with the mean Dice of each weight and whether another weight is better.
 
     Args:
@@ -245,8 +269,9 @@ def weights_sentence(comparisons: Mapping[float, PairedComparison], own: float, 
         own: weight in the model's settings.
         best: recommended weight; None if no other is better.
         plans: path of the file in which the weight is set.
+        members: what the weights 0 and 1 stand for.
     """
-    notes = {0.0: " (denoiser alone)", 1.0: " (nnU-Net alone)"}
+    notes = {0.0: f" ({members[0]})", 1.0: f" ({members[1]})"}
     notes[own] = notes.get(own, "") + " (this model)"
     means = ", ".join(
         f"{comparison.candidate_mean:.4f} at {weight:g}{notes.get(weight, '')}"

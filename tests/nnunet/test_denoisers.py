@@ -12,6 +12,7 @@ pytestmark = [pytest.mark.nnunet, pytest.mark.slow]
 KINDS = {
     # the trainer decides, on plans for the other denoiser
     "nnunet": ("TinyDiffusionTrainerUNet", {"network": {"denoiser": "pgdiffseg"}, "process": {"schedule": "cosine"}}),
+    "hidiff": ("TinyHiDiffTrainer", {"network": {"denoiser": "pgdiffseg"}, "process": {"schedule": "cosine"}}),
     "features": ("TinyDiffusionTrainer", {"network": {"condition": "presegmentor"}, "process": {"signal_scale": 0.1}}),
 }
 
@@ -31,7 +32,8 @@ def test_training_validation_and_both_predictions(trained, tmp_path):
     place, results, kind, words, printed = trained
     fold = results / place.dataset / f"{KINDS[kind][0]}__Tiny_{kind}__2d" / "fold_0"
     settings = json.loads((fold.parent / "plans.json").read_text())["configurations"]["2d"]["diffusion"]
-    assert ("is for the denoiser 'pgdiffseg', but this trainer's is 'nnunet'" in printed) == (kind == "nnunet")
+    for other in ("nnunet", "hidiff"):
+        assert (f"is for the denoiser 'pgdiffseg', but this trainer's is '{other}'" in printed) == (kind == other)
     if kind == "nnunet":
         assert settings["network"]["denoiser"] == "nnunet"
         assert settings["process"]["schedule"] == "linear"
@@ -42,6 +44,15 @@ def test_training_validation_and_both_predictions(trained, tmp_path):
         # four steps from nnU-Net's own weights, and from 0 for the state's
         assert 0 < (ours[:, :1] - theirs).abs().max() < 0.01
         assert 0 < ours[:, 1:].abs().max() < 0.01
+    if kind == "hidiff":
+        assert settings["network"]["denoiser"] == "hidiff" and settings["process"]["timesteps"] == 10
+        # both networks have learned: the segmentor's weights are near nnU-Net's, not the same
+        nnunet = read_checkpoint(
+            results / place.dataset / "TinynnUNetTrainer__Tiny_hidiff__2d" / "fold_0" / "checkpoint_final.pth"
+        )["network_weights"]
+        ours = read_checkpoint(fold / "checkpoint_final.pth")["network_weights"]
+        moved = [(ours[f"presegmentor.{key}"] - value).abs().max() for key, value in nnunet.items() if value.ndim > 1]
+        assert all(0 <= each < 0.02 for each in moved) and sum(each > 0 for each in moved) >= len(moved) - 1
     comparison = json.loads((fold / "validation" / "comparison.json").read_text())
     assert comparison["sentence"] in printed
     words = ["-i", place.raw / "imagesTs", "-d", 4, *words[1:2], "-f", 0, *words[3:]]

@@ -8,6 +8,7 @@ from nnunet_diffusion.training import (
     DiffusionTrainer,
     DiffusionTrainerNoMirroring,
     DiffusionTrainerUNet,
+    HiDiffTrainer,
     nnUNetTrainerEMA,
 )
 
@@ -57,4 +58,8 @@ class TinyDiffusionTrainerNoMirroring(Tiny, DiffusionTrainerNoMirroring):
 
 
 class TinyDiffusionTrainerUNet(Tiny, DiffusionTrainerUNet):
+    presegmentor_trainer = "TinynnUNetTrainer"
+
+
+class TinyHiDiffTrainer(Tiny, HiDiffTrainer):
     presegmentor_trainer = "TinynnUNetTrainer"
