@@ -142,9 +142,7 @@ class VolumeProcess:
             total[_all_samples(tile)] += (probabilities * self.tiling.weight).to(self.state_device)
         return total / self._total
 
-    def _sample(
-        self, process: Process, evaluate: Estimate, start: Tensor, names: Sequence[tuple[int, ...]]
-    ) -> Tensor:
+    def _sample(self, process: Process, evaluate: Estimate, start: Tensor, names: Sequence[tuple[int, ...]]) -> Tensor:
         """Run reverse processes from `start`; `names` are numbers that seed the noise of each."""
         settings = self.segmenter.settings
         with torch.no_grad():

@@ -107,11 +107,16 @@ def _presegmentor_topology(settings: DiffusionSettings, topology: Mapping[str, A
 def objective_without_data(segmenter: DiffusionSegmenter) -> Objective:
     """Return the objective of a training whose cost is measured: the pre-segmentor stands in for networks out of fold."""
     objective = build_objective(segmenter)
-    objective.out_of_fold = lambda image, cases: segmenter.presegment(image).probabilities
+    if isinstance(objective, DenoisingObjective):
+        objective.out_of_fold = lambda image, cases: segmenter.presegment(image).probabilities
     return objective
 
 
 def build_objective(segmenter: DiffusionSegmenter) -> Objective:
     """Return what the training of a segmenter minimises: trainer and planning ask here and know no method."""
-    kinds = {"pgdiffseg": PGDiffSegObjective, "nnunet": DenoisingObjective, HIDIFF: HiDiffObjective}
+    kinds: dict[str, Callable[[DiffusionSegmenter], Objective]] = {
+        "pgdiffseg": PGDiffSegObjective,
+        "nnunet": DenoisingObjective,
+        HIDIFF: HiDiffObjective,
+    }
     return kinds[segmenter.settings.denoiser](segmenter)

@@ -251,9 +251,7 @@ def generator_for(image: Tensor, generator: Generator | None) -> Generator:
     return generator or Generator(image.device).manual_seed(int(torch.randint(2**62, ())))
 
 
-def deeply_supervised(
-    prediction: Tensor, heads: Sequence[Tensor], target: Tensor, loss: SegmentationLoss
-) -> Tensor:
+def deeply_supervised(prediction: Tensor, heads: Sequence[Tensor], target: Tensor, loss: SegmentationLoss) -> Tensor:
     """Return nnU-Net's loss of logits, with deep supervision as in nnU-Net (its weights, Isensee et al. 2021).
 
     Args:

@@ -17,7 +17,6 @@ from torch import Generator, Tensor, nn
 from nnunet_diffusion.diffusion.bernoulli import BernoulliProcess
 from nnunet_diffusion.diffusion.gaussian import GaussianProcess
 from nnunet_diffusion.diffusion.predictions import prediction_of
-from nnunet_diffusion.diffusion.process import Process
 from nnunet_diffusion.diffusion.samplers import OnStep, sample
 from nnunet_diffusion.model import labels
 from nnunet_diffusion.model.precision import all_finite, inference_precision, outside_inference_mode, refuse_nan
@@ -66,7 +65,7 @@ class DiffusionSegmenter(nn.Module):
         if not settings.is_hidiff:
             presegmentor.requires_grad_(False).eval()
         kind = BernoulliProcess if settings.is_hidiff else GaussianProcess
-        self.process: Process = kind(settings.noise_schedule)
+        self.process: Any = kind(settings.noise_schedule)
         self.prediction = prediction_of(
             settings.prediction_type, lambda logits: labels.activate(logits, settings.regions)
         )

@@ -327,29 +327,28 @@ class DiffusionSettings:
     def _check_hidiff(self) -> None:
         if self.is_hidiff != (self.prediction_type == FLIP):
             raise ValueError(
-                f"diffusion.process.prediction_type is {self.prediction_type!r} and diffusion.network.denoiser {self.denoiser!r}, "
-                f"but {FLIP!r} and {HIDIFF!r} go together: the first is a prediction of HiDiff's Bernoulli process."
+                f"diffusion.process.prediction_type is {self.prediction_type!r} with diffusion.network.denoiser "
+                f"{self.denoiser!r}: {FLIP!r} is what {HIDIFF!r} predicts, and no other denoiser."
             )
         if not self.is_hidiff:
             return
         if self.start_from == "previous_stage":
             raise NotImplementedError(
-                "diffusion.presegmentor.start_from 'previous_stage' is not supported with HiDiff, whose segmentor is trained in "
-                "turns with the refiner: set it to 'presegmentor'. The previous stage then is an input of both networks."
+                "diffusion.presegmentor.start_from 'previous_stage' is not supported with HiDiff, whose segmentor learns in turns "
+                "with the refiner: set it to 'presegmentor'. Both networks then see the previous stage as they see the image."
             )
         only: dict[str, tuple[Any, str]] = {
-            "signal_scale": (1.0, "a Bernoulli process has no scale of the signal"),
-            "starts": ({"truth": 1.0}, "HiDiff's noise already consists of nnU-Net's segmentation"),
-            "from_noise": (False, "HiDiff always starts from a draw of nnU-Net's probabilities"),
+            "signal_scale": (1.0, "a Bernoulli process has no scale"),
+            "starts": ({"truth": 1.0}, "its noise already consists of nnU-Net's segmentation"),
+            "from_noise": (False, "it always starts from a draw of nnU-Net's probabilities"),
         }
         for name, (value, why) in only.items():
             if getattr(self, name) != value:
-                raise ValueError(
-                    f"diffusion.{path_of(name)} is {getattr(self, name)!r}, but must be {value!r} with HiDiff: {why}."
-                )
+                found = getattr(self, name)
+                raise ValueError(f"diffusion.{path_of(name)} is {found!r}, but must be {value!r} with HiDiff: {why}.")
         if self.sampler in SOLVERS:
             raise ValueError(
-                f"diffusion.inference.sampler {self.sampler!r} solves a Gaussian process only; with HiDiff take 'ddim' or 'ddpm'."
+                f"diffusion.inference.sampler {self.sampler!r} solves a Gaussian process only: with HiDiff take 'ddim' or 'ddpm'."
             )
 
     def _check_network(self) -> None:

@@ -94,9 +94,7 @@ class MemoryBudget:
         Returns:
             The denoiser, and the measured seconds of its training step; 0 if not measured.
         """
-        found = sized(
-            configuration, channels, heads, regions, lambda cost, _: memory_share(cost), denoiser=denoiser
-        )
+        found = sized(configuration, channels, heads, regions, lambda cost, _: memory_share(cost), denoiser=denoiser)
         return found, 0.0
 
     def busy(self) -> str | None:

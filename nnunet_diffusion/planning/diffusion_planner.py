@@ -173,9 +173,7 @@ class DiffusionPlanning(ExperimentPlanner):
 
     def _costs(self, configuration: Mapping[str, Any], channels: int) -> tuple[Callable[[int], Cost], ...]:
         """Return two functions of the batch: the costs of nnU-Net's and of the narrowest denoiser's training step."""
-        gpu, (narrow, _) = self.budget.gpu, narrowest(
-            configuration, channels, self.heads, self.regions, self.denoiser
-        )
+        gpu, (narrow, _) = self.budget.gpu, narrowest(configuration, channels, self.heads, self.regions, self.denoiser)
         return (
             lambda batch: nnunet_cost(configuration, channels, self.heads, batch, amp=gpu, gpu=gpu),
             lambda batch: denoiser_cost(configuration, narrow, channels, self.heads, batch, amp=gpu, gpu=gpu),
@@ -317,9 +315,7 @@ class DiffusionPlanning(ExperimentPlanner):
     def _add_denoiser(self, name: str, configuration: dict[str, Any], cascaded: bool) -> None:
         channels = self.channels + self.previous_stage_channels * cascaded  # the cascade uses the same widths
         gpu, size = self.budget.gpu, (channels, self.heads)
-        found, seconds = self.budget.denoiser(
-            configuration, *size, self.regions, self._memory_share, self.denoiser
-        )
+        found, seconds = self.budget.denoiser(configuration, *size, self.regions, self._memory_share, self.denoiser)
         nnunet_seconds = self.budget.nnunet_seconds(configuration, self.channels, self.heads)
         self.sized[name] = found
         batch = int(configuration["batch_size"])

@@ -161,7 +161,7 @@ def with_attention(
     """
     if settings.is_hidiff:
         rule = "HiDiff: attention at the lowest stage alone"
-        return settings, {name: ("-", rule) for name in ("attention_tokens", "attention_stages")}
+        return settings, dict.fromkeys(("attention_tokens", "attention_stages"), ("-", rule))
     tokens_of = stage_tokens(configuration)
     whole = denoiser_cost(configuration, settings, channels, heads, 2, amp=False).flops / 2
     limit = ATTENTION_SHARE * whole

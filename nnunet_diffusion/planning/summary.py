@@ -87,7 +87,9 @@ def next_commands(
     lines = ["Next:"] + [f"  {preprocess_command(dataset, plans['plans_name'], name)}"] * (not preprocessed)
     lines.append(f"  nnunet_diffusion train {words}")
     if not planner.budget.gpu and hidiff:
-        lines.append(f"That trains nnU-Net for {CPU_EPOCHS} epochs, then HiDiff for as many; without _{CPU_EPOCHS}epochs 1000 of each.")
+        lines.append(
+            f"That trains nnU-Net for {CPU_EPOCHS} epochs, then HiDiff for as many; without _{CPU_EPOCHS}epochs 1000 of each."
+        )
     elif not planner.budget.gpu:
         lines.append(
             f"That trains nnU-Net for {CPU_EPOCHS} epochs, then its network as denoiser; without -tr it is PGDiffSeg, and 1000 "

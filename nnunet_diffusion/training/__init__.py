@@ -6,4 +6,10 @@ from nnunet_diffusion.training.hidiff import HiDiffTrainer
 from nnunet_diffusion.training.no_mirroring import DiffusionTrainerNoMirroring
 from nnunet_diffusion.training.unet import DiffusionTrainerUNet
 
-__all__ = ["DiffusionTrainer", "DiffusionTrainerNoMirroring", "DiffusionTrainerUNet", "HiDiffTrainer", "nnUNetTrainerEMA"]
+__all__ = [
+    "DiffusionTrainer",
+    "DiffusionTrainerNoMirroring",
+    "DiffusionTrainerUNet",
+    "HiDiffTrainer",
+    "nnUNetTrainerEMA",
+]

@@ -138,7 +138,8 @@ class DiffusionTrainer(nnUNetTrainer):
                 getattr(self.segmenter, name).parameters(),
                 self.initial_lr,
                 weight_decay=self.weight_decay,
-                fused=self.device.type != "mps",  # updating hundreds of small tensors one by one takes ten times as long
+                fused=self.device.type
+                != "mps",  # updating hundreds of small tensors one by one takes ten times as long
             )
             for name in self.settings.learning_networks
         }

@@ -35,8 +35,8 @@ def two_networks(
     return (
         "This model has two networks, which are trained one after the other:\n"
         f"  1. {names[0]}, an ordinary nnU-Net ({presegmentor}): {state}\n"
-        f"  2. {names[1]}, which corrects what the first one segments ({trainer}): {left}{further}, then validated and compared "
-        "with nnU-Net\n"
+        f"  2. {names[1]}, which corrects what the first one segments ({trainer}): {left}{further}, then validated and "
+        "compared with nnU-Net\n"
         + (
             "Before the denoiser two further nnU-Nets are trained if they are missing, each on half of the training cases and "
             "for half of the epochs. They make its starts out of fold.\n"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nnunet_diffusion.model import corrupted_truth, labels
 from nnunet_diffusion.model.corrupted_truth import Mistakes
+from nnunet_diffusion.model.objective import DenoisingObjective
 from nnunet_diffusion.training.checks import check_batch
 from nnunet_diffusion.training.presegmentor import out_of_fold
 
@@ -33,6 +34,7 @@ def prepare_networks(trainer: DiffusionTrainer) -> None:
     They are trained first if they do not exist.
     """
     if "out_of_fold" in trainer.settings.starts:
+        assert isinstance(trainer.objective, DenoisingObjective)  # the settings allow no such starts elsewhere
         trainer.objective.out_of_fold = out_of_fold(trainer)
 
 
@@ -54,6 +56,7 @@ def prepare_mistakes(trainer: DiffusionTrainer) -> None:
         trainer.print_to_log_file(
             f"Corrupted truths imitate the pre-segmentor's mistakes, {source}: {trainer.mistakes.describe()}"
         )
+    assert isinstance(trainer.objective, DenoisingObjective)
     trainer.objective.mistakes = trainer.mistakes
 
 

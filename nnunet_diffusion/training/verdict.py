@@ -160,9 +160,7 @@ def comparison_content(
     }
 
 
-def verdict_sentence(
-    comparison: PairedComparison, on_training_cases: bool = False, method: str = "PD-DDPM"
-) -> str:
+def verdict_sentence(comparison: PairedComparison, on_training_cases: bool = False, method: str = "PD-DDPM") -> str:
     """Return a sentence that says which network is better; it begins with "WARNING" if it is nnU-Net.
 
     Args:
