@@ -43,8 +43,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "-denoiser",
         choices=("pgdiffseg", "hidiff"),
         default="pgdiffseg",
-        help="network to size beside nnU-Net: pgdiffseg for DiffusionTrainer, hidiff for HiDiffTrainer; DiffusionTrainerUNet needs "
-        "no plans of its own",
+        help="network to size beside nnU-Net: pgdiffseg for DiffusionTrainer, hidiff for HiDiffTrainer; DiffusionTrainerUNet "
+        "needs no plans of its own",
     )
     add("-gpu_memory_target", type=float, metavar="GB", help="GPU memory to plan for (default: 8, for ResEncL 24)")
     add("-preprocessor_name", default="DefaultPreprocessor", metavar="NAME", help="nnU-Net's preprocessor")

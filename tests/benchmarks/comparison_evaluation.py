@@ -249,7 +249,7 @@ class Model:
 def start_from(model: Any, nnunet: Path) -> None:
     """Put another trained nnU-Net in the place of the pre-segmentor, if it is another.
 
-    A denoiser that never met its pre-segmentor in training works with any of the same images and classes.
+    A denoiser that never met its pre-segmentor in training works with any of the same images and classes. HiDiff keeps its own.
 
     Args:
         model: a Model of a diffusion trainer.
@@ -259,6 +259,8 @@ def start_from(model: Any, nnunet: Path) -> None:
         ValueError: the denoiser did meet its own, so that the exchange would change what it was trained for.
     """
     settings, own = model.segmenter.settings, model.segmenter.presegmentor.state_dict()
+    if settings.is_hidiff:
+        return
     checkpoint = read_checkpoint(nnunet / "checkpoint_final.pth")
     weights = checkpoint["network_weights"]
     if weights.keys() == own.keys() and all(torch.equal(weights[key].to(own[key]), own[key]) for key in own):

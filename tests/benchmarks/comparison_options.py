@@ -120,7 +120,8 @@ def sampling_settings(options: argparse.Namespace, defaults: Any) -> list[Any]:
                 for samples in options.samples:
                     changes = {"start_step": start_step, "steps": steps, "samples": samples}
                     _add(found, defaults, changes | {"presegmentation_weight": weight}, seed)
-    for steps in options.noise_steps if defaults.max_train_step == defaults.timesteps else []:
+    from_noise = defaults.max_train_step == defaults.timesteps and not defaults.is_hidiff
+    for steps in options.noise_steps if from_noise else []:
         changes = {"from_noise": True, "start_step": defaults.timesteps, "steps": steps, "samples": 1}
         name = f"from noise, {defaults.sampler}, {steps} steps"
         if steps == defaults.timesteps:
