@@ -334,8 +334,8 @@ class DiffusionSettings:
             return
         if self.start_from == "previous_stage":
             raise NotImplementedError(
-                "diffusion.presegmentor.start_from 'previous_stage' is not supported with HiDiff, which starts from the network "
-                "it trains: set it to 'presegmentor'. Both networks then see the previous stage as they see the image."
+                "diffusion.presegmentor.start_from 'previous_stage' is not supported with HiDiff, which starts from the "
+                "network it trains: set it to 'presegmentor'. Both networks then see the previous stage as they see the image."
             )
         only: dict[str, tuple[Any, str]] = {
             "signal_scale": (1.0, "a Bernoulli process has no scale"),
@@ -348,7 +348,7 @@ class DiffusionSettings:
                 raise ValueError(f"diffusion.{path_of(name)} is {found!r}, but must be {value!r} with HiDiff: {why}.")
         if self.sampler in SOLVERS:
             raise ValueError(
-                f"diffusion.inference.sampler {self.sampler!r} is for Gaussian processes only: with HiDiff take 'ddim' or 'ddpm'."
+                f"diffusion.inference.sampler {self.sampler!r} is for Gaussian processes: with HiDiff take 'ddim' or 'ddpm'."
             )
 
     def _check_network(self) -> None:

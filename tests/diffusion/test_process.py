@@ -115,3 +115,26 @@ def test_steps_keep_the_noise_level_of_their_timestep(name):
         assert (state.mean() - fresh.mean()).abs() < 0.07 * fresh.std()
         # of 0 and 1 the spread follows from the mean, with an error of its own where 1 is rare
         assert state.std() == pytest.approx(fresh.std().item(), rel=0.15 if fresh.std() < 0.3 else 0.05)
+
+
+def test_noise_is_of_the_kind_that_the_process_adds_and_depends_on_the_seed(made):
+    process, *_ = made
+    one, other = (process.draw_noise((4, 100, 100), torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    assert one.shape == (4, 100, 100) and one.dtype == torch.float32 and not torch.equal(one, other)
+    assert torch.equal(one, process.draw_noise((4, 100, 100), torch.Generator().manual_seed(0)))
+    uniform = isinstance(process, BernoulliProcess)
+    assert bool(((one >= 0) & (one < 1)).all()) == uniform
+    assert float(one.std()) == pytest.approx(12**-0.5 if uniform else 1, rel=0.02)
+
+
+def test_towards_a_prior_changes_only_a_process_whose_noise_depends_on_it(made):
+    process, masks, probabilities, _ = made
+    changed = process.towards(1 - probabilities)
+    assert (changed == process) if not isinstance(process, BernoulliProcess) else (changed.prior is not process.prior)
+    assert changed.schedule is process.schedule
+
+
+def test_a_bernoulli_process_without_a_prior_says_so():
+    process = BernoulliProcess(bernoulli_schedule("linear", 10))
+    with pytest.raises(ValueError, match="no prior"):
+        process.add_noise(torch.zeros(1, 1, 2), torch.zeros(1, 1, 2), 3)

@@ -18,11 +18,15 @@ from nnunet_diffusion.inference.volume import NOISE_OF_START, NOISE_OF_STEPS, Ti
 from nnunet_diffusion.inference.volume_run import VolumeRun
 from nnunet_diffusion.model import labels
 from nnunet_diffusion.model.segmenter import DiffusionSegmenter
-from nnunet_diffusion.model.settings import DiffusionSettings
+from nnunet_diffusion.model.settings import HIDIFF_DENOISER, DiffusionSettings
 
 CPU = torch.device("cpu")
 SETTINGS = DiffusionSettings(
     features_per_stage=(8,), start_step=300, steps=4, samples=3, presegmentation_weight=0.0, starts={"truth": 1.0}
+)
+
+HIDIFF = DiffusionSettings(
+    (8,), **{**HIDIFF_DENOISER, "steps": 4}, denoiser="hidiff", presegmentation_weight=0.0, starts={"truth": 1.0}
 )
 
 
@@ -154,6 +158,41 @@ def test_every_prediction_type_gives_the_truth(kind, from_noise):
     wanted = probabilities_of(clean_state(truth[None], 3))
     for found in (joint.run([0]), joint.run_tile_wise([0])):
         assert (found - wanted).abs().max() < 1e-3
+
+
+class KnowsTheFlips(Denoiser):
+    """A perfect refiner, which also sees the segmentor's probabilities; the image is the label map."""
+
+    image_channels = 1
+
+    def __init__(self):
+        super().__init__(3, None)
+        self.seen = []
+
+    def forward(self, noisy, timestep, condition):
+        self.seen.append(noisy)
+        clean = labels.labels_to_masks(condition.image[:, :1], 3)
+        return 40 * (2 * (noisy - clean).abs() - 1)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+@pytest.mark.parametrize("mirrored", [(), (0, 1)])
+def test_hidiff_finds_the_truth_of_a_volume_from_draws_of_its_prior(sampler, mirrored, monkeypatch):
+    monkeypatch.setattr(DiffusionSegmenter, "features", lambda self, image: ())
+    hidiff = dataclasses.replace(HIDIFF, sampler=sampler)
+    truth, prior = torch.randint(0, 3, (1, 12, 10)), torch.rand(3, 12, 10)
+    prior[:, :4] = torch.tensor([1.0, 0.0, 0.0])[:, None, None]  # certain: drawn as it is
+    for joint in (True, False):
+        refiner = KnowsTheFlips()
+        run = process(refiner, truth.float(), tiling((12, 10), (8, 8), 0.5), hidiff, presegmentation=prior)
+        run = dataclasses.replace(run, mirrored=mirrored)
+        found = run.run([0, 1]) if joint else run.run_tile_wise([0, 1])
+        assert (found - labels.labels_to_masks(truth[None], 3)).abs().max() < 1e-4
+        assert all(set(noisy.unique().tolist()) <= {0, 1} for noisy in refiner.seen)
+        assert refiner.encoded and run.evaluations.denoiser == 2 * 4 * len(run.tiling.tiles)
+    start = run._starts([0, 1])
+    assert torch.equal(start[:, :, :4], prior[None, :, :4].expand(2, -1, -1, -1))
+    assert not torch.equal(start[0], start[1])
 
 
 def test_one_tile_is_the_same_jointly_and_tile_wise():

@@ -216,3 +216,39 @@ def test_removed_settings_are_read_from_their_own_section_only():
         assert DiffusionSettings.from_plans({**configuration(), "diffusion": old}) == default_settings(configuration())
     with pytest.raises(ValueError, match="Unknown key diffusion.process.min_snr_gamma"):
         DiffusionSettings.from_plans({**configuration(), "diffusion": {"process": {"min_snr_gamma": 5.0}}})
+
+
+def test_hidiff_has_defaults_of_its_own_that_survive_json():
+    settings = DiffusionSettings.from_plans(configuration(network={"denoiser": "hidiff"}))
+    assert settings == default_settings(configuration(), denoiser="hidiff")
+    assert (settings.timesteps, settings.start_step, settings.prediction_type) == (10, 10, "flip")
+    assert settings.starts == {"truth": 1.0} and settings.collaboration_weight > 0
+    assert settings.noise_schedule.timesteps == 10 and float(settings.noise_schedule.alpha_bar[-1]) == 0
+    assert settings.learning_networks == ("denoiser", "presegmentor")
+    section = json.loads(json.dumps(settings.to_plans()))
+    assert DiffusionSettings.from_plans(configuration(**section)) == settings
+
+
+@pytest.mark.parametrize(
+    ("kind", "section", "words"),
+    [
+        (ValueError, {"process": {"prediction_type": "x0"}}, "prediction_type is 'x0' .*denoiser 'hidiff': 'flip' is"),
+        (ValueError, {"process": {"signal_scale": 0.1}}, r"signal_scale is 0\.1, but must be 1\.0 with HiDiff"),
+        (ValueError, {"training": {"starts": {"corrupted": 1}}}, "starts is .*must be .*truth.* with HiDiff"),
+        (ValueError, {"inference": {"from_noise": True}}, "from_noise is True, but must be False with HiDiff"),
+        (ValueError, {"inference": {"sampler": "unipc"}}, "'unipc' is for Gaussian processes: .*'ddim' or 'ddpm'"),
+        (ValueError, {"inference": {"start_step": 11}}, r"start_step is 11, more than .*timesteps \(10\)"),
+        (ValueError, {"training": {"collaboration_weight": -1}}, "collaboration_weight is -1"),
+        (ValueError, {"network": {"condition_on_presegmentation": True}}, "denoiser 'hidiff'"),
+        (NotImplementedError, {"presegmentor": {"start_from": "previous_stage"}}, "not supported with HiDiff"),
+    ],
+)
+def test_what_hidiff_cannot_have_is_refused_in_one_sentence(kind, section, words):
+    network = {"denoiser": "hidiff", **section.get("network", {})}
+    with pytest.raises(kind, match=words):
+        DiffusionSettings.from_plans(configuration(**{**section, "network": network}))
+
+
+def test_other_denoisers_cannot_predict_a_flip():
+    with pytest.raises(ValueError, match="prediction_type is 'flip' .*'pgdiffseg': 'flip' is what 'hidiff' predicts"):
+        DiffusionSettings.from_plans(configuration(process={"prediction_type": "flip"}))
