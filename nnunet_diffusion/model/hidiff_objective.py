@@ -47,11 +47,12 @@ class HiDiffObjective:
         segmenter: whose settings, process and networks are used.
     """
 
-    terms: tuple[str, ...] = ("posterior", "flip", "overlap", "segmentation", "collaboration")
     evaluations: Mapping[str, Callable[..., Any]] = {"denoiser": evaluate_refiner, "presegmentor": evaluate_segmentor}
 
     def __init__(self, segmenter: DiffusionSegmenter) -> None:
         self.segmenter = segmenter
+        together = ("collaboration",) if segmenter.settings.collaboration_weight > 0 else ()
+        self.terms: tuple[str, ...] = ("posterior", "flip", "overlap", "segmentation", *together)
         unet.freeze_unused_outputs(segmenter.presegmentor, deep_supervision=True)
 
     def begin_epoch(self, recycling: bool) -> None:

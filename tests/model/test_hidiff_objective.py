@@ -36,13 +36,16 @@ def turns(network, image, target, loss=None):
 def test_each_turn_touches_every_parameter_of_its_own_network_and_none_of_the_other(weight, regions):
     network = hidiff(dataclasses.replace(SETTINGS, collaboration_weight=weight, regions=regions)).train()
     image, target = batch(regions)
+    found = []
     for name, terms in _stepped(network, image, target):
+        found += terms
         other = "presegmentor" if name == "denoiser" else "denoiser"
         assert terms
         learning, resting = getattr(network, name), getattr(network, other)
         trained = [key for key, parameter in learning.named_parameters() if parameter.requires_grad]
         assert sorted(gradients(learning)) == sorted(trained) and not gradients(resting)
         learning.zero_grad(set_to_none=True)
+    assert tuple(found) == build_objective(network).terms
     assert all(parameter.requires_grad for parameter in network.denoiser.parameters())
     # the coarsest output of nnU-Net has no part in its loss
     frozen = [key for key, parameter in network.presegmentor.named_parameters() if not parameter.requires_grad]

@@ -7,22 +7,24 @@ import numpy as np
 import pytest
 import torch
 
-from nnunet_diffusion.training import DiffusionTrainer
+from nnunet_diffusion.training import DiffusionTrainer, HiDiffTrainer
 from nnunet_diffusion.training.checkpoints import read_checkpoint
 
 pytestmark = [pytest.mark.nnunet, pytest.mark.slow]
 EPOCHS = 3
 
 
-@pytest.fixture
-def train(workplace, monkeypatch):
+@pytest.fixture(params=[DiffusionTrainer, HiDiffTrainer])
+def train(request, workplace, monkeypatch):
     """Trains, or goes on from the last checkpoint, with a loader that starts each epoch from that epoch's seed."""
+    denoiser = request.param.denoiser
+    section = {"learning_rate": 3e-3} if denoiser is None else {"denoiser": denoiser, "learning_rate": 3e-3}
     monkeypatch.setattr(DiffusionTrainer, "_embed_presegmentor", lambda self: None)
 
     def run(stop_before=None, resume=False):
         for seed in (random.seed, np.random.seed, torch.manual_seed):
             seed(0)  # of the weights, and of the patches on which the pre-segmentor is measured
-        trainer = workplace.trainer(DiffusionTrainer, learning_rate=3e-3)
+        trainer = workplace.trainer(request.param, **section)
         trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = EPOCHS, 3, 1
         begin = trainer.on_train_epoch_start
 
@@ -76,4 +78,9 @@ def test_stopped_and_resumed_equals_uninterrupted(train):
             {key: value for key, value in each["logging"].items() if key not in times} for each in (whole, resumed)
         ]
         assert not differences(*curves)
-        assert len(curves[0]["denoising_loss"]) == EPOCHS
+        terms = [key for key in curves[0] if key.endswith("_loss") and not key.startswith(("train", "val"))]
+        assert terms and all(len(curves[0][key]) == EPOCHS for key in terms)
+        further = resumed["diffusion"]["further_learners"]
+        assert list(further) == (["presegmentor"] if "collaboration_loss" in terms else [])
+        for state in further.values():
+            assert state["averaged_steps"] == 3 * EPOCHS and state["optimizer"]["state"]
