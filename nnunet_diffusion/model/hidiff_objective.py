@@ -18,6 +18,7 @@ from nnunet_diffusion.model.objective import (
     Turn,
     deeply_supervised,
     generator_for,
+    timestep_and_noise,
 )
 from nnunet_diffusion.model.segmenter import DiffusionSegmenter
 from nnunet_diffusion.networks import unet
@@ -57,6 +58,10 @@ class HiDiffObjective:
 
     def begin_epoch(self, recycling: bool) -> None:
         """Do nothing: there are no starts to choose from."""
+
+    def draw_noise(self, clean: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+        """Return timesteps (B,) and uniform noise of the state's shape."""
+        return timestep_and_noise(self.segmenter, clean, generator)
 
     def turns(
         self,
@@ -100,10 +105,8 @@ class HiDiffObjective:
             prior = probabilities.detach()
             process = segmenter.process.towards(prior)
             clean = truth.masks if truth.known is None else torch.where(truth.known, truth.masks, prior)
-            timestep = torch.randint(
-                0, settings.max_train_step, (len(clean),), generator=generator, device=generator.device
-            )
-            noisy = process.add_noise(clean, process.draw_noise(clean.shape, generator), timestep)
+            timestep, noise = self.draw_noise(clean, generator)
+            noisy = process.add_noise(clean, noise, timestep)
             flip = refine(noisy, seen(prior), timestep, tuple(each.detach() for each in features))
         yield "denoiser", refinement(flip, noisy, clean, timestep, process, truth, settings.regions)
 

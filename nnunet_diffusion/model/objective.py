@@ -164,9 +164,7 @@ class DenoisingObjective:
 
     def draw_noise(self, clean: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
         """Return timesteps (B,) and noise of the state's shape."""
-        limit, device = self.segmenter.settings.max_train_step, clean.device
-        timestep = torch.randint(0, limit, (len(clean),), generator=generator, device=device)
-        return timestep, torch.randn(clean.shape, generator=generator, device=device)
+        return timestep_and_noise(self.segmenter, clean, generator)
 
     def start(self, clean: Tensor, image: Tensor, generator: Generator, cases: Sequence[str] = ()) -> Tensor:
         """Return the state each sample's noise is added to, before recycling: of the kinds in `training.starts`, by lot."""
@@ -216,7 +214,7 @@ class DenoisingObjective:
         if not which:
             return start
         part = torch.rand(len(start), generator=generator, device=start.device)
-        noise = torch.randn(start.shape, generator=generator, device=start.device)
+        noise = segmenter.process.draw_noise(start.shape, generator)
         # s uniform in [t, max_train_step)
         earlier = timestep + (part * (segmenter.settings.max_train_step - timestep)).long()
         denoiser, training = segmenter.denoiser, segmenter.denoiser.training
@@ -249,6 +247,13 @@ class DenoisingObjective:
 def generator_for(image: Tensor, generator: Generator | None) -> Generator:
     """Return the generator, or without one a new one on the image's device, seeded by torch's own: a fresh one begins alike."""
     return generator or Generator(image.device).manual_seed(int(torch.randint(2**62, ())))
+
+
+def timestep_and_noise(segmenter: DiffusionSegmenter, clean: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Return timesteps (B,) below `max_train_step`, and the process's noise of the state's shape (B, K, *spatial)."""
+    limit = segmenter.settings.max_train_step
+    timestep = torch.randint(0, limit, (len(clean),), generator=generator, device=generator.device)
+    return timestep, segmenter.process.draw_noise(clean.shape, generator)
 
 
 def deeply_supervised(prediction: Tensor, heads: Sequence[Tensor], target: Tensor, loss: SegmentationLoss) -> Tensor:

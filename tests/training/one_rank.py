@@ -30,9 +30,14 @@ def take_step(folder: Path, rows: slice) -> dict:
     drawn = trainer._generator.initial_seed()
     trainer.objective.draw_noise = lambda clean, generator: (given["timestep"][rows], given["noise"][rows])
     losses = trainer.train_step({key: given[key][rows] for key in ("data", "target")})
-    denoiser, presegmentor = trainer.segmenter.denoiser, trainer.segmenter.presegmentor
+    presegmentor = trainer.segmenter.presegmentor
     return {
-        "gradients": {name: parameter.grad for name, parameter in denoiser.named_parameters()},
+        "gradients": {
+            f"{name}.{key}": parameter.grad
+            for name, learner in trainer.learners.items()
+            for key, parameter in learner.module.named_parameters()
+            if parameter.requires_grad
+        },
         "average": trainer.learners["denoiser"].average.module.state_dict(),
         "presegmentor": presegmentor.state_dict(),
         "losses": {key: float(value) for key, value in losses.items()},

@@ -17,12 +17,16 @@ SCRIPT = Path(__file__).with_name("one_rank.py")
 JOB = Path(__file__).with_name("distributed_job.py")
 
 
-@pytest.fixture(scope="module", params=["logits", "x0"])
+@pytest.fixture(scope="module", params=["logits", "x0", "flip"])
 def results(request, hippocampus, tmp_path_factory):
     """What two ranks and one process with the whole batch made of the same weights, batch and noise."""
     folder = tmp_path_factory.mktemp("ranks")
     plans = json.loads((hippocampus.preprocessed / "Tiny.json").read_text())
+    hidiff = request.param == "flip"
     section = {"prediction_type": request.param, "starts": {"truth": 1.0}, "norm": "instance"}
+    if hidiff:
+        # so that the refiner's step, whose size hardly depends on the gradient, does not change the segmentor's turn
+        section |= {"denoiser": "hidiff", "learning_rate": 1e-9}
     plans["configurations"]["2d"]["diffusion"] = section
     (folder / "plans.json").write_text(json.dumps(plans))
     (folder / "dataset.json").write_text((hippocampus.preprocessed / "dataset.json").read_text())
@@ -30,8 +34,8 @@ def results(request, hippocampus, tmp_path_factory):
     given = {
         "data": torch.randn(2, 1, 32, 32),
         "target": torch.randint(0, 3, (2, 1, 32, 32)).float(),
-        "timestep": torch.tensor([120, 640]),
-        "noise": torch.randn(2, 3, 32, 32),
+        "timestep": torch.tensor([2, 8] if hidiff else [120, 640]),
+        "noise": torch.rand(2, 3, 32, 32) if hidiff else torch.randn(2, 3, 32, 32),
     }
     torch.save(given, folder / "given.pt")
     variables = hippocampus.variables(nnUNet_results=str(folder / "results"))
