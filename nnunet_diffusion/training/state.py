@@ -6,7 +6,10 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
 from nnunet_diffusion.model.corrupted_truth import Mistakes
+from nnunet_diffusion.model.settings import DiffusionSettings
 from nnunet_diffusion.training.checkpoints import (
     DIFFUSION_KEY,
     read_checkpoint,
@@ -58,7 +61,7 @@ def own_checkpoint(trainer: DiffusionTrainer, given: dict | str | Path) -> dict[
         given: checkpoint, or path of its file.
 
     Raises:
-        ValueError: the checkpoint is not from a diffusion trainer, or from another dataset, configuration or fold.
+        ValueError: the checkpoint is not from a diffusion trainer, or from another dataset, configuration, fold or denoiser.
     """
     if isinstance(given, dict):
         name, checkpoint = "The given dictionary", given
@@ -71,7 +74,18 @@ def own_checkpoint(trainer: DiffusionTrainer, given: dict | str | Path) -> dict[
         "fold": str(trainer.fold),
     }
     refuse_foreign_checkpoint(checkpoint, name, own)
+    _refuse_another_denoiser(trainer, checkpoint, name)
     return checkpoint
+
+
+def _refuse_another_denoiser(trainer: DiffusionTrainer, checkpoint: dict[str, Any], name: str) -> None:
+    saved = PlansManager(checkpoint["init_args"]["plans"]).get_configuration(trainer.configuration_name)
+    theirs = DiffusionSettings.from_plans(saved.configuration).denoiser
+    if theirs != trainer.settings.denoiser:
+        raise ValueError(
+            f"{name} is of the denoiser {theirs!r} ({checkpoint['trainer_name']}), this training is of "
+            f"{trainer.settings.denoiser!r}: continue it with its own trainer, or remove it from this output folder."
+        )
 
 
 def restore(trainer: DiffusionTrainer, checkpoint: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nnunet_diffusion.training import DiffusionTrainer, DiffusionTrainerUNet
+from nnunet_diffusion.training import DiffusionTrainer, DiffusionTrainerUNet, HiDiffTrainer
 from nnunet_diffusion.training.plans import notes, planned_settings, share_settings_of_folds
 
 pytestmark = pytest.mark.nnunet
@@ -60,3 +60,25 @@ def test_a_section_without_a_denoiser_is_for_the_trainers(workplace):
     assert planned_settings(plans, "2d", description, "nnunet").samples == 1
     assert "is for the denoiser 'pgdiffseg'" in notes(chosen, "nnunet")[0]
     assert notes(chosen) == []
+
+
+def test_a_training_does_not_go_on_from_the_checkpoint_of_another_denoiser(workplace):
+    checkpoint = {
+        "network_weights": {},
+        "trainer_name": "DiffusionTrainerUNet",
+        "diffusion": {},
+        "init_args": workplace.trainer(DiffusionTrainerUNet).my_init_kwargs,
+    }
+    with pytest.raises(
+        ValueError, match=r"of the denoiser 'nnunet' \(DiffusionTrainerUNet\), this training is of 'hidiff'"
+    ):
+        workplace.trainer(HiDiffTrainer).load_checkpoint(checkpoint)
+
+
+def test_hidiff_takes_nothing_but_the_presegmentor_from_plans_for_another_denoiser(workplace):
+    trainer = workplace.trainer(HiDiffTrainer, denoiser="pgdiffseg", schedule="cosine", learning_rate=0.5)
+    assert trainer.settings.denoiser == "hidiff"
+    assert trainer.settings.schedule == "linear" and trainer.settings.learning_rate != 0.5
+    # settings written for HiDiff are its own
+    trainer = workplace.trainer(HiDiffTrainer, denoiser="hidiff", schedule="cosine", prediction_type="flip")
+    assert trainer.settings.schedule == "cosine"
