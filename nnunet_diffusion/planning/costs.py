@@ -225,24 +225,21 @@ _SHORTCUTS: dict[Any, Callable[..., Any]] = {
 
 
 class SavedBytes:
-    """Context manager that counts the bytes saved for the backward pass, without parameters, and separately for attention."""
+    """Context manager that counts the bytes saved for the backward pass at their peak, without parameters.
+
+    Attributes:
+        activations: bytes saved outside attention when most was saved.
+        attention: bytes saved inside attention at that moment.
+    """
 
     def __init__(self, network: nn.Module) -> None:
         """Watch the attention modules of `network`."""
         self._parameters = {p.untyped_storage()._cdata for p in network.parameters()}
         self._network, self._depth = network, 0
-        self._seen: dict[int, tuple[int, bool]] = {}
+        self._saved: dict[int, tuple[int, bool]] = {}
+        self._now = [0, 0]  # outside and inside attention
+        self.activations = self.attention = 0
         self._stack = contextlib.ExitStack()
-
-    @property
-    def attention(self) -> int:
-        """Bytes saved inside attention."""
-        return sum(size for size, inside in self._seen.values() if inside)
-
-    @property
-    def activations(self) -> int:
-        """Bytes saved elsewhere."""
-        return sum(size for size, inside in self._seen.values() if not inside)
 
     def __enter__(self) -> SavedBytes:
         """Start counting."""
@@ -266,9 +263,18 @@ class SavedBytes:
     def _pack(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key not in self._parameters and key not in self._seen:
-            self._seen[key] = (storage.nbytes(), self._depth > 0)
+        if key not in self._parameters and key not in self._saved:
+            size, inside = self._saved[key] = storage.nbytes(), self._depth > 0
+            self._now[inside] += size
+            if sum(self._now) > self.activations + self.attention:
+                self.activations, self.attention = self._now
+            # a backward pass frees what was saved for it: HiDiff's step has two
+            weakref.finalize(storage, self._drop, key)
         return tensor
+
+    def _drop(self, key: int) -> None:
+        size, inside = self._saved.pop(key)
+        self._now[inside] -= size
 
 
 class _Trace:

@@ -5,14 +5,16 @@ import dataclasses
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from nnunet_diffusion.model.build import build_denoiser
+from nnunet_diffusion.model.build import build_denoiser, build_objective
 from nnunet_diffusion.model.objective import evaluate_pgdiffseg
+from nnunet_diffusion.model.segmenter import DiffusionSegmenter
 from nnunet_diffusion.model.settings import default_settings
 from nnunet_diffusion.planning import costs
 from nnunet_diffusion.planning.costs import SavedBytes, denoiser_cost, nnunet_cost
-from nnunet_diffusion.planning.steps import build_nnunet, nnunet_builder, nnunet_step
+from nnunet_diffusion.planning.steps import build_nnunet, nnunet_builder, nnunet_loss, nnunet_step
 
 CHANNELS, HEADS = 2, 3
 # patch, batch, nnU-Net's width at the first stage, stages
@@ -169,3 +171,34 @@ def test_nnunets_network_as_denoiser_costs_what_nnunet_costs(configuration, patc
         for kind in ("nnunet", "pgdiffseg")
     )
     assert 0.98 < unet < 1.1 < 1.4 < pgdiffseg
+
+
+@pytest.mark.parametrize("amp", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("weight", [1.0, 0.0])
+@pytest.mark.parametrize(("patch", "batch", "width", "stages"), [((48, 40), 4, 16, 3), ((16, 24, 16), 2, 8, 3)])
+def test_hidiff_costs_what_its_two_turns_save_and_compute(configuration, patch, batch, width, stages, weight, amp):
+    plan = configuration(patch, batch, width, stages)
+    settings = dataclasses.replace(default_settings(plan, denoiser="hidiff"), collaboration_weight=weight)
+    denoiser = build_denoiser(settings, plan, CHANNELS, HEADS, nnunet_builder(plan, HEADS))
+    segmenter = DiffusionSegmenter(build_nnunet(plan, CHANNELS, HEADS), denoiser, settings).train()
+    image, target = batch_of(patch, batch)
+    learning = nn.ModuleList([segmenter.denoiser, segmenter.presegmentor])
+    with FlopCounterMode(display=False) as counted, SavedBytes(learning) as saved:
+        generator = torch.Generator().manual_seed(0)
+        turns = build_objective(segmenter).turns(
+            image, target, nnunet_loss(), generator, precision=lambda: precision(amp)
+        )
+        for _, terms in turns:
+            sum(terms.values()).backward()
+    cost = denoiser_cost(plan, settings, CHANNELS, HEADS, batch, amp=amp)
+    assert cost.activations + cost.attention == pytest.approx(saved.activations + saved.attention, rel=0.1)
+    assert cost.flops == pytest.approx(counted.get_total_flops(), rel=0.1)
+    assert cost.optimizer == 2 * 4 * sum(parameter.numel() for parameter in learning.parameters())
+
+
+@pytest.mark.parametrize("patch", [(128, 128), (64, 64, 64)])
+def test_an_iteration_of_hidiff_takes_the_flops_of_two_of_nnunets_at_stock_widths(configuration, patch):
+    plan = configuration(patch, 2, 32, 5)
+    settings = default_settings(plan, denoiser="hidiff")
+    ratio = denoiser_cost(plan, settings, 1, 2, 2).flops / nnunet_cost(plan, 1, 2, 2).flops
+    assert 1.5 < ratio < 2
