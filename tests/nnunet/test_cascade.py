@@ -203,3 +203,23 @@ def test_start_from_the_previous_stage_is_its_label_map(trained):
 def test_a_start_from_a_previous_stage_that_is_not_there_is_refused(workplace):
     with pytest.raises(ValueError, match="start_from is 'previous_stage', but 2d has no previous stage"):
         workplace.trainer(DiffusionTrainer, start_from="previous_stage")
+
+
+HIDIFF = "TinyHiDiffTrainerNoMirroring"
+
+
+def test_hidiff_sees_the_previous_stage_in_both_networks_and_refuses_to_start_from_it(trained, first_stage, tmp_path):
+    place, _ = trained
+    refused = train(place, "CascadeStart", CONFIGURATION, 0, HIDIFF, check=False)
+    assert refused.returncode != 0 and "start_from 'previous_stage' is not supported with HiDiff" in refused.stderr
+    assert not (place.results / f"{HIDIFF}__CascadeStart__{CONFIGURATION}").exists()
+    train(place, "Cascade", CONFIGURATION, 0, HIDIFF)
+    weights = read_checkpoint(
+        place.results / f"{HIDIFF}__Cascade__{CONFIGURATION}" / "fold_0" / "checkpoint_final.pth"
+    )["network_weights"]
+    # the image and two masks of the previous stage; the refiner also sees p and the state
+    assert weights["presegmentor.encoder.stages.0.0.convs.0.conv.weight"].shape[1] == 3
+    assert weights["denoiser.stem.weight"].shape[1] == 3 + 3 + 3
+    words = [*COMMON, "-i", place.raw / "imagesTs", "-o", tmp_path, "-c", CONFIGURATION, "-p", "Cascade", "-tr", HIDIFF]
+    place.run("nnUNetv2_predict", *words, "-prev_stage_predictions", first_stage)
+    place.assert_geometry_and_labels({path.name: sitk.ReadImage(str(path)) for path in tmp_path.glob("*.nii.gz")})

@@ -118,3 +118,53 @@ def test_predictor_fuses_and_starts_from_label_maps(trained, tmp_path, fusion):
         probabilities = np.load(path)["probabilities"]
         assert len(probabilities) == (3 if kind == "ignore" else 2)
         assert np.isfinite(probabilities).all()
+
+
+def test_hidiff_trains_and_predicts_with_these_labels(trained, tmp_path):
+    kind, place, _ = trained
+    if kind == "regions":
+        pytest.skip("regions are trained and predicted with the ignore label too")
+    done = place.run(
+        "nnUNetv2_train", place.dataset, "2d", 0, "-tr", "TinyHiDiffTrainer", "-p", "Tiny", "-device", "cpu"
+    )
+    assert "segmentor, an ordinary nnU-Net (TinynnUNetTrainer): trained already" in done.stdout
+    assert "its nnU-Net alone, trained further in turns" in done.stdout
+    model = place.results / "TinyHiDiffTrainer__Tiny__2d"
+    curves = read_checkpoint(model / "fold_0" / "checkpoint_final.pth")["logging"]
+    for term in ("posterior", "flip", "overlap", "segmentation", "collaboration"):
+        assert np.isfinite(curves[f"{term}_loss"]).all(), term
+    words = [
+        "predict",
+        "-i",
+        str(place.raw / "imagesTs"),
+        "-m",
+        str(model),
+        "-f",
+        "0",
+        "-device",
+        "cpu",
+        "--sequential",
+    ]
+    with place.in_process(place.root / "results"):
+        words += ["--disable_tta", "--samples", "2", "--steps", "3", "--save_probabilities"]
+        assert main([*words, "-o", str(tmp_path / "a")]) == 0
+        assert main([*words, "-o", str(tmp_path / "b")]) == 0
+        assert main([*words, "-o", str(tmp_path / "alone"), "--presegmentation_weight", "1"]) == 0
+        assert main([*words, "-o", str(tmp_path / "given"), "--presegmentation", str(tmp_path / "alone")]) == 0
+    found = {
+        name: [np.load(path)["probabilities"] for path in sorted((tmp_path / name).glob("*.npz"))]
+        for name in ("a", "b", "alone", "given")
+    }
+    for name, cases in found.items():
+        assert len(cases) == 2, name
+        for probabilities in cases:
+            assert len(probabilities) == (3 if kind == "ignore" else 2) and np.isfinite(probabilities).all()
+    assert all(np.array_equal(one, same) for one, same in zip(found["a"], found["b"], strict=True))
+    assert not all(np.allclose(one, other) for one, other in zip(found["a"], found["alone"], strict=True))
+    reports = {
+        name: json.loads(sorted((tmp_path / name / "reports").iterdir())[0].read_text())["network_evaluations"]
+        for name in ("a", "alone")
+    }
+    assert reports["alone"]["denoiser"] == 0 < reports["alone"]["presegmentor"]
+    # two samples in three steps; the features of the encoder count as an evaluation of nnU-Net
+    assert reports["a"]["denoiser"] == 6 * reports["alone"]["presegmentor"]

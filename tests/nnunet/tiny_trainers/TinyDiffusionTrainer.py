@@ -63,3 +63,7 @@ class TinyDiffusionTrainerUNet(Tiny, DiffusionTrainerUNet):
 
 class TinyHiDiffTrainer(Tiny, HiDiffTrainer):
     presegmentor_trainer = "TinynnUNetTrainer"
+
+
+class TinyHiDiffTrainerNoMirroring(TinyHiDiffTrainer, DiffusionTrainerNoMirroring):
+    presegmentor_trainer = "TinynnUNetTrainerNoMirroring"
