@@ -130,6 +130,20 @@ class BernoulliProcess:
         zero = (kept * (1 - noisy) + replaced) * (left * (1 - clean) + (1 - left) * (1 - prior))
         return BernoulliPosterior(one / (one + zero))
 
+    def flip_logit(self, noisy: Tensor, timestep: int | Tensor) -> Tensor:
+        """Return the logit of y_t differing from y_0 as y_t and p alone tell it, by Bayes' rule with P(y_0 = 1) = p.
+
+        Args:
+            noisy: y_t, (B, K, *spatial), 0 and 1.
+            timestep: 0..T-1.
+        """
+        noisy = at_least_float32(noisy)
+        kept = self.schedule.at(timestep, noisy)
+        # |1 - y_t - p|: the prior's probability of the value y_t
+        same = (1 - noisy - self._prior(noisy)).abs()
+        # P(y_0 = v | y_t) ~ P(y_0 = v) q(y_t | y_0 = v); the prior's probability of y_t cancels
+        return ((1 - same) * (1 - kept)).log() - (kept + (1 - kept) * same).log()
+
     def step(
         self, clean: Tensor, noisy: Tensor, timestep: int, previous: int, *, eta: float = 0.0, generator: Random = None
     ) -> Tensor:

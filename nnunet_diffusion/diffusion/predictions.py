@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from nnunet_diffusion.diffusion.bernoulli import BernoulliProcess
 from nnunet_diffusion.diffusion.gaussian import GaussianProcess, at_least_float32
-from nnunet_diffusion.diffusion.process import Process
 
 
 class Prediction(Protocol):
@@ -100,16 +100,20 @@ class Logits:
 
 @dataclass(frozen=True)
 class Flip:
-    """Of a Bernoulli process: the logit of a flip, that is of the noisy state differing from the clean one (HiDiff)."""
+    """Of a Bernoulli process: how much the logit of a flip, y_t differing from y_0, is above that of y_t and p alone (HiDiff).
 
-    def target(self, clean: Tensor, noise: Tensor, timestep: int | Tensor, process: Process) -> Tensor:
-        """Return |y_t - y_0|, 0 and 1."""
-        clean = at_least_float32(clean)
-        return (process.add_noise(clean, noise, timestep) - clean).abs()
+    A network that says 0 says what the segmentor says: at T its estimate of the clean state is p.
+    """
 
-    def to_clean(self, prediction: Tensor, noisy: Tensor, timestep: int | Tensor, process: Process) -> Tensor:
+    def target(self, clean: Tensor, noise: Tensor, timestep: int | Tensor, process: BernoulliProcess) -> Tensor:
+        """Raise ValueError: there is no regression target."""
+        raise ValueError("prediction_type 'flip' has no regression target; it is trained by HiDiff's objective")
+
+    def to_clean(self, prediction: Tensor, noisy: Tensor, timestep: int | Tensor, process: BernoulliProcess) -> Tensor:
         """Return |y_t - flip|, the probability that the clean state is 1."""
-        return (at_least_float32(noisy) - at_least_float32(prediction).sigmoid()).abs()
+        noisy = at_least_float32(noisy)
+        flip = at_least_float32(prediction) + process.flip_logit(noisy, timestep)
+        return (noisy - flip.sigmoid()).abs()
 
 
 PREDICTION_TYPES = ("epsilon", "x0", "v", "logits")

@@ -30,7 +30,7 @@ FOCUS = 2.0
 def evaluate_refiner(
     refiner: nn.Module, noisy: Tensor, image: Tensor, timestep: Tensor, features: tuple[Tensor, ...]
 ) -> Tensor:
-    """One evaluation that touches every parameter: the logits of a flip; `image` is what the refiner sees, with p."""
+    """One evaluation that touches every parameter: what is added to the logit of a flip; `image` has p beside it."""
     return refiner(noisy, timestep, refiner.encode(image, timestep, features))  # type: ignore[operator]
 
 
@@ -107,8 +107,8 @@ class HiDiffObjective:
             clean = truth.masks if truth.known is None else torch.where(truth.known, truth.masks, prior)
             timestep, noise = self.draw_noise(clean, generator)
             noisy = process.add_noise(clean, noise, timestep)
-            flip = refine(noisy, seen(prior), timestep, tuple(each.detach() for each in features))
-        yield "denoiser", refinement(flip, noisy, clean, timestep, process, truth, settings.regions)
+            added = refine(noisy, seen(prior), timestep, tuple(each.detach() for each in features))
+        yield "denoiser", refinement(added, noisy, clean, timestep, process, truth, settings.regions)
 
         with precision():
             terms = {"segmentation": deeply_supervised(logits, coarser, target, segmentation_loss)}
@@ -116,15 +116,15 @@ class HiDiffObjective:
                 with _constant(segmenter.denoiser):
                     # through p and the features into the segmentor; not the distributed evaluation, as the refiner's weights
                     # have no gradient now
-                    flip = own["denoiser"](noisy, seen(probabilities), timestep, features)
+                    added = own["denoiser"](noisy, seen(probabilities), timestep, features)
         if settings.collaboration_weight > 0:
-            found = refinement(flip, noisy, clean, timestep, process, truth, settings.regions)
+            found = refinement(added, noisy, clean, timestep, process, truth, settings.regions)
             terms["collaboration"] = settings.collaboration_weight * torch.stack(list(found.values())).sum()
         yield "presegmentor", terms
 
 
 def refinement(
-    flip: Tensor,
+    added: Tensor,
     noisy: Tensor,
     clean: Tensor,
     timestep: Tensor,
@@ -135,7 +135,7 @@ def refinement(
     """Return the terms of the refiner's loss, of one evaluation.
 
     Args:
-        flip: logits of a flip, (B, K, *spatial).
+        added: what the refiner adds to the logit of a flip, (B, K, *spatial).
         noisy: y_t, (B, K, *spatial), 0 and 1.
         clean: y_0, same shape.
         timestep: (B,).
@@ -146,7 +146,7 @@ def refinement(
     Returns:
         `posterior`, `flip` and `overlap`: scalars.
     """
-    flip = flip.float()
+    flip = added.float() + process.flip_logit(noisy, timestep)
     # y_0 estimate = |y_t - flip|
     estimate = (noisy - flip.sigmoid()).abs()
     last = (timestep == 0).view(-1, *[1] * (noisy.ndim - 1))

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Generator, Tensor, nn
@@ -235,8 +235,10 @@ class DiffusionSegmenter(nn.Module):
             for part in states.split(samples_per_call, 1):
                 noisy = part.flatten(0, 1)
                 times = torch.full((len(noisy),), timestep, device=noisy.device)
-                prediction = self.denoise(noisy, times, condition.repeat_interleave(part.shape[1]))
-                clean = self.prediction.to_clean(prediction, noisy, timestep, self.process)
+                repeated = condition.repeat_interleave(part.shape[1])
+                prediction = self.denoise(noisy, times, repeated)
+                process = self.process.towards(cast(Any, repeated).prior) if self.settings.is_hidiff else self.process
+                clean = self.prediction.to_clean(prediction, noisy, timestep, process)
                 estimates.append(clean.view(part.shape))
         return torch.cat(estimates, 1)
 

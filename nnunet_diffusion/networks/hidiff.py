@@ -34,16 +34,18 @@ class Guidance:
 
     Attributes:
         image: the image, where the refiner sees it, then p: (B, C + K, *spatial).
+        prior: p itself, (B, K, *spatial).
         features: the segmentor's encoder features, one tensor for each stage that uses them, (B, C, *size of the stage).
     """
 
     image: Tensor
+    prior: Tensor
     features: tuple[Tensor, ...]
 
     def repeat_interleave(self, samples: int) -> Guidance:
         """Repeat each image's guidance for `samples` noisy states; the states of one image are adjacent."""
         features = tuple(repeat_images(each, samples) for each in self.features)
-        return Guidance(repeat_images(self.image, samples), features)
+        return Guidance(repeat_images(self.image, samples), repeat_images(self.prior, samples), features)
 
 
 class RefinerBlock(nn.Module):
@@ -184,6 +186,9 @@ class HiDiffRefiner(nn.Module):
         )
         self.merge = nn.ModuleList(block(2 * widths[stage], widths[stage], stage) for stage in reversed(range(last)))
         self.output = output_head(widths[0], state_channels, kernel[0], conv_op)
+        # so that before training the result is the segmentor's
+        for parameter in self.output[-1].parameters():
+            nn.init.zeros_(parameter)
 
     def encode(
         self, image: Tensor, timestep: Tensor | None = None, features: Sequence[Tensor] | None = None
@@ -204,10 +209,11 @@ class HiDiffRefiner(nn.Module):
         if features is None:
             raise ValueError("features are missing: the refiner is guided by those of the segmentor's encoder")
         used = tuple(features[stage] for stage in (*self.guided, len(self.blocks) - 1))
-        return Guidance(image if self.image_input else image[:, self.image_channels :], used)
+        prior = image[:, self.image_channels :]
+        return Guidance(image if self.image_input else prior, prior, used)
 
     def forward(self, noisy: Tensor, timestep: Tensor, condition: Guidance) -> Tensor:
-        """Return the logits (B, K, *spatial) of a flip, |y_t - y_0|.
+        """Return what image and features add to the logit of a flip, |y_t - y_0|, (B, K, *spatial); 0 before training.
 
         Args:
             noisy: y_t, (B, K, *spatial), 0 and 1.

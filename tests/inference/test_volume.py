@@ -169,10 +169,25 @@ class KnowsTheFlips(Denoiser):
         super().__init__(3, None)
         self.seen = []
 
+    def encode(self, image, timestep, features=None):
+        self.encoded += len(image)
+        return GuidanceOfVolume(image)
+
     def forward(self, noisy, timestep, condition):
         self.seen.append(noisy)
         clean = labels.labels_to_masks(condition.image[:, :1], 3)
-        return 40 * (2 * (noisy - clean).abs() - 1)
+        return 80 * (2 * (noisy - clean).abs() - 1)
+
+
+class GuidanceOfVolume(ImageCondition):
+    """The image with the prior beside it."""
+
+    def __init__(self, image):
+        super().__init__(image)
+        self.prior = image[:, 1:]
+
+    def repeat_interleave(self, samples):
+        return GuidanceOfVolume(self.image.repeat_interleave(samples, 0))
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])

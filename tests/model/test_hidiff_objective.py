@@ -66,6 +66,7 @@ def test_the_refiners_loss_reaches_the_segmentor_through_its_probabilities_and_i
 
     def reach(settings):
         network = hidiff(settings).train()
+        nn.init.normal_(network.denoiser.output[-1].weight, std=0.1)  # 0 before training
         (_, _), (name, terms) = _stepped(network, image, target, nothing)
         assert name == "presegmentor"
         return {key: float(value.abs().max()) for key, value in gradients(network.presegmentor).items()}, terms
@@ -126,10 +127,11 @@ def test_a_perfect_refiner_has_no_loss_and_the_terms_of_a_wrong_one_are_those_of
     truth, noisy, process = states(timestep)
     clean = truth.masks
     flipped = (noisy - clean).abs()
-    perfect = refinement(40 * (2 * flipped - 1), noisy, clean, timestep, process, truth)
+    perfect = refinement(80 * (2 * flipped - 1), noisy, clean, timestep, process, truth)
     assert all(float(value) == pytest.approx(0, abs=1e-5) for value in perfect.values())
-    flip = torch.randn(noisy.shape, generator=torch.Generator().manual_seed(5))
-    found = refinement(flip, noisy, clean, timestep, process, truth)
+    added = torch.randn(noisy.shape, generator=torch.Generator().manual_seed(5))
+    found = refinement(added, noisy, clean, timestep, process, truth)
+    flip = added + process.flip_logit(noisy, timestep)
     estimate = (noisy - flip.sigmoid()).abs()
     divergences = [nn.functional.binary_cross_entropy(estimate[0], clean[0], reduction="none")]
     for place, step in ((1, 3), (2, 9)):

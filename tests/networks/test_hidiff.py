@@ -25,7 +25,10 @@ def guide_channels(topology):
 
 def build(topology=PLAIN_2D, **options):
     torch.manual_seed(0)
-    return HiDiffRefiner(1, CLASSES, **topology, guide_channels=guide_channels(topology), **options)
+    network = HiDiffRefiner(1, CLASSES, **topology, guide_channels=guide_channels(topology), **options)
+    assert not any(parameter.any() for parameter in network.output[-1].parameters())
+    nn.init.normal_(network.output[-1].weight, std=0.1)  # as after some training
+    return network
 
 
 def inputs(network, topology=PLAIN_2D, size=(12, 16), batch=2):
