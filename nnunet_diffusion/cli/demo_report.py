@@ -206,7 +206,7 @@ def draw_figure(
         case = next((name for name in images if name.startswith(kind)), None)
         if case is None:
             continue
-        start, process, result = reverse_process(plain, diffusion, images[case])
+        start, process, result = process_of(plain, diffusion, images[case])
         rows.append(ReportRow(case, images[case], truth[case], start, process, result))
     report_figure(rows, path)
 
@@ -216,7 +216,7 @@ def figure_start_step(settings: Any) -> int:
     return min(FIGURE_START_STEP, settings.max_train_step)
 
 
-def reverse_process(
+def process_of(
     plain: nnUNetPredictor, diffusion: nnUNetPredictor, image: Labels
 ) -> tuple[Labels, list[tuple[int, NDArray]], Labels]:
     """Run one reverse process on the whole image, at the network's resolution.
@@ -227,12 +227,13 @@ def reverse_process(
         image: grey values (height, width).
 
     Returns:
-        Label map (height, width) of the start; pairs of timestep and state of class 1, of which the last has timestep -1 and no
-        noise; label map of the result.
+        Label map (height, width) of the start; pairs of timestep and state of class 1 in [0, 1], of which the last has
+        timestep -1 and no noise; label map of the result.
     """
     import torch
     from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 
+    from nnunet_diffusion.explain.reverse_process import reverse_process
     from nnunet_diffusion.model.labels import probabilities_to_logits
 
     network, managers = diffusion.network, (diffusion.plans_manager, diffusion.configuration_manager)
@@ -240,33 +241,25 @@ def reverse_process(
     given = image[None, None].astype(np.float32), None, image_properties()
     data, _, properties = preprocessor.run_case_npy(*given, *managers, diffusion.dataset_json)
     data = torch.from_numpy(data)
-    height, width = data.shape[2:]
-    divisor = 2 ** len(network.settings.features_per_stage)
-
-    def padded(tensor: torch.Tensor) -> torch.Tensor:
-        tensor = tensor.float().to(diffusion.device)[None]
-        return torch.nn.functional.pad(tensor, (0, -width % divisor, 0, -height % divisor), mode="replicate")
 
     def labels(logits: torch.Tensor) -> Labels:
         return convert_predicted_logits_to_segmentation_with_correct_shape(
             logits, *managers, diffusion.label_manager, properties
         )[0]
 
-    states: list[tuple[int, NDArray]] = []
-
-    def keep(timestep: int, noisy: Any, clean: Any) -> None:
-        states.append((timestep, noisy[0, 1, :height, :width].float().cpu().numpy()))
-
     logits = plain.predict_logits_from_preprocessed_data(data).cpu().float()
     start_step = figure_start_step(network.settings)
-    steps = min(FIGURE_STEPS, start_step)
-    with network.overridden(
-        start_step=start_step, steps=steps, samples=1, presegmentation_weight=0.0, from_noise=False
-    ):
-        probabilities = network.sample(padded(data[:, 0]), padded(logits[:, 0].softmax(0)), on_step=keep)
-    probabilities = probabilities[:, :, :height, :width].float().cpu()
-    states.append((-1, network.process.to_state(probabilities)[0, 1].numpy()))
-    return labels(logits), states, labels(probabilities_to_logits(probabilities)[0, :, None])
+    found = reverse_process(
+        network,
+        data[:, 0].to(diffusion.device),
+        logits[:, 0].softmax(0).to(diffusion.device),
+        start_step=start_step,
+        steps=min(FIGURE_STEPS, start_step),
+        from_noise=False,
+    )
+    states = [*found.states, (-1, found.result)]
+    result = labels(probabilities_to_logits(torch.from_numpy(found.result)[None])[0, :, None])
+    return labels(logits), [(timestep, state[1]) for timestep, state in states], result
 
 
 def report_text(

@@ -41,9 +41,10 @@ class ReportRow:
         image: any intensity range.
         truth: integer label map.
         nnunet: nnU-Net's label map, the start of the process.
-        process: (timestep, state of one class in [-1, 1]) from T' - 1 downwards, on the image's or the network's grid;
+        process: (timestep, state of one class in [0, 1]) from T' - 1 downwards, on the image's or the network's grid;
             timestep -1 is the clean state.
         result: final label map of the process.
+        prior: probability of that class, which HiDiff's process ends at; shown before the process, on its grid.
     """
 
     name: str
@@ -52,6 +53,14 @@ class ReportRow:
     nnunet: NDArray
     process: Sequence[tuple[int, NDArray]]
     result: NDArray
+    prior: NDArray | None = None
+
+    @property
+    def panels(self) -> list[tuple[str, NDArray]]:
+        """Title and content of the panels between nnU-Net's label map and the result."""
+        # timestep t has t + 1 steps of noise (t = 0 has one), the clean state none
+        states = [(f"T = {timestep + 1}", state) for timestep, state in self.process]
+        return states if self.prior is None else [("p", self.prior), *states]
 
 
 def error_map(prediction_labels: ArrayLike, reference_labels: ArrayLike) -> NDArray[np.uint8]:
@@ -79,11 +88,6 @@ def error_map(prediction_labels: ArrayLike, reference_labels: ArrayLike) -> NDAr
     return np.array(list(ERROR_COLOURS.values()), dtype=np.uint8)[kind]
 
 
-def state_to_unit(state: ArrayLike) -> NDArray[np.float64]:
-    """Map a diffusion state from [-1, 1] to [0, 1]; values outside are clipped."""
-    return np.clip((np.asarray(state, dtype=np.float64) + 1) / 2, 0, 1)
-
-
 def report_figure(rows: Sequence[ReportRow], path: str | Path) -> None:
     """Draw image, truth, nnU-Net, the reverse process, result and error map of several cases.
 
@@ -96,7 +100,7 @@ def report_figure(rows: Sequence[ReportRow], path: str | Path) -> None:
             not 2D of one shape.
     """
     _check_rows(rows)
-    steps = len(rows[0].process)
+    steps = len(rows[0].panels)
     columns = 5 + steps
     width, height = _figure_inches(rows, columns)
     figure = Figure(figsize=(width, height), dpi=200)
@@ -105,7 +109,7 @@ def report_figure(rows: Sequence[ReportRow], path: str | Path) -> None:
         len(rows), columns, left=0.3 / width, right=1 - 0.08 / width, top=1 - 0.3 / height, bottom=0.62 / height,
         wspace=0.05, hspace=0.2, height_ratios=[_aspect(row) for row in rows],
     )  # fmt: skip
-    same_timesteps = len({tuple(timestep for timestep, _ in row.process) for row in rows}) == 1
+    same_timesteps = len({tuple(title for title, _ in row.panels) for row in rows}) == 1
     for index, row in enumerate(rows):
         axes = [figure.add_subplot(grid[index, column]) for column in range(columns)]
         _draw_row(axes, row)
@@ -139,11 +143,11 @@ def curves_figure(curves: Mapping[str, Sequence[float]], path: str | Path) -> No
 def _check_rows(rows: Sequence[ReportRow]) -> None:
     if not rows:
         raise ValueError("rows is empty: give at least one case")
-    if len({len(row.process) for row in rows}) > 1:
-        raise ValueError(f"all rows need a process of one length, got {[len(row.process) for row in rows]} states")
+    if len({len(row.panels) for row in rows}) > 1:
+        raise ValueError(f"all rows need a process of one length, got {[len(row.panels) for row in rows]} states")
     for row in rows:
         maps = {np.shape(array) for array in (row.image, row.truth, row.nnunet, row.result)}
-        for what, shapes in (("maps", maps), ("states", {np.shape(state) for _, state in row.process})):
+        for what, shapes in (("maps", maps), ("states", {np.shape(state) for _, state in row.panels})):
             if len(shapes) > 1 or any(len(shape) != 2 for shape in shapes):
                 raise ValueError(f"row {row.name!r}: all {what} must be 2D of one shape, got {sorted(shapes)}")
 
@@ -160,14 +164,14 @@ def _figure_inches(rows: Sequence[ReportRow], columns: int) -> tuple[float, floa
 
 
 def _draw_row(axes: Sequence[Axes], row: ReportRow) -> None:
-    steps = len(row.process)
+    steps = len(row.panels)
     # Clip the intensities at the 0.5th and 99.5th percentile, so that single bright voxels do not darken the rest.
     low, high = np.nanpercentile(row.image, [0.5, 99.5])
     axes[0].imshow(row.image, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), interpolation="nearest")
     for axis, labels in ((axes[1], row.truth), (axes[2], row.nnunet), (axes[3 + steps], row.result)):
         _show_labels(axis, labels)
-    for axis, (_, state) in zip(axes[3:], row.process, strict=False):
-        axis.imshow(state_to_unit(state), cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+    for axis, (_, state) in zip(axes[3:], row.panels, strict=False):
+        axis.imshow(state, cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
     axes[4 + steps].imshow(error_map(row.result, row.truth), interpolation="nearest")
     for axis, labels in ((axes[2], row.nnunet), (axes[3 + steps], row.result)):
         axis.set_xlabel(_agreement(labels, row.truth), fontsize=7, labelpad=2)
@@ -197,8 +201,7 @@ def _classes_confused(row: ReportRow) -> bool:
 
 
 def _write_titles(axes: Sequence[Axes], row: ReportRow, *, all_columns: bool, timesteps: bool) -> None:
-    # Timestep t has t + 1 steps of noise (t = 0 has one), the clean state none.
-    titles = {3 + index: f"T = {timestep + 1}" for index, (timestep, _) in enumerate(row.process)} if timesteps else {}
+    titles = {3 + index: title for index, (title, _) in enumerate(row.panels)} if timesteps else {}
     if all_columns:
         titles |= {0: "Image", 1: "Truth", 2: "nnU-Net", len(axes) - 2: "Result", len(axes) - 1: "Errors"}
     for column, title in titles.items():

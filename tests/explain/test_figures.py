@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from nnunet_diffusion.explain.figures import ReportRow, curves_figure, error_map, report_figure, state_to_unit
+from nnunet_diffusion.explain.figures import ReportRow, curves_figure, error_map, report_figure
 
 
 def row(name: str = "case", shape: tuple[int, int] = (24, 32)) -> ReportRow:
     generator = np.random.default_rng(0)
     truth = np.zeros(shape, np.uint8)
     truth[5:15, 5:15] = 1
-    process = [(timestep, generator.normal(size=shape)) for timestep in (299, 149, -1)]
+    process = [(timestep, generator.random(shape)) for timestep in (299, 149, -1)]
     return ReportRow(name, generator.random(shape), truth, np.roll(truth, 2, 0), process, np.roll(truth, 1, 1))
 
 
@@ -35,8 +35,16 @@ def test_error_map_has_the_colours_of_figure_9() -> None:
         error_map(np.zeros((2, 2)), np.zeros((2, 3)))
 
 
-def test_states_are_shown_from_zero_to_one() -> None:
-    np.testing.assert_array_equal(state_to_unit([-3, -1, 0, 1, 3]), [0, 0, 0.5, 1, 1])
+def test_the_prior_is_a_panel_before_the_states_and_all_rows_have_it_or_none(tmp_path: Path) -> None:
+    plain = row()
+    with_prior = replace(plain, prior=plain.process[0][1])
+    assert [title for title, _ in with_prior.panels] == ["p", "T = 300", "T = 150", "T = 0"]
+    for name, rows in (("plain", [plain]), ("prior", [with_prior])):
+        report_figure(rows, tmp_path / f"{name}.png")
+    widths = [imread(tmp_path / f"{name}.png").shape[1] for name in ("plain", "prior")]
+    assert widths[1] > widths[0] + 200
+    with pytest.raises(ValueError, match="process of one length"):
+        report_figure([plain, with_prior], tmp_path / "x.png")
 
 
 def test_report_figure_shows_viridis_and_error_colours(tmp_path: Path) -> None:
