@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from comparison_evaluation import Model
 
-
 from nnunet_diffusion.cli.folders import RAW
 from nnunet_diffusion.explain.figures import ReportRow, report_figure
 from nnunet_diffusion.explain.reverse_process import reverse_process

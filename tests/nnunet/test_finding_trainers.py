@@ -18,6 +18,8 @@ NAMES = (
     + [f"DiffusionTrainer_{n}epochs" for n in (5, 10, 20, 50, 100, 250)]
     + ["DiffusionTrainer_1epoch", "DiffusionTrainerNoMirroring", "DiffusionTrainerUNet", "DiffusionTrainerUNet_1epoch"]
     + [f"DiffusionTrainerUNet_{n}epochs" for n in (5, 10, 20, 50, 100, 250)]
+    + ["HiDiffTrainer", "HiDiffTrainer_1epoch"]
+    + [f"HiDiffTrainer_{n}epochs" for n in (5, 10, 20, 50, 100, 250)]
 )
 SEARCH = """
 import sys
@@ -47,7 +49,7 @@ def test_every_trainer_and_its_presegmentor_is_found(directories):
     lines = [line.split() for line in done.stdout.splitlines() if line.startswith("FOUND")]
     assert [line[1] for line in lines] == [line[2] for line in lines] == NAMES
     for _, name, _, epochs, presegmentor in lines:
-        suffix = name.removeprefix("DiffusionTrainer").removeprefix("UNet")
+        suffix = name.removeprefix("HiDiffTrainer").removeprefix("DiffusionTrainer").removeprefix("UNet")
         assert presegmentor == f"nnUNetTrainer{suffix}"
         length = "".join(filter(str.isdecimal, suffix))
         if "UNet" in name:
