@@ -37,7 +37,7 @@ START_SNR = "start_snr"
 NNUNET_DENOISER: Mapping[str, Any] = {"prediction_type": "logits", "signal_scale": 0.1, "mirror_samples": True}
 """Defaults that differ where the denoiser is nnU-Net's network."""
 HIDIFF_DENOISER: Mapping[str, Any] = {
-    "prediction_type": FLIP, "timesteps": 10, "max_train_step": 10, "start_step": 10, "steps": 2, "mirror_samples": True,
+    "prediction_type": FLIP, "timesteps": 10, "max_train_step": 10, "start_step": 10, "mirror_samples": True,
 }  # fmt: skip
 """Defaults that differ with HiDiff."""
 STARTS = ("truth", "corrupted", "presegmentation", "out_of_fold", "recycled")
