@@ -19,8 +19,6 @@ from nnunet_diffusion.diffusion.schedules import NoiseSchedule, cast_like
 
 LEAST = 1e-6
 """Smallest prior probability of either value: at p = y_0 = 0 the posterior of y_t = 1 would be 0 / 0."""
-DOUBT = 1e-2
-"""Smallest prior probability of either value in `flip_logit`, so that a network can correct what the prior is certain of."""
 
 
 @dataclass(frozen=True)
@@ -135,8 +133,6 @@ class BernoulliProcess:
     def flip_logit(self, noisy: Tensor, timestep: int | Tensor) -> Tensor:
         """Return the logit of y_t differing from y_0 as y_t and p alone tell it, by Bayes' rule with P(y_0 = 1) = p.
 
-        p counts as at most `1 - DOUBT`: of a label map given as prior, or of a segmentor that is certain and wrong.
-
         Args:
             noisy: y_t, (B, K, *spatial), 0 and 1.
             timestep: 0..T-1.
@@ -144,7 +140,7 @@ class BernoulliProcess:
         noisy = at_least_float32(noisy)
         kept = self.schedule.at(timestep, noisy)
         # |1 - y_t - p|: the prior's probability of the value y_t
-        same = (1 - noisy - self._prior(noisy)).abs().clamp(DOUBT, 1 - DOUBT)
+        same = (1 - noisy - self._prior(noisy)).abs()
         # P(y_0 = v | y_t) ~ P(y_0 = v) q(y_t | y_0 = v); the prior's probability of y_t cancels
         return ((1 - same) * (1 - kept)).log() - (kept + (1 - kept) * same).log()
 
