@@ -22,6 +22,13 @@ PLANS_OF = {
     "DiffusionPlannerResEncL": "nnUNetDiffusionResEncUNetLPlans",
 }
 """Planner of this package -> default name of its plans."""
+HIDIFF_TRAINER = "HiDiffTrainer"
+
+
+def hidiff_plans(name: str) -> str:
+    """Return the default name of a planner's plans for HiDiff (`-denoiser hidiff`)."""
+    return name.replace("Diffusion", "HiDiff")
+
 
 IMAGE_ENDINGS = (
     ".nii.gz", ".nii", ".nrrd", ".mha", ".mhd", ".gipl", ".tif", ".tiff", ".png", ".bmp", ".jpg", ".jpeg", ".dcm",

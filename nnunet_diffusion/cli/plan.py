@@ -15,7 +15,7 @@ from typing import Any
 
 from nnunet_diffusion.cli.errors import CommandError, named_for_the_user
 from nnunet_diffusion.cli.folders import PREPROCESSED, RAW, dataset_prefix, datasets_in, folder_in
-from nnunet_diffusion.files import preprocess_command, read_dictionary, read_plans, require
+from nnunet_diffusion.files import hidiff_plans, preprocess_command, read_dictionary, read_plans, require
 
 CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
 DEFAULT_PROCESSES = {"2d": 8, "3d_fullres": 4, "3d_lowres": 8}
@@ -200,7 +200,7 @@ def plan(dataset: str, options: argparse.Namespace) -> tuple[dict[str, Any], str
             **{key: value for key, value in keywords.items() if value is not None},
         )
         if options.denoiser == "hidiff" and options.overwrite_plans_name is None:
-            planner.plans_identifier = planner.plans_identifier.replace("Diffusion", "HiDiff")
+            planner.plans_identifier = hidiff_plans(planner.plans_identifier)
         earlier = Path(os.environ[PREPROCESSED]) / dataset / f"{planner.plans_identifier}.json"
         if earlier.is_file():  # nnU-Net keeps the configurations that users added
             read_plans(earlier, "remove that file; this command then writes a new one")

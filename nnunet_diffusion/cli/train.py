@@ -27,8 +27,10 @@ from nnunet_diffusion.cli.folders import (
 from nnunet_diffusion.cli.trainers_directory import trainers_directory, with_trainers
 from nnunet_diffusion.files import (
     DEFAULT_PLANNER,
+    HIDIFF_TRAINER,
     PLANS_OF,
     PRESEGMENTOR_FOLDER,
+    hidiff_plans,
     preprocess_command,
     read_dictionary,
     read_plans,
@@ -195,12 +197,18 @@ def planning_commands(options: argparse.Namespace, *, from_raw: bool = False) ->
     """
     number = int(dataset_prefix(options.dataset_name_or_id)[7:10])
     stock_suffices = options.tr is not None and options.tr.startswith(UNET_TRAINER) and options.device != "cpu"
-    name = options.p or (DEFAULT_PLANS if stock_suffices else PLANS_OF[DEFAULT_PLANNER])
+    hidiff = options.tr is not None and options.tr.startswith(HIDIFF_TRAINER)
+    ours = PLANS_OF[DEFAULT_PLANNER]
+    name = options.p or (DEFAULT_PLANS if stock_suffices else hidiff_plans(ours) if hidiff else ours)
     if stock := STOCK_PLANS_NAME.fullmatch(name):
         chosen = f" -pl nnUNetPlannerResEnc{stock[1]}" if stock[1] else ""
         return f"nnUNetv2_plan_and_preprocess -d {number}{chosen} -c {options.configuration} --verify_dataset_integrity"
     command = f"nnunet_diffusion plan -d {number} --preprocess -c {options.configuration}"
-    planner = {plans: planner for planner, plans in PLANS_OF.items()}.get(name)
+    planners = {plans: planner for planner, plans in PLANS_OF.items()}
+    planners_for_hidiff = {hidiff_plans(plans): planner for plans, planner in planners.items()}
+    if name in planners_for_hidiff or (hidiff and name not in planners):
+        command += " -denoiser hidiff"
+    planner = (planners | planners_for_hidiff).get(name)
     if planner is None:
         command += f" -overwrite_plans_name {name}"
     elif planner != DEFAULT_PLANNER:
@@ -282,7 +290,7 @@ def check_trainer(name: str) -> Any:
                 f"nnU-Net's search for the trainer {name} stopped with {type(error).__name__}: {first_line(error)}; for the "
                 "cause run: nnunet_diffusion doctor"
             ) from error
-        ours = sorted(path.stem for path in trainers_directory().glob("Diffusion*.py"))
+        ours = sorted(path.stem for path in trainers_directory().glob("*Diff*.py"))
         raise CommandError(
             f"-tr is {name}, which nnU-Net finds neither among its own trainers nor in nnUNet_extTrainer; this package has: "
             f"{', '.join(ours)} (_1epoch, _5epochs, _10epochs, _20epochs, ...)"

@@ -81,8 +81,14 @@ class BernoulliProcess:
             ValueError: start_step is outside 1..T.
         """
         check_start_step(start_step, self)
-        state = self.add_noise(self.to_state(presegmentation), noise, start_step - 1)
-        return noise.copy_(state) if in_place else state
+        if not in_place:
+            return self.add_noise(presegmentation, noise, start_step - 1)
+        # channel by channel: a volume fills the memory
+        for channel in range(noise.shape[1]):
+            part = (slice(None), slice(channel, channel + 1))
+            own = self.towards(None if self.prior is None else self.prior[part])
+            noise[part] = own.add_noise(presegmentation[part], noise[part], start_step - 1)
+        return noise
 
     def add_noise(self, clean: Tensor, noise: Tensor, timestep: int | Tensor) -> Tensor:
         """Return the draw of q(y_t | y_0, p) made with the given uniform noise.

@@ -39,14 +39,18 @@ class MemoryPlan:
     note: str = ""
 
 
-def volumes_per_sample(sampler: str, steps: int) -> int:
+def volumes_per_sample(sampler: str, steps: int, bernoulli: bool = False) -> int:
     """Return the number of volumes of K channels that one sample needs: state, estimate and temporaries of a sampler's step."""
     if steps == 1:
         return 2
+    if bernoulli:
+        return 9
     return 8 if sampler in SOLVERS else 6
 
 
-def state_bytes(volume: Sequence[int], heads: int, samples: int, sampler: str, steps: int) -> int:
+def state_bytes(
+    volume: Sequence[int], heads: int, samples: int, sampler: str, steps: int, bernoulli: bool = False
+) -> int:
     """Return the memory of a volume's reverse processes in bytes, without image and networks.
 
     Args:
@@ -55,10 +59,11 @@ def state_bytes(volume: Sequence[int], heads: int, samples: int, sampler: str, s
         samples: number of samples whose states are in memory together.
         sampler: name of the sampler.
         steps: number of steps of the reverse process.
+        bernoulli: whether its process is HiDiff's, whose posterior takes more.
     """
     one = FLOAT_BYTES * math.prod(volume)
     # plus the summed weight of the tiles, and each sample's probabilities summed over the channels
-    return one * (heads * (SHARED + samples * volumes_per_sample(sampler, steps)) + 1 + samples)
+    return one * (heads * (SHARED + samples * volumes_per_sample(sampler, steps, bernoulli)) + 1 + samples)
 
 
 def reading_bytes(shape: Sequence[int]) -> int:
@@ -161,6 +166,7 @@ def plan_memory(
     limit_bytes: float | None = None,
     together: int = 1,
     free: Callable[[torch.device], float] = free_bytes,
+    bernoulli: bool = False,
 ) -> MemoryPlan:
     """Choose the device of the state and the number of samples at once.
 
@@ -178,13 +184,14 @@ def plan_memory(
         limit_bytes: limit of the device's memory; None for the free memory.
         together: number of samples in one call of the denoiser.
         free: device -> free bytes.
+        bernoulli: whether the process is HiDiff's.
 
     Raises:
         MemoryError: not even one sample fits. The message gives the needed and the available memory.
     """
 
     def needed(count: int) -> int:
-        return state_bytes(volume, heads, count, sampler, steps)
+        return state_bytes(volume, heads, count, sampler, steps, bernoulli)
 
     available = free(device) if limit_bytes is None else limit_bytes
     if needed(samples) <= available:

@@ -203,7 +203,7 @@ class VolumeRun:
         plan = plan_memory(
             data.shape[1:], self.network.denoiser.state_channels, -(-settings.samples // len(mirrors)), settings.sampler,
             settings.steps,
-            device, limit, self.tiling.samples_per_call, free,
+            device, limit, self.tiling.samples_per_call, free, settings.is_hidiff,
         )  # fmt: skip
         tell(self.notes, plan.note)
         process = VolumeProcess(

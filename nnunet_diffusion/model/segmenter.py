@@ -149,11 +149,17 @@ class DiffusionSegmenter(nn.Module):
             return None
         with torch.no_grad():
             image = image[:, : self.denoiser.image_channels] if self.settings.shows_presegmentation else image
-            return tuple(outside_inference_mode(self._run_to_features, self.presegmentor, image))
+            with self._segmentor_precision(image.device):
+                return tuple(outside_inference_mode(self._run_to_features, self.presegmentor, image))
 
     def run_presegmentor(self, image: Tensor) -> Any:
         """Return what the pre-segmentor makes of (B, C, *spatial): logits, or a list of such, the finest first."""
-        return outside_inference_mode(self._run, self.presegmentor, image)
+        with self._segmentor_precision(image.device):
+            return outside_inference_mode(self._run, self.presegmentor, image)
+
+    def _segmentor_precision(self, device: torch.device) -> contextlib.AbstractContextManager:
+        # a frozen nnU-Net is evaluated as nnU-Net does; one that was trained here, as it was trained
+        return inference_precision(device) if self.settings.is_hidiff else contextlib.nullcontext()
 
     def own_start(self, image: Tensor, presegmented: Tensor | None = None) -> Tensor:
         """Return the probabilities (B, K, *spatial) that `settings.start_from` names.

@@ -341,6 +341,7 @@ class DiffusionSettings:
             "signal_scale": (1.0, "a Bernoulli process has no scale"),
             "starts": ({"truth": 1.0}, "its noise already consists of nnU-Net's segmentation"),
             "from_noise": (False, "it always starts from a draw of nnU-Net's probabilities"),
+            "start_step": (self.timesteps, "a draw of nnU-Net's probabilities is the state after all noising steps"),
         }
         for name, (value, why) in only.items():
             if getattr(self, name) != value:
@@ -352,7 +353,7 @@ class DiffusionSettings:
             )
 
     def _check_network(self) -> None:
-        if self.uses_features and self.attention == ATTENTIONS[1]:
+        if self.uses_features and not self.is_hidiff and self.attention == ATTENTIONS[1]:
             raise NotImplementedError(
                 "diffusion.network.attention 'cross' needs a condition flow, which diffusion.network.condition 'presegmentor' "
                 "replaces: choose attention 'paper'."
@@ -429,6 +430,10 @@ class DiffusionSettings:
         by_snr, snr = START_SNR in given, given.pop(START_SNR, None)
         settings = default_settings(configuration, given.get("prediction_type"), given.get("denoiser", denoiser))
         if by_snr:
+            if settings.is_hidiff:
+                raise ValueError(
+                    f"diffusion.inference.start_snr is {snr}, but HiDiff always starts after all noising steps: leave it out."
+                )
             if "start_step" in given:
                 raise ValueError(
                     f"diffusion.inference has start_step {given['start_step']} and start_snr {snr}, which both state T': "

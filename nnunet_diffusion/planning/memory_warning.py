@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from nnunet_diffusion.files import DEFAULT_PLANNER, PLANS_OF
-from nnunet_diffusion.model.settings import DiffusionSettings
+from nnunet_diffusion.files import DEFAULT_PLANNER, PLANS_OF, hidiff_plans
+from nnunet_diffusion.model.settings import DiffusionSettings, topology_of
 from nnunet_diffusion.planning.costs import denoiser_cost
 from nnunet_diffusion.planning.record import GB, memory_target_gb
 
@@ -44,7 +44,10 @@ def memory_warning(
     target = memory_target_gb(plans, configuration)
     batch = int(configuration["batch_size"])
     voxels = batch * math.prod(int(edge) for edge in configuration["patch_size"])
-    bound = voxels * (BYTES_PER_CHANNEL * settings.features_per_stage[0] + BYTES_PER_HEAD * heads) + BYTES_OF_WEIGHTS
+    width = settings.features_per_stage[0]
+    if settings.is_hidiff:  # nnU-Net learns too
+        width += int(topology_of(configuration)["features_per_stage"][0])
+    bound = voxels * (BYTES_PER_CHANNEL * width + BYTES_PER_HEAD * heads) + BYTES_OF_WEIGHTS
     if target is None or bound <= target * GB:
         return None
     needed = denoiser_cost(configuration, settings, channels, heads, batch).total / GB
@@ -52,9 +55,11 @@ def memory_warning(
         return None
     number = int(plans["dataset_name"][7:10])
     planner = OURS.get(plans.get("experiment_planner_used", ""), DEFAULT_PLANNER)
-    chosen = "" if planner == DEFAULT_PLANNER else f" -pl {planner}"
+    chosen, name = "" if planner == DEFAULT_PLANNER else f" -pl {planner}", PLANS_OF[planner]
+    if settings.is_hidiff:
+        chosen, name = f"{chosen} -denoiser hidiff", hidiff_plans(name)
     return (
         f"WARNING: on a GPU this training needs about {needed:.1f} GB, {needed - target:.1f} GB more than the {target:g} GB "
         f"these plans were made for. Plans in which both networks fit: nnunet_diffusion plan -d {number}"
-        f"{chosen} -gpu_memory_target {target:g} --preprocess; then train with -p {PLANS_OF[planner]}"
+        f"{chosen} -gpu_memory_target {target:g} --preprocess; then train with -p {name}"
     )

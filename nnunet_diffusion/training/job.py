@@ -77,6 +77,10 @@ def warn(trainer: DiffusionTrainer) -> None:
             "WARNING: diffusion.training.starts has a share of presegmentation, so the denoiser is trained on what the "
             "pre-segmentor makes of its own training cases, with fewer mistakes than on new cases; out_of_fold avoids that."
         )
+    if settings.is_hidiff:
+        trainer.print_to_log_file(
+            "Note: the refiner is trained on what nnU-Net makes of its own training cases, with fewer mistakes than on new cases."
+        )
     # in distributed training each GPU has a part of the batch
     own = {**trainer.configuration_manager.configuration, "batch_size": trainer.batch_size}
     told = memory_warning(trainer.plans_manager.plans, own, settings, trainer.num_input_channels, heads)

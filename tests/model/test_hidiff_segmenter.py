@@ -80,6 +80,7 @@ def test_a_weight_of_one_is_the_segmentor_alone():
 
 def test_half_precision_gives_finite_probabilities_near_those_of_float32():
     network = hidiff(dataclasses.replace(SETTINGS, steps=10, presegmentation_weight=0.0)).eval()
+    nn.init.normal_(network.denoiser.output[-1].weight, std=0.1)  # 0 before training
     image = torch.randn(2, 1, 16, 16)
     exact = network.sample(image)
     with torch.autocast("cpu", dtype=torch.bfloat16):

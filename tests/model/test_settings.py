@@ -237,6 +237,13 @@ def test_hidiff_has_defaults_of_its_own_that_survive_json():
         (ValueError, {"training": {"starts": {"corrupted": 1}}}, "starts is .*must be .*truth.* with HiDiff"),
         (ValueError, {"inference": {"from_noise": True}}, "from_noise is True, but must be False with HiDiff"),
         (ValueError, {"inference": {"sampler": "unipc"}}, "'unipc' is for Gaussian processes: .*'ddim' or 'ddpm'"),
+        (
+            ValueError,
+            {"inference": {"start_step": 5}},
+            "start_step is 5, but must be 10 with HiDiff: a draw of nnU-Net's",
+        ),
+        (ValueError, {"inference": {"start_snr": 1}}, "start_snr is 1, but HiDiff always starts after all noising"),
+        (ValueError, {"process": {"timesteps": 20}}, "start_step is 10, but must be 20 with HiDiff"),
         (ValueError, {"inference": {"start_step": 11}}, r"start_step is 11, more than .*timesteps \(10\)"),
         (ValueError, {"training": {"collaboration_weight": -1}}, "collaboration_weight is -1"),
         (ValueError, {"network": {"condition_on_presegmentation": True}}, "denoiser 'hidiff'"),
