@@ -17,8 +17,10 @@ below. An unknown key, a wrong type or an illegal value is refused with the key,
 How to set them, with an example: [quick start](quick_start.md#settings).
 
 {table}
-With `denoiser` `nnunet` the defaults of `prediction_type` (`logits`), `signal_scale` (0.1) and `mirror_samples` (true) differ. With `hidiff` those of `prediction_type` (`flip`), `timesteps`,
-`max_train_step` and `start_step` (10), `starts` (`{{"truth": 1}}`) and `mirror_samples` (true); `signal_scale` 1, these `starts`, `start_step` = `timesteps` and `from_noise` false are its only legal values, its samplers `ddim` and `ddpm`.
+With `denoiser` `nnunet` the defaults of `prediction_type` (`logits`), `signal_scale` (0.1) and `mirror_samples` (true) differ.
+With `hidiff` those of `prediction_type` (`flip`), `timesteps`, `max_train_step` and `start_step` (10), `starts`
+(`{{"truth": 1}}`) and `mirror_samples` (true) differ. `signal_scale` 1, these `starts`, `start_step` = `timesteps` and
+`from_noise` false are then the only legal values, `ddim` and `ddpm` the only samplers.
 `nnunet_diffusion plan -denoiser hidiff` writes a complete section.
 
 Three defaults follow the plans: `features_per_stage` is half of nnU-Net's width at each stage, at least 8; `norm` is

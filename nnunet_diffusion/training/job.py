@@ -79,7 +79,8 @@ def warn(trainer: DiffusionTrainer) -> None:
         )
     if settings.is_hidiff:
         trainer.print_to_log_file(
-            "Note: the refiner is trained on what nnU-Net makes of its own training cases, with fewer mistakes than on new cases."
+            "Note: the refiner is trained on what nnU-Net makes of its own training cases, with fewer mistakes than on new "
+            "cases."
         )
     # in distributed training each GPU has a part of the batch
     own = {**trainer.configuration_manager.configuration, "batch_size": trainer.batch_size}

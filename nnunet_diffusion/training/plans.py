@@ -96,8 +96,8 @@ def notes(configuration: Mapping[str, Any], denoiser: str | None = None) -> list
     if section and denoiser not in (None, planned):
         return [
             f"The plans' {PLANS_KEY} section is for the denoiser {planned!r}, but this trainer's is {denoiser!r}, which takes "
-            f"its own defaults. To change them, write a {PLANS_KEY} section into the plans that has {PLANS_KEY}.network.denoiser "
-            f"{denoiser!r} and what you change, nothing else."
+            f"its own defaults. To change them, write a {PLANS_KEY} section into the plans that has "
+            f"{PLANS_KEY}.network.denoiser {denoiser!r} and what you change, nothing else."
         ]
     removed = [key for key in REMOVED if section.get(key) or section.get("training", {}).get(key)]
     lost = [f"WARNING: the plans' {key} does not exist any more; this training does without it." for key in removed]
