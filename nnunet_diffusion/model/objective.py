@@ -214,7 +214,7 @@ class DenoisingObjective:
         if not which:
             return start
         part = torch.rand(len(start), generator=generator, device=start.device)
-        noise = segmenter.process.draw_noise(start.shape, generator)
+        noise = segmenter.process.draw_noise(start.shape, generator).to(start.device)
         # s uniform in [t, max_train_step)
         earlier = timestep + (part * (segmenter.settings.max_train_step - timestep)).long()
         denoiser, training = segmenter.denoiser, segmenter.denoiser.training
@@ -253,7 +253,8 @@ def timestep_and_noise(segmenter: DiffusionSegmenter, clean: Tensor, generator: 
     """Return timesteps (B,) below `max_train_step`, and the process's noise of the state's shape (B, K, *spatial)."""
     limit = segmenter.settings.max_train_step
     timestep = torch.randint(0, limit, (len(clean),), generator=generator, device=generator.device)
-    return timestep, segmenter.process.draw_noise(clean.shape, generator)
+    noise = segmenter.process.draw_noise(clean.shape, generator)
+    return timestep.to(clean.device), noise.to(clean.device)
 
 
 def deeply_supervised(prediction: Tensor, heads: Sequence[Tensor], target: Tensor, loss: SegmentationLoss) -> Tensor:
