@@ -4,10 +4,13 @@ import dataclasses
 
 import pytest
 import torch
+from small_hidiff import SETTINGS as HIDIFF
+from small_hidiff import hidiff, networks
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nnunet_diffusion.inference.volume import Tiling, VolumeProcess
+from nnunet_diffusion.model.build import build_objective
 from nnunet_diffusion.model.objective import PGDiffSegObjective
 from nnunet_diffusion.model.segmenter import DiffusionSegmenter
 from nnunet_diffusion.model.settings import DiffusionSettings
@@ -80,3 +83,18 @@ def test_volume_whose_state_is_on_either_device(gpu, sampler, tile_wise, state_d
         process = VolumeProcess(network, torch.zeros(1, 24, 16), tiling, torch.zeros(3, 24, 16), 1, state_device)
         found = process.run_tile_wise([0, 1]) if tile_wise else process.run([0, 1])
     assert found.device == state_device
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_hidiffs_reverse_process_and_both_turns(gpu, sampler):
+    network = hidiff(dataclasses.replace(HIDIFF, sampler=sampler, steps=3, samples=2, eta=0.5))
+    with gpu, GPU:
+        network.presegmentor, network.denoiser = networks()
+    network.ignore_label = 3
+    with gpu:
+        image, target = (torch.zeros(2, 1, 16, 16, device=GPU) for _ in range(2))
+        assert network.eval().sample(image).device == GPU
+        turns = build_objective(network.train()).turns(
+            image, target, lambda logits, _: logits.mean(), torch.Generator()
+        )
+        assert {term.device for _, terms in turns for term in terms.values()} == {GPU}
