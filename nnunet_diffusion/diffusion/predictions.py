@@ -111,9 +111,11 @@ class Flip:
 
     def to_clean(self, prediction: Tensor, noisy: Tensor, timestep: int | Tensor, process: BernoulliProcess) -> Tensor:
         """Return |y_t - flip|, the probability that the clean state is 1."""
-        noisy = at_least_float32(noisy)
-        flip = at_least_float32(prediction) + process.flip_logit(noisy, timestep)
-        return (noisy - flip.sigmoid()).abs()
+        return (at_least_float32(noisy) - self.logit(prediction, noisy, timestep, process).sigmoid()).abs()
+
+    def logit(self, prediction: Tensor, noisy: Tensor, timestep: int | Tensor, process: BernoulliProcess) -> Tensor:
+        """Return the logit of a flip: the prediction, added to what y_t and p alone say."""
+        return at_least_float32(prediction) + process.flip_logit(noisy, timestep)
 
 
 PREDICTION_TYPES = ("epsilon", "x0", "v", "logits")

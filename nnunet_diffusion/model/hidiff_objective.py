@@ -12,6 +12,7 @@ from torch import Generator, Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from nnunet_diffusion.diffusion.bernoulli import LEAST, BernoulliProcess
+from nnunet_diffusion.diffusion.predictions import Flip
 from nnunet_diffusion.model import labels, losses
 from nnunet_diffusion.model.objective import (
     SegmentationLoss,
@@ -146,9 +147,8 @@ def refinement(
     Returns:
         `posterior`, `flip` and `overlap`: scalars.
     """
-    flip = added.float() + process.flip_logit(noisy, timestep)
-    # y_0 estimate = |y_t - flip|
-    estimate = (noisy - flip.sigmoid()).abs()
+    prediction = Flip()
+    flip, estimate = (each(added, noisy, timestep, process) for each in (prediction.logit, prediction.to_clean))
     last = (timestep == 0).view(-1, *[1] * (noisy.ndim - 1))
     wanted, found = (
         torch.where(last, each, process.posterior(each, noisy, timestep, timestep - 1).probability)
