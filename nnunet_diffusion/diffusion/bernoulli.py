@@ -136,19 +136,19 @@ class BernoulliProcess:
         zero = (kept * (1 - noisy) + replaced) * (left * (1 - clean) + (1 - left) * (1 - prior))
         return BernoulliPosterior(one / (one + zero))
 
-    def flip_logit(self, noisy: Tensor, timestep: int | Tensor) -> Tensor:
-        """Return the logit of y_t differing from y_0 as y_t and p alone tell it, by Bayes' rule with P(y_0 = 1) = p.
+    def clean_logit(self, noisy: Tensor, timestep: int | Tensor) -> Tensor:
+        """Return the logit of y_0 = 1 as y_t and p alone tell it, by Bayes' rule with P(y_0 = 1) = p.
 
         Args:
             noisy: y_t, (B, K, *spatial), 0 and 1.
             timestep: 0..T-1.
         """
         noisy = at_least_float32(noisy)
-        kept = self.schedule.at(timestep, noisy)
-        # |1 - y_t - p|: the prior's probability of the value y_t
-        same = (1 - noisy - self._prior(noisy)).abs()
-        # P(y_0 = v | y_t) ~ P(y_0 = v) q(y_t | y_0 = v); the prior's probability of y_t cancels
-        return ((1 - same) * (1 - kept)).log() - (kept + (1 - kept) * same).log()
+        kept, prior = self.schedule.at(timestep, noisy), self._prior(noisy)
+        # (1 - alpha_bar_t) |1 - y_t - p|: probability that noise put the value y_t there
+        replaced = (1 - kept) * (1 - noisy - prior).abs()
+        # P(y_0 = v | y_t) ~ P(y_0 = v) q(y_t | y_0 = v)
+        return (prior * (kept * noisy + replaced)).log() - ((1 - prior) * (kept * (1 - noisy) + replaced)).log()
 
     def step(
         self, clean: Tensor, noisy: Tensor, timestep: int, previous: int, *, eta: float = 0.0, generator: Random = None

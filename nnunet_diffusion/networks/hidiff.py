@@ -213,7 +213,7 @@ class HiDiffRefiner(nn.Module):
         return Guidance(image if self.image_input else prior, prior, used)
 
     def forward(self, noisy: Tensor, timestep: Tensor, condition: Guidance) -> Tensor:
-        """Return what image and features add to the logit of a flip, |y_t - y_0|, (B, K, *spatial); 0 before training.
+        """Return what image and features add to the logit of y_0 = 1, (B, K, *spatial); 0 before training.
 
         Args:
             noisy: y_t, (B, K, *spatial), 0 and 1.

@@ -163,7 +163,7 @@ def test_schedules_of_the_process():
 
 
 @pytest.mark.parametrize(("name", "timesteps"), SCHEDULES[:2])
-def test_the_flip_that_state_and_prior_tell_is_bayes_rule_by_enumeration(name, timesteps):
+def test_the_clean_state_that_state_and_prior_tell_is_bayes_rule_by_enumeration(name, timesteps):
     process = process_of(name, timesteps)
     for timestep, noisy in itertools.product(range(timesteps), (0.0, 1.0)):
         given = [kernel(process, value, timestep, -1) for value in (0.0, 1.0)]
@@ -171,10 +171,10 @@ def test_the_flip_that_state_and_prior_tell_is_bayes_rule_by_enumeration(name, t
             (process.prior if value else 1 - process.prior) * (each if noisy else 1 - each)
             for value, each in zip((0.0, 1.0), given, strict=True)
         ]
-        wanted = weights[1 - int(noisy)] / (weights[0] + weights[1])
-        found = process.flip_logit(torch.full_like(process.prior, noisy), timestep).sigmoid()
+        wanted = weights[1] / (weights[0] + weights[1])
+        found = process.clean_logit(torch.full_like(process.prior, noisy), timestep).sigmoid()
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
     # at T the state says nothing: the clean state is what the prior says
-    last = process.flip_logit(torch.ones_like(process.prior), timesteps - 1).sigmoid()
+    last = process.clean_logit(torch.ones_like(process.prior), timesteps - 1).sigmoid()
     if name == "linear":
-        torch.testing.assert_close(1 - last, process.prior, rtol=0, atol=1e-12)
+        torch.testing.assert_close(last, process.prior, rtol=0, atol=1e-12)
