@@ -28,7 +28,7 @@ if __name__ == "__main__":
     setup(
         name="nnunet-diffusion",
         version=read_version(),
-        description="Diffusion segmentation (PGDiffSeg, PD-DDPM) as an external nnU-Net v2 trainer",
+        description="Diffusion segmentation (PGDiffSeg, PD-DDPM, HiDiff) as an external nnU-Net v2 trainer",
         long_description=read_long_description(),
         long_description_content_type="text/markdown",
         license="Apache-2.0",
@@ -50,6 +50,7 @@ if __name__ == "__main__":
             "matplotlib",
             "nibabel",
             "numpy",
+            "scikit-image",
             "scipy",
             "SimpleITK",
             "tqdm",

@@ -59,7 +59,7 @@ def dice(prediction: ArrayLike, reference: ArrayLike) -> float:
     Raises:
         ValueError: the shapes differ.
     """
-    predicted, true = _masks(prediction, reference)
+    predicted, true = masks_of_one_shape(prediction, reference)
     total = np.count_nonzero(predicted) + np.count_nonzero(true)
     return 2.0 * np.count_nonzero(predicted & true) / total if total else float("nan")
 
@@ -90,7 +90,7 @@ def hd95(prediction: ArrayLike, reference: ArrayLike, spacing_mm: Sequence[float
     Raises:
         ValueError: the shapes differ, or `spacing_mm` is not one positive number per axis.
     """
-    predicted, true = _masks(prediction, reference)
+    predicted, true = masks_of_one_shape(prediction, reference)
     spacing = _spacing(spacing_mm, predicted.ndim)
     if not predicted.any() or not true.any():
         return float("inf") if predicted.any() or true.any() else float("nan")
@@ -179,7 +179,12 @@ def _counted(known: ArrayLike | None, reference: NDArray) -> NDArray[np.bool_]:
     return mask
 
 
-def _masks(prediction: ArrayLike, reference: ArrayLike) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+def masks_of_one_shape(prediction: ArrayLike, reference: ArrayLike) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Return both as boolean arrays.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
     predicted, true = np.asarray(prediction, dtype=bool), np.asarray(reference, dtype=bool)
     _same_shape(predicted, true, "prediction")
     return predicted, true

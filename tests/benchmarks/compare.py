@@ -157,7 +157,8 @@ def evaluate_all(
             if hasattr(model.segmenter, "settings"):
                 start_from(model, models["nnU-Net"].folder(folders))
                 settings = sampling_settings(options, model.segmenter.settings)
-            evaluate(model, settings, cases, folders.raw, output / NNUNET, rows, deadline.check, options.seed)
+            where = cases, folders.raw, output / NNUNET, rows, deadline.check, options.seed
+            evaluate(model, settings, *where, vessels=options.vessels)
     finally:
         if rows.rows:
             (output / "report.md").write_text(write_report(rows.rows, _heading(folders, options, models), options.seed))

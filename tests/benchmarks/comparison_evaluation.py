@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import math
 import os
 import time
 import zlib
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from nnunet_diffusion.evaluation.corruptions import dilate, erase_half, erode
 from nnunet_diffusion.evaluation.metrics import per_class_metrics, voxels_corrected_and_broken
+from nnunet_diffusion.evaluation.tubular import centreline_dice, thin_vessel_recall
 from nnunet_diffusion.model import labels
 from nnunet_diffusion.model.segmenter import DiffusionSegmenter
 from nnunet_diffusion.training.checkpoints import read_checkpoint
@@ -59,6 +61,8 @@ class Row:
     seconds: float
     presegmentor_evaluations: int
     denoiser_evaluations: int
+    cldice: float = math.nan
+    thin_recall: float = math.nan
 
     @property
     def key(self) -> tuple[str, str, str, str]:
@@ -301,6 +305,8 @@ def evaluate(
     rows: RowFile,
     check_time: Callable[[], None],
     seed: int,
+    *,
+    vessels: bool = False,
 ) -> None:
     """Fill in the missing rows of one model, case by case; the baseline's label maps are kept in `baseline_folder`."""
     for number, name in enumerate(cases):
@@ -310,11 +316,11 @@ def evaluate(
         case = model.load(name, raw)
         for setting in missing:
             check_time()
-            rows.append(_measure(model, setting, case, baseline_folder, seed))
+            rows.append(_measure(model, setting, case, baseline_folder, seed, vessels))
         print(f"[{time.strftime('%H:%M:%S')}] {model.name}: {name} ({number + 1} of {len(cases)})", flush=True)
 
 
-def _measure(model: Model, setting: Setting, case: Case, baseline_folder: Path, seed: int) -> list[Row]:
+def _measure(model: Model, setting: Setting, case: Case, baseline_folder: Path, seed: int, vessels: bool) -> list[Row]:
     kept = baseline_folder / f"{case.name}.npz"
     corruption = CORRUPTIONS.get(setting.start)
     given = corruption(case.truth, seed + zlib.crc32(case.name.encode())) if corruption else None
@@ -325,7 +331,7 @@ def _measure(model: Model, setting: Setting, case: Case, baseline_folder: Path, 
     start = given if given is not None else result if model.name == NNUNET else np.load(kept)["labels"]
     evaluations = model.network.presegmentor_evaluations, model.network.denoiser_evaluations
     key = model.name, setting.name, setting.start
-    return measured_rows(key, case, model.classes, start, result, seconds, evaluations)
+    return measured_rows(key, case, model.classes, start, result, seconds, evaluations, vessels)
 
 
 def measured_rows(
@@ -336,6 +342,7 @@ def measured_rows(
     result: NDArray,
     seconds: float,
     evaluations: tuple[int, int],
+    vessels: bool = False,
 ) -> list[Row]:
     """Measure a label map of a case, and the one it is compared with.
 
@@ -347,12 +354,17 @@ def measured_rows(
         result: label map.
         seconds: that the result took.
         evaluations: of the pre-segmentor and of the denoiser.
+        vessels: measure centrelines too.
     """
     before = per_class_metrics(start, case.truth, classes, case.spacing_mm)
     after = per_class_metrics(result, case.truth, classes, case.spacing_mm)
     rows = []
     for label, name in classes.items():
-        changes = voxels_corrected_and_broken(start == label, result == label, case.truth == label)
+        found, true = result == label, case.truth == label
+        changes = voxels_corrected_and_broken(start == label, found, true)
+        cldice, thin_recall = math.nan, math.nan
+        if vessels:
+            cldice, thin_recall = centreline_dice(found, true), thin_vessel_recall(found, true)
         rows.append(
             Row(
                 *key,
@@ -369,6 +381,8 @@ def measured_rows(
                 seconds=round(seconds, 4),
                 presegmentor_evaluations=evaluations[0],
                 denoiser_evaluations=evaluations[1],
+                cldice=cldice,
+                thin_recall=thin_recall,
             )
         )
     return rows

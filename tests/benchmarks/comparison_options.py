@@ -71,6 +71,7 @@ def read_options(words: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--control-epochs", type=int, help="length of the longer control (default: measured from the first denoiser)")
     add("--cases", type=int, help="evaluate this many validation cases, evenly spaced")
+    add("--vessels", action="store_true", help="measure clDice and the recall of thin vessels too")
     add("--no-mirroring", action="store_true")
     add("--tile-batch", type=int, default=16)
     add("--device", default="cuda", choices=["cuda", "cpu", "mps"])

@@ -17,6 +17,7 @@ from nnunet_diffusion.evaluation.comparison import (
 )
 
 MEAN = "mean of the classes"
+VESSELS = {"cldice": "clDice", "thin_recall": "Recall of vessels at most two pixels wide"}
 PAIRED = ["cases", "left out", "mean", "median", "difference to nnU-Net", "95 % interval", "Wilcoxon p"]
 
 
@@ -44,6 +45,9 @@ def write_report(rows: Sequence[Row], heading: str, seed: int) -> str:
     for label in classes:
         own = [row for row in rows if row.label == label]
         parts += [f"## Dice, {label}\n", dice_table(own, seed), f"## HD95 in mm, {label}\n", hd95_table(own, seed)]
+        for key, title in VESSELS.items():
+            known = [row for row in own if not np.isnan(getattr(row, key))]
+            parts += [f"## {title}, {label}\n", plain_table(known, key, seed)] if known else []
         absent = false_positive_table(own)
         parts += [f"## Cases without {label}\n", absent] if absent else []
     parts += ["## Cost\n", cost_table(rows)]
@@ -97,6 +101,12 @@ def dice_table(rows: Sequence[Row], seed: int) -> str:
         changes = ["-", "-"] if entry.model == NNUNET else [number(corrected, 1), number(broken, 1)]
         lines.append([entry.name, *_cells(entry, comparison, 4), *changes])
     return markdown_table(["model", *PAIRED, "voxels corrected", "voxels broken"], lines)
+
+
+def plain_table(rows: Sequence[Row], key: str, seed: int) -> str:
+    """A metric of the cases that have the class, paired with nnU-Net."""
+    lines = [[entry.name, *_cells(entry, comparison, 4)] for entry, _, comparison in _paired(rows, key, seed)]
+    return markdown_table(["model", *PAIRED], lines)
 
 
 def hd95_table(rows: Sequence[Row], seed: int) -> str:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -412,7 +413,14 @@ def test_report_pairs_lesions_and_sets_normal_cases_apart() -> None:
     assert "| logits, T'=300 | 2 | 0 | 0.7000 | 0.7000 | +0.1000 | +0.1000 to +0.1000 | 0.5 | 3.0 | 1.0 |" in report
     assert "| nnU-Net | 1 | 100.0 % | 40.0 |" in report and "| logits, T'=300 | 1 | 0.0 % | - |" in report
     assert "| logits, T'=300, eroded 2 | front | 2 | 0.6000 | 0.8000 | +0.2000 |" in report
-    assert "mean of the classes" not in report
+    assert "mean of the classes" not in report and "clDice" not in report
+    rows = [dataclasses.replace(each, cldice=each.dice / 2, thin_recall=each.dice / 4) for each in rows]
+    report = write_report(rows, "# heading", seed=0)
+    assert "## clDice, front" in report and "| logits, T'=300 | 2 | 0 | 0.3500 | 0.3500 | +0.0500 |" in report
+    assert (
+        "at most two pixels wide, front" in report
+        and "| logits, T'=300 | 2 | 0 | 0.1750 | 0.1750 | +0.0250 |" in report
+    )
 
 
 def test_mean_rows_average_the_classes_that_have_a_dice() -> None:
