@@ -217,6 +217,25 @@ def plan_memory(
     return MemoryPlan(cpu, at_once, needed(at_once), "; ".join(notes))
 
 
+def condition_bytes(
+    device: torch.device,
+    plan: MemoryPlan,
+    limit_bytes: float | None = None,
+    free: Callable[[torch.device], float] = free_bytes,
+) -> float:
+    """Return the memory in which the conditions of tiles may be kept: half of what the state leaves; 0 if that is unknown.
+
+    Args:
+        device: device of the networks.
+        plan: for the volume's state.
+        limit_bytes: limit of the device's memory; None for the free memory.
+        free: device -> free bytes.
+    """
+    available = min(free(device), math.inf if limit_bytes is None else limit_bytes)
+    left = available - plan.needed_bytes * (plan.device == device)
+    return max(0.0, left / 2) if math.isfinite(left) else 0.0
+
+
 def readable_size(number: float) -> str:
     """Return a number of bytes in GiB or MiB."""
     return f"{number / GIB:.2f} GiB" if number >= GIB / 10 else f"{number / 2**20:.2f} MiB"

@@ -36,6 +36,7 @@ def run_group(
         found = unless_out_of_memory(partial(run, group), device)
         if found is not None:
             return process, found
+        process = dataclasses.replace(process, condition_bytes=0)
         batch, cpu = process.tiling.batch, torch.device("cpu")
         if batch > 1:
             tell(notes, f"{batch} patches at once do not fit on {device}: {batch // 2}")

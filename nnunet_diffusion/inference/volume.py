@@ -93,6 +93,7 @@ class VolumeProcess:
         evaluations: counts of network evaluations, updated during the run.
         fold: fold of the weights. Each fold has its own noise, so that an ensemble also averages over noise.
         mirrored: spatial axes along which the networks see the volume mirrored.
+        condition_bytes: memory of the tiling's device in which the conditions of tiles are kept for the next steps and samples.
     """
 
     segmenter: DiffusionSegmenter
@@ -105,6 +106,7 @@ class VolumeProcess:
     evaluations: Evaluations = field(default_factory=Evaluations)
     fold: int = 0
     mirrored: tuple[int, ...] = ()
+    condition_bytes: float = 0
 
     def __post_init__(self) -> None:
         """Prepare the data shared by all samples."""
@@ -115,7 +117,8 @@ class VolumeProcess:
         volume = self.image.shape[1:]
         self._heads = self.segmenter.denoiser.state_channels
         self._total = self.tiling.total_weight(volume, self.state_device)
-        self._conditions: tuple[Sequence[Tile], Conditions] | None = None
+        self._kept: dict[str, Conditions] = {}
+        self._last: tuple[str, Conditions] | None = None
 
     def run(self, samples: Sequence[int]) -> Tensor:
         """Return the probabilities of these samples, (len(samples), K, *volume), float32; reproducible for a given seed.
@@ -195,6 +198,7 @@ class VolumeProcess:
         conditions = self._conditions_of(tiles)
         before = conditions.evaluations
         condition = conditions.at(timestep)
+        self._keep_last()
         self.evaluations.condition += conditions.evaluations - before
         if self.segmenter.settings.uses_features:
             self.evaluations.presegmentor += conditions.evaluations - before
@@ -208,21 +212,29 @@ class VolumeProcess:
         return patches.flip([axis - self.tiling.weight.ndim for axis in self.mirrored]) if self.mirrored else patches
 
     def _conditions_of(self, tiles: Sequence[Tile]) -> Conditions:
-        """Return the conditions of these tiles, reused from the last call if the tiles are the same.
-
-        They are the same if all tiles fit into one batch. Only the last ones are kept, because the conditions of all tiles of
-        a large volume do not fit into memory.
-        """
-        if self._conditions is None or self._conditions[0] != tiles:
-            self._conditions = None
+        """Return the conditions of these tiles, reused from an earlier call if they were kept."""
+        key = str(tiles)
+        if key in self._kept:
+            return self._kept[key]
+        if self._last is None or self._last[0] != key:
+            self._last = None  # not both in memory at once
             device = self.tiling.device
             image = torch.stack([self.image[tile] for tile in tiles]).to(device)
             given = None
             if self.presegmentation is not None and self.segmenter.settings.shows_presegmentation:
                 given = torch.stack([self.presegmentation[tile] for tile in tiles]).to(device)
             seen = self.segmenter.condition_image(image, given)
-            self._conditions = tiles, Conditions(self.segmenter, self._mirror(seen))
-        return self._conditions[1]
+            self._last = key, Conditions(self.segmenter, self._mirror(seen))
+        return self._last[1]
+
+    def _keep_last(self) -> None:
+        """Keep the last conditions beside the earlier ones, if there is room; those of a large volume's tiles may not fit."""
+        if self._last is None or self.segmenter.settings.condition_depends_on_time:
+            return
+        key, conditions = self._last
+        if key not in self._kept and conditions.bytes <= self.condition_bytes:
+            self.condition_bytes -= conditions.bytes
+            self._kept[key] = conditions
 
 
 def _batch_of_one(probabilities: Tensor | None) -> Tensor | None:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from nnunet_diffusion.inference.ensemble import Members, VolumePrediction
 from nnunet_diffusion.inference.fusion import absent, fuse, leave_out
-from nnunet_diffusion.inference.memory import GIB, free_bytes, peak_bytes, plan_memory
+from nnunet_diffusion.inference.memory import GIB, condition_bytes, free_bytes, peak_bytes, plan_memory
 from nnunet_diffusion.inference.out_of_memory import run_group, tell, unless_out_of_memory
 from nnunet_diffusion.inference.presegmentation import Presegmentation
 from nnunet_diffusion.inference.reproducible import computing
@@ -209,6 +209,7 @@ class VolumeRun:
         process = VolumeProcess(
             self.network, data, self.tiling, start, settings.seed, plan.device, self._on_tiles, self.evaluations,
             int(fold) if fold.isdecimal() else 0,
+            condition_bytes=condition_bytes(self.device, plan, limit, free),
         )  # fmt: skip
         for place, axes in enumerate(mirrors[: settings.samples]):
             process = dataclasses.replace(process, mirrored=axes)

@@ -33,9 +33,11 @@ class Presegmentation:
 
     Attributes:
         probabilities: of each class or region, (B, K, *spatial), float32.
+        features: those that the denoiser's condition comes from; None if it has no use for them.
     """
 
     probabilities: Tensor
+    features: tuple[Tensor, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,10 @@ class DiffusionSegmenter(nn.Module):
         )
         self.ignore_label: int | None = None
         self.evaluations = 0
-        self._to_features = unet.encode if settings.is_hidiff else _to_all_features
-        self._encode, self._denoise, self._run, self._run_to_features = _encode, _denoise, _run, self._to_features
+        self._encode, self._denoise, self._run = _encode, _denoise, _run
+        # for an image, logits and features; of tiles whose logits are known, features alone
+        self._run_with_features = unet.logits_and_encoder if settings.is_hidiff else unet.logits_and_features
+        self._run_to_features = unet.encode if settings.is_hidiff else _to_all_features
         self._noise: _StartNoise | None = None
 
     def train(self, mode: bool = True) -> DiffusionSegmenter:
@@ -135,9 +139,14 @@ class DiffusionSegmenter(nn.Module):
     def presegment(self, image: Tensor) -> Presegmentation:
         """Return what the pre-segmentor makes of images (B, C, *spatial)."""
         with torch.no_grad():
-            output = self.run_presegmentor(image)
+            features = None
+            if self.settings.uses_features:
+                with self._segmentor_precision(image.device):
+                    output, features = outside_inference_mode(self._run_with_features, self.presegmentor, image)
+            else:
+                output = self.run_presegmentor(image)
             logits = output[0] if isinstance(output, (list, tuple)) else output
-            return Presegmentation(labels.activate(logits, self.settings.regions))
+            return Presegmentation(labels.activate(logits, self.settings.regions), features)
 
     def features(self, image: Tensor) -> tuple[Tensor, ...] | None:
         """Return the pre-segmentor's features of images if the denoiser's condition comes from them.
@@ -188,12 +197,15 @@ class DiffusionSegmenter(nn.Module):
         """
         settings = self.settings
         needed = not settings.from_noise or settings.shows_presegmentation
-        member = None
+        own = member = None
         if presegmentation is None:
-            member = self.presegment(image).probabilities if settings.presegmentation_weight > 0 else None
-            if member is not None and settings.presegmentation_weight == 1:
-                return member
-            presegmentation = self.own_start(image, member) if needed else None
+            if settings.presegmentation_weight > 0 or (needed and settings.start_from == "presegmentor"):
+                own = self.presegment(image)
+            if own is not None and settings.presegmentation_weight > 0:
+                member = own.probabilities
+                if settings.presegmentation_weight == 1:
+                    return member
+            presegmentation = self.own_start(image, None if own is None else own.probabilities) if needed else None
         shape = (len(image) * settings.samples, self.denoiser.state_channels, *image.shape[2:])
         start, generator = self._start_noise(shape, image.device)
         process = self.process
@@ -201,7 +213,8 @@ class DiffusionSegmenter(nn.Module):
             repeated = presegmentation.float().repeat_interleave(settings.samples, 0)
             process = process.towards(repeated)
             start = process.start(repeated, settings.start_step, start)
-        conditions = Conditions(self, self.condition_image(image, presegmentation))
+        features = None if own is None else own.features
+        conditions = Conditions(self, self.condition_image(image, presegmentation), features)
 
         def estimate(noisy: Tensor, timestep: int) -> Tensor:
             self.evaluations += settings.samples
@@ -248,10 +261,16 @@ class DiffusionSegmenter(nn.Module):
                 estimates.append(clean.view(part.shape))
         return torch.cat(estimates, 1)
 
-    def encode(self, image: Tensor, timestep: int) -> Condition:
-        """Evaluate the condition flow and the prior branch at one timestep; `image` (B, C, *spatial)."""
+    def encode(self, image: Tensor, timestep: int, features: tuple[Tensor, ...] | None = None) -> Condition:
+        """Evaluate the condition flow and the prior branch at one timestep.
+
+        Args:
+            image: (B, C, *spatial); see `condition_image`.
+            timestep: of all images.
+            features: of these images, where they are at hand already.
+        """
         times = torch.full((len(image),), timestep, device=image.device)
-        features = self.features(image)
+        features = self.features(image) if features is None else features
         with inference_precision(image.device):
             return outside_inference_mode(self._encode, self.denoiser, image, times, features)
 
@@ -286,9 +305,8 @@ class DiffusionSegmenter(nn.Module):
         The reverse process around them stays as it is, so any sampler works, and its randomness is the same.
         """
         if self._denoise is _denoise:
-            self._encode, self._denoise, self._run, self._run_to_features = (
-                torch.compile(each) for each in (_encode, _denoise, _run, self._to_features)
-            )
+            for name in ("_encode", "_denoise", "_run", "_run_with_features", "_run_to_features"):
+                setattr(self, name, torch.compile(getattr(self, name)))
 
     @contextlib.contextmanager
     def overridden(self, **changes: Any) -> Iterator[DiffusionSegmenter]:
@@ -309,16 +327,24 @@ class Conditions:
     Args:
         segmenter: whose denoiser encodes.
         image: what the condition flow sees, (B, C, *spatial); see `condition_image`.
+        features: the pre-segmentor's of these images, where they are at hand already.
 
     Attributes:
         evaluations: images encoded so far.
     """
 
-    def __init__(self, segmenter: DiffusionSegmenter, image: Tensor) -> None:
-        self._segmenter, self._image = segmenter, image
+    def __init__(
+        self, segmenter: DiffusionSegmenter, image: Tensor, features: tuple[Tensor, ...] | None = None
+    ) -> None:
+        self._segmenter, self._image, self._features = segmenter, image, features
         self.evaluations = 0
         self._timestep: int | None = None
         self._condition: Condition | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the images and of their condition."""
+        return _bytes_of((self._image, self._condition))
 
     def at(self, timestep: int) -> Condition:
         """Return the condition at a timestep."""
@@ -326,10 +352,19 @@ class Conditions:
             self._segmenter.settings.condition_depends_on_time and timestep != self._timestep
         ):
             self._condition = None  # not both in memory at once
-            self._condition = self._segmenter.encode(self._image, timestep)
+            self._condition = self._segmenter.encode(self._image, timestep, self._features)
             self._timestep = timestep
             self.evaluations += len(self._image)
         return self._condition
+
+
+def _bytes_of(value: Any) -> int:
+    """Return the memory of all tensors in a value."""
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if dataclasses.is_dataclass(value):
+        value = [getattr(value, each.name) for each in dataclasses.fields(value)]
+    return sum(map(_bytes_of, value)) if isinstance(value, (list, tuple)) else 0
 
 
 # as functions, for torch.compile: the trainer exchanges the denoiser for its average

@@ -80,6 +80,12 @@ def deep_logits(network: Any, decoded: Sequence[Tensor]) -> list[Tensor]:
     return [layer(features) for layer, features in zip(layers, decoded[1:-1], strict=True)]
 
 
+def logits_and_encoder(network: Any, image: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return logits (B, K, *spatial) and the features of each encoder stage, as `encode` returns them."""
+    skips = encode(network, image)
+    return decode(network, skips)[0], tuple(skips)
+
+
 def logits_and_features(network: Any, image: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Return logits and, for each stage, the features of encoder and decoder side by side; the last stage has no decoder.
 

@@ -126,7 +126,8 @@ class CountedNetwork(nn.Module):
         self.presegmentor_evaluations = self.denoiser_evaluations = 0
         segmenter = isinstance(network, DiffusionSegmenter)
         counted = network.presegmentor if segmenter else network
-        counted.register_forward_hook(self._count("presegmentor_evaluations"))
+        # its first stage, as HiDiff evaluates the encoder by itself
+        counted.encoder.stages[0].register_forward_hook(self._count("presegmentor_evaluations"))
         if segmenter:
             network.denoiser.register_forward_hook(self._count("denoiser_evaluations"))
 

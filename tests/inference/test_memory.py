@@ -11,7 +11,15 @@ import pytest
 import torch
 from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 
-from nnunet_diffusion.inference.memory import GIB, case_bytes, control_group_bytes, plan_memory, state_bytes
+from nnunet_diffusion.inference.memory import (
+    GIB,
+    MemoryPlan,
+    case_bytes,
+    condition_bytes,
+    control_group_bytes,
+    plan_memory,
+    state_bytes,
+)
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 LARGE = (600, 512, 512)
@@ -46,6 +54,15 @@ def test_samples_of_one_call_of_the_denoiser_stay_together_where_they_fit():
         plan = plan_memory(LARGE, 5, 5, "ddim", 1, CPU, free=lambda _: 32 * GIB, together=together)
         assert plan.at_once == at_once
     assert plan_memory(LARGE, 5, 5, "ddim", 1, CPU, free=lambda _: 99 * GIB, together=4).at_once == 5
+
+
+def test_conditions_get_half_of_what_the_state_leaves():
+    def found(state, limit=None, free=10 * GIB):
+        return condition_bytes(CUDA, MemoryPlan(state, 1, 4 * GIB), limit, lambda _: free)
+
+    assert found(CUDA) == 3 * GIB and found(CPU) == 5 * GIB
+    assert found(CUDA, limit=6 * GIB) == GIB and found(CUDA, limit=2 * GIB) == 0
+    assert found(CUDA, free=math.inf) == 0  # not known
 
 
 def test_too_little_memory_for_one_sample_is_refused_with_numbers():

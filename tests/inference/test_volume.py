@@ -253,6 +253,26 @@ def test_samples_share_the_condition_flow_and_do_not_depend_on_their_company(sam
     assert not torch.allclose(found[0], found[1], atol=1e-2)
 
 
+TILE_BYTES = 4 * 8 * 8
+
+
+@pytest.mark.parametrize("joint", [True, False])
+@pytest.mark.parametrize(("room", "kept"), [(0, 0), (7 * TILE_BYTES, 7), (1000 * TILE_BYTES, 16)])
+def test_conditions_are_kept_where_there_is_room(room, kept, joint):
+    settings = dataclasses.replace(SETTINGS, time_in_condition_flow=False)
+    image, tiles = torch.randn(1, 20, 18), tiling((20, 18), (8, 8), 0.5, batch=3 if joint else 1)
+    assert len(tiles.tiles) == 16
+    without, run = (process(local_denoiser(), image, tiles, settings) for _ in range(2))
+    run = dataclasses.replace(run, condition_bytes=room)
+    first, second = (run.run, without.run) if joint else (run.run_tile_wise, without.run_tile_wise)
+    assert torch.equal(first([0, 1]), second([0, 1]))
+    encoded = run.segmenter.denoiser.encoded
+    # jointly, those without room in each of four steps; tile by tile, one after the other
+    assert encoded == run.evaluations.condition == (16 + 3 * (16 - kept) if joint else 16)
+    assert torch.equal(first([2]), second([2]))
+    assert run.segmenter.denoiser.encoded - encoded == (4 if joint else 1) * (16 - kept)
+
+
 @pytest.mark.parametrize(("batch", "tiles", "together"), [(3, 4, 1), (8, 4, 2), (30, 4, 7)])
 def test_bits_of_a_sample_do_not_depend_on_how_many_run_at_once(batch, tiles, together):
     """The denoiser's batches are the same, whatever memory allows; 3D and many channels, where convolutions differ by batch."""

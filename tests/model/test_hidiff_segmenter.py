@@ -89,6 +89,14 @@ def test_half_precision_gives_finite_probabilities_near_those_of_float32():
     assert (half - exact).abs().mean() < 0.1
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_the_segmentor_is_evaluated_once_per_patch(weight):
+    network, calls = hidiff(dataclasses.replace(SETTINGS, steps=5, presegmentation_weight=weight)).eval(), []
+    network.presegmentor.encoder.stages[0].register_forward_hook(lambda *_: calls.append(1))
+    network.sample(torch.randn(2, 1, 16, 16))
+    assert len(calls) == 1
+
+
 def test_training_changes_the_mode_of_both_networks():
     network = hidiff()
     assert network.train().presegmentor.training and not network.eval().presegmentor.training

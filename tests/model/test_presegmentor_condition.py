@@ -59,14 +59,18 @@ def test_training_and_prediction(settings):
     torch.testing.assert_close(found.sum(1), torch.ones(2, 16, 16))
 
 
-def test_the_condition_is_computed_once_for_all_steps(monkeypatch):
-    network = segmenter(FEATURES)
-    calls = []
-    features = network._run_to_features
-    monkeypatch.setattr(network, "_run_to_features", lambda *inputs: calls.append(1) or features(*inputs))
-    with network.overridden(steps=4, samples=3, presegmentation_weight=0.0):
-        network.sample(torch.randn(1, 1, 16, 16))
-    assert len(calls) == 1
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_one_evaluation_gives_the_start_and_the_condition_of_all_steps(weight):
+    network, calls = segmenter(FEATURES), []
+    network.presegmentor.encoder.stages[0].register_forward_hook(lambda *_: calls.append(1))
+    image = torch.randn(1, 1, 16, 16)
+    with network.overridden(steps=4, samples=3, presegmentation_weight=weight):
+        found = network.sample(image)
+        assert len(calls) == 1
+        # the same as with features computed by themselves
+        start = network.presegment(image).probabilities
+        alone = network.sample(image, start)
+    torch.testing.assert_close(found, torch.lerp(alone, start, weight))
 
 
 def test_the_image_reaches_the_output_through_the_features():
