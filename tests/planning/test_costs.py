@@ -8,12 +8,14 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from nnunet_diffusion.inference.volume import Tiling, VolumeProcess
 from nnunet_diffusion.model.build import build_denoiser, build_objective
 from nnunet_diffusion.model.objective import evaluate_pgdiffseg
 from nnunet_diffusion.model.segmenter import DiffusionSegmenter
 from nnunet_diffusion.model.settings import default_settings
 from nnunet_diffusion.planning import costs
 from nnunet_diffusion.planning.costs import SavedBytes, denoiser_cost, nnunet_cost
+from nnunet_diffusion.planning.flops import count_flops
 from nnunet_diffusion.planning.steps import build_nnunet, nnunet_builder, nnunet_loss, nnunet_step
 
 CHANNELS, HEADS = 2, 3
@@ -202,3 +204,23 @@ def test_an_iteration_of_hidiff_takes_the_flops_of_two_of_nnunets_at_stock_width
     settings = default_settings(plan, denoiser="hidiff")
     ratio = denoiser_cost(plan, settings, 1, 2, 2).flops / nnunet_cost(plan, 1, 2, 2).flops
     assert 1.5 < ratio < 2
+
+
+@pytest.mark.parametrize("patch", [(96, 96), (32, 32, 32)])
+@pytest.mark.parametrize(("steps", "limit"), [(10, 3.0), (2, 1.5)])
+def test_prediction_with_hidiff_costs_little_more_than_mirrored_nnunet(configuration, patch, steps, limit):
+    """In FLOPs, of a volume of two tiles: p comes from nnU-Net's mirrored prediction, the sample beside it is not mirrored."""
+    plan = configuration(patch, 1, 32, 4)
+    settings = dataclasses.replace(default_settings(plan, denoiser="hidiff"), steps=steps)
+    denoiser = build_denoiser(settings, plan, CHANNELS, HEADS, nnunet_builder(plan, HEADS))
+    segmenter = DiffusionSegmenter(build_nnunet(plan, CHANNELS, HEADS), denoiser, settings).eval()
+    whole, prior = (torch.zeros(count, 2 * patch[0], *patch[1:]) for count in (CHANNELS, HEADS))
+    tiles = [(slice(None), slice(a, a + patch[0]), *[slice(0, size) for size in patch[1:]]) for a in (0, patch[0])]
+    tiling = Tiling(tiles, torch.ones(patch), 1, torch.device("cpu"))
+    process = VolumeProcess(segmenter, whole, tiling, prior + 0.5, 1, torch.device("cpu"), condition_bytes=1e9)
+    with torch.no_grad():
+        once = count_flops(lambda: segmenter.presegmentor(whole[tiles[0]][None]))
+        sample = count_flops(lambda: process.run([0]))
+    mirrored = 2 ** len(patch) * once * len(tiles)
+    assert process.evaluations.presegmentor == len(tiles)
+    assert (mirrored + sample) / mirrored < limit
