@@ -23,12 +23,21 @@ PLANS_OF = {
 }
 """Planner of this package -> default name of its plans."""
 HIDIFF_TRAINER = "HiDiffTrainer"
+FOR_HIDIFF = " -denoiser hidiff"
+"""Option of `nnunet_diffusion plan` that sizes HiDiff's refiner."""
 
 
 def hidiff_plans(name: str) -> str:
     """Return the default name of a planner's plans for HiDiff (`-denoiser hidiff`)."""
     return name.replace("Diffusion", "HiDiff")
 
+
+PLAN_OPTIONS = {
+    name(plans): ("" if planner == DEFAULT_PLANNER else f" -pl {planner}") + option
+    for planner, plans in PLANS_OF.items()
+    for name, option in ((str, ""), (hidiff_plans, FOR_HIDIFF))
+}
+"""Default name of plans of this package -> options of `nnunet_diffusion plan` that make them."""
 
 IMAGE_ENDINGS = (
     ".nii.gz", ".nii", ".nrrd", ".mha", ".mhd", ".gipl", ".tif", ".tiff", ".png", ".bmp", ".jpg", ".jpeg", ".dcm",

@@ -27,7 +27,9 @@ from nnunet_diffusion.cli.folders import (
 from nnunet_diffusion.cli.trainers_directory import trainers_directory, with_trainers
 from nnunet_diffusion.files import (
     DEFAULT_PLANNER,
+    FOR_HIDIFF,
     HIDIFF_TRAINER,
+    PLAN_OPTIONS,
     PLANS_OF,
     PRESEGMENTOR_FOLDER,
     hidiff_plans,
@@ -204,15 +206,10 @@ def planning_commands(options: argparse.Namespace, *, from_raw: bool = False) ->
         chosen = f" -pl nnUNetPlannerResEnc{stock[1]}" if stock[1] else ""
         return f"nnUNetv2_plan_and_preprocess -d {number}{chosen} -c {options.configuration} --verify_dataset_integrity"
     command = f"nnunet_diffusion plan -d {number} --preprocess -c {options.configuration}"
-    planners = {plans: planner for planner, plans in PLANS_OF.items()}
-    planners_for_hidiff = {hidiff_plans(plans): planner for plans, planner in planners.items()}
-    if name in planners_for_hidiff or (hidiff and name not in planners):
-        command += " -denoiser hidiff"
-    planner = (planners | planners_for_hidiff).get(name)
-    if planner is None:
-        command += f" -overwrite_plans_name {name}"
-    elif planner != DEFAULT_PLANNER:
-        command += f" -pl {planner}"
+    if name in PLAN_OPTIONS:
+        command += PLAN_OPTIONS[name]
+    else:
+        command += f"{FOR_HIDIFF if hidiff else ''} -overwrite_plans_name {name}"
     if options.device == "cpu":
         command += " -device cpu"
     if from_raw:

@@ -190,6 +190,11 @@ class HiDiffRefiner(nn.Module):
         for parameter in self.output[-1].parameters():
             nn.init.zeros_(parameter)
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether it adds anything to what the segmentor says."""
+        return any(bool(parameter.any()) for parameter in self.output[-1].parameters())
+
     def encode(
         self, image: Tensor, timestep: Tensor | None = None, features: Sequence[Tensor] | None = None
     ) -> Guidance:

@@ -54,6 +54,20 @@ def _choices(planner: DiffusionPlanning, configuration: dict[str, Any], name: st
     )
     share, count, width = found.reasons["attention_tokens"][1], planner.dataset_json["numTraining"], _numbers
     best = "best measured, documentation/experiments/defaults.md"
+    pgdiffseg = [
+        (
+            "sdb_depth",
+            str(settings.sdb_depth),
+            budget,
+            "the paper's 4; 2 if the width would be below half of nnU-Net's at 4",
+        ),
+        ("attention_tokens", str(settings.attention_tokens), f"stages {sizes}", share),
+        ("attention_stages", width(settings.attention_stages), "the same", "all stages within that share"),
+        ("norm", settings.norm, f"batch {batch}", "batch from 8 patches on, else instance"),
+    ]
+    tokens = ("attention_tokens", str(settings.attention_tokens), "-", share)
+    if settings.is_hidiff:
+        best = "default, documentation/settings.md"
     rows = [
         ("what", "chosen", "from", "rule"),
         ("spacing", width(configuration["spacing"]), "spacings of all cases", "nnU-Net's"),
@@ -82,15 +96,7 @@ def _choices(planner: DiffusionPlanning, configuration: dict[str, Any], name: st
             budget,
             "the widest of 4/32 to 32/32 of nnU-Net's that fits",
         ),
-        (
-            "sdb_depth",
-            str(settings.sdb_depth),
-            budget,
-            "the paper's 4; 2 if the width would be below half of nnU-Net's at 4",
-        ),
-        ("attention_tokens", str(settings.attention_tokens), f"stages {sizes}", share),
-        ("attention_stages", width(settings.attention_stages), "the same", "all stages within that share"),
-        ("norm", settings.norm, f"batch {batch}", "batch from 8 patches on, else instance"),
+        *([tokens] if settings.is_hidiff else pgdiffseg),
         ("timesteps, schedule", f"{settings.timesteps}, {settings.schedule}", "-", "the paper's"),
         ("prediction_type", settings.prediction_type, "-", best),
         ("start_step, steps, samples", f"{settings.start_step}, {settings.steps}, {settings.samples}", "-", best),

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from nnunet_diffusion.files import DEFAULT_PLANNER, PLANS_OF, hidiff_plans
+from nnunet_diffusion.files import DEFAULT_PLANNER, PLAN_OPTIONS, PLANS_OF, hidiff_plans
 from nnunet_diffusion.model.settings import DiffusionSettings, topology_of
 from nnunet_diffusion.planning.costs import denoiser_cost
 from nnunet_diffusion.planning.record import GB, memory_target_gb
@@ -55,11 +55,9 @@ def memory_warning(
         return None
     number = int(plans["dataset_name"][7:10])
     planner = OURS.get(plans.get("experiment_planner_used", ""), DEFAULT_PLANNER)
-    chosen, name = "" if planner == DEFAULT_PLANNER else f" -pl {planner}", PLANS_OF[planner]
-    if settings.is_hidiff:
-        chosen, name = f"{chosen} -denoiser hidiff", hidiff_plans(name)
+    name = hidiff_plans(PLANS_OF[planner]) if settings.is_hidiff else PLANS_OF[planner]
     return (
         f"WARNING: on a GPU this training needs about {needed:.1f} GB, {needed - target:.1f} GB more than the {target:g} GB "
         f"these plans were made for. Plans in which both networks fit: nnunet_diffusion plan -d {number}"
-        f"{chosen} -gpu_memory_target {target:g} --preprocess; then train with -p {name}"
+        f"{PLAN_OPTIONS[name]} -gpu_memory_target {target:g} --preprocess; then train with -p {name}"
     )

@@ -19,6 +19,7 @@ from nnunet_diffusion.model.corrupted_truth import Mistakes
 from nnunet_diffusion.model.precision import has_bfloat16, training_precision
 from nnunet_diffusion.model.segmenter import DiffusionSegmenter
 from nnunet_diffusion.model.settings import DiffusionSettings
+from nnunet_diffusion.networks.hidiff import HiDiffRefiner
 from nnunet_diffusion.networks.noisy_unet import NoisyUNet
 from nnunet_diffusion.training import job
 from nnunet_diffusion.training.cascade import refuse_incomplete_previous_stage
@@ -181,6 +182,8 @@ class DiffusionTrainer(nnUNetTrainer):
         if isinstance(self.segmenter.denoiser, NoisyUNet):
             fresh = self.segmenter.denoiser.start_from(weights)
             self.print_to_log_file(f"The denoiser starts from {'nnU-Net' if fresh else 'pretrained'} weights.")
+        elif isinstance(self.segmenter.denoiser, HiDiffRefiner) and self.segmenter.denoiser.is_trained:
+            self.print_to_log_file("The refiner starts from pretrained weights, its nnU-Net from that of this fold.")
 
     def on_train_epoch_start(self) -> None:
         """Seed the noise of the epoch, so that a resumed training draws the same noise as an uninterrupted one."""

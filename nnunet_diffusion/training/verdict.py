@@ -185,6 +185,8 @@ def verdict_sentence(comparison: PairedComparison, on_training_cases: bool = Fal
         f"interval {lower:+.4f} to {upper:+.4f}, p = {comparison.p_value:.2g} (paired Wilcoxon test)."
     )
     notes = []
+    if method == "HiDiff":
+        notes.append("HiDiff trained that nnU-Net further: compare it with an nnU-Net of as many epochs more, too.")
     if comparison.undefined:
         notes.append(f"Number of cases left out because one of the two has no Dice: {comparison.undefined}.")
     if comparison.cases < FEWEST_CASES:
