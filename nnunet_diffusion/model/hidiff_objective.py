@@ -19,6 +19,7 @@ from nnunet_diffusion.model.objective import (
     Turn,
     deeply_supervised,
     generator_for,
+    on_this_rank,
     timestep_and_noise,
 )
 from nnunet_diffusion.model.segmenter import DiffusionSegmenter
@@ -81,7 +82,8 @@ class HiDiffObjective:
             target: as nnU-Net's loader gives it: (B, 1, *spatial) label map, or masks of regions.
             segmentation_loss: nnU-Net's own loss.
             generator: of all randomness, on the image's device; by default one seeded by torch's own.
-            evaluate: replaces `evaluations`, bound to their modules: compiled or distributed ones.
+            evaluate: replaces `evaluations`, bound to their modules: compiled or distributed ones; with `on_this_rank`,
+                compiled ones that are not distributed.
             precision: autocast of the networks' evaluations.
             cases: without effect.
 
@@ -92,7 +94,9 @@ class HiDiffObjective:
         if segmentation_loss is None:
             raise ValueError("HiDiff needs a segmentation_loss (logits, target) -> scalar.")
         own = {name: partial(each, getattr(segmenter, name)) for name, each in self.evaluations.items()}
-        refine, segment = (evaluate or own)["denoiser"], (evaluate or own)["presegmentor"]
+        given = evaluate or own
+        refine, segment = given["denoiser"], given["presegmentor"]
+        refine_alone = given.get(on_this_rank("denoiser"), own["denoiser"])
         generator = generator_for(image, generator)
         truth = labels.read_target(target, segmenter.denoiser.state_channels, settings.regions, segmenter.ignore_label)
 
@@ -117,7 +121,7 @@ class HiDiffObjective:
                 with _constant(segmenter.denoiser):
                     # through p and the features into the segmentor; not the distributed evaluation, as the refiner's weights
                     # have no gradient now
-                    added = own["denoiser"](noisy, seen(probabilities), timestep, features)
+                    added = refine_alone(noisy, seen(probabilities), timestep, features)
         if settings.collaboration_weight > 0:
             found = refinement(added, noisy, clean, timestep, process, truth, settings.regions)
             terms["collaboration"] = settings.collaboration_weight * torch.stack(list(found.values())).sum()

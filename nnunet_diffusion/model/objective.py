@@ -51,6 +51,11 @@ class Objective(Protocol):
         """Yield the terms of each turn; the caller takes the optimizer's step before it asks for the next turn."""
 
 
+def on_this_rank(name: str) -> str:
+    """Return the key under which `turns` finds a network's evaluation that is not distributed, for weights held constant."""
+    return f"{name} on this rank"
+
+
 def evaluate_denoiser(
     denoiser: nn.Module, noisy: Tensor, image: Tensor, timestep: Tensor, features: tuple[Tensor, ...] | None = None
 ) -> tuple[Tensor, ...]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from nnunet_diffusion.model.objective import Objective, SegmentationLoss
+from nnunet_diffusion.model.objective import Objective, SegmentationLoss, on_this_rank
 from nnunet_diffusion.training.steps import take_step
 
 
@@ -132,6 +132,7 @@ def train_step(
         `loss`, the sum of all terms, and each term by name; and whether all steps were taken.
     """
     evaluate = {name: learner.evaluate for name, learner in learners.items()}
+    evaluate |= {on_this_rank(name): learner.undistributed for name, learner in learners.items()}
     for learner in learners.values():
         learner.optimizer.zero_grad(set_to_none=True)
     found: dict[str, Any] = {"loss": 0}

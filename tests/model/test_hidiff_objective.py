@@ -1,6 +1,8 @@
 """HiDiff's two turns: who learns from what, and the terms of the refiner's loss against known answers."""
 
+import contextlib
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from nnunet_diffusion.model import hidiff_objective, labels
 from nnunet_diffusion.model.build import build_objective
 from nnunet_diffusion.model.hidiff_objective import bernoulli_divergence, refinement
 from nnunet_diffusion.planning.steps import nnunet_loss
+from nnunet_diffusion.training.learner import Learner, train_step
 
 
 def batch(regions=False):
@@ -182,3 +185,38 @@ def test_ignored_voxels_have_no_part_in_the_loss():
         return {name: float(value) for name, value in terms.items()}
 
     assert losses_at(0.0) == losses_at(7.0)
+
+
+def test_compiled_networks_take_the_steps_of_the_others_with_all_three_evaluations_compiled(monkeypatch):
+    """Dynamo's graphs run eagerly, so that the test takes seconds; of the refiner there are two, with and without gradients."""
+    graphs = []
+
+    def backend(module, inputs):
+        graphs.append(module)
+        return module.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    losses = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        network = hidiff().train()
+        objective = build_objective(network)
+        learners = {}
+        for name, evaluate in objective.evaluations.items():
+            module = getattr(network, name)
+            learners[name] = Learner(module, evaluate, torch.optim.AdamW(module.parameters(), 1e-3, fused=True), 0.9)
+        if compiled:
+            for learner in learners.values():
+                learner.compile()
+            calls = counted(monkeypatch, learners["denoiser"])
+        rest = (nnunet_loss(), torch.Generator().manual_seed(3), contextlib.nullcontext)
+        found = [train_step(objective, learners, *batch(), *rest)[0]["loss"] for _ in range(2)]
+        losses.append([float(loss) for loss in found])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0][0] != losses[0][1]
+    assert len(calls) == 4 and len(graphs) == 3
+
+
+def counted(monkeypatch, learner):
+    calls, evaluate = [], learner._evaluate
+    monkeypatch.setattr(learner, "_evaluate", lambda *inputs: calls.append(1) or evaluate(*inputs))
+    return calls
