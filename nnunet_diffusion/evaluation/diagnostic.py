@@ -25,6 +25,7 @@ from nnunet_diffusion.evaluation.preprocessed import PreprocessedCase, mean_dice
 from nnunet_diffusion.inference.predictor import DiffusionPredictor
 from nnunet_diffusion.inference.presegmentation import Presegmentation, one_hot
 from nnunet_diffusion.model import labels
+from nnunet_diffusion.networks.hidiff import HiDiffRefiner
 
 START_STEPS = (50, 100, 300, 500, 700)
 """Default values of T'; the model's largest, `max_train_step`, is added."""
@@ -241,6 +242,8 @@ def ablations(denoiser: nn.Module) -> dict[str, Callable[[], contextlib.Abstract
         found["parameter-shared attention"] = lambda: _output_replaced(
             list(attention.values()), lambda given, output: given[0]
         )
+    if isinstance(denoiser, HiDiffRefiner):
+        found["attention to the segmentor"] = lambda: _output_replaced([denoiser.exchange], lambda given, _: given[0])
     if isinstance(bottleneck, nn.Module):
         found["bottleneck"] = lambda: _output_replaced([bottleneck], lambda given, output: torch.zeros_like(output))
     return found

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nnunet_diffusion.evaluation.diagnostic import diagnose, fitted
+from nnunet_diffusion.evaluation.diagnostic import ablations, diagnose, fitted
 from nnunet_diffusion.evaluation.preprocessed import mean_dice
+from nnunet_diffusion.networks.hidiff import HiDiffRefiner
 
 pytestmark = pytest.mark.nnunet
 STEPS = (50, 700)
@@ -76,6 +77,25 @@ def test_parts_of_pgdiffseg_are_switched_off_one_by_one_and_on_again(loaded):
     assert again == found
     tables = found.tables()
     assert "T' = 50 (SNR " in tables and "| bottleneck |" in tables
+
+
+def test_parts_of_hidiffs_refiner_are_switched_off_one_by_one_and_on_again():
+    torch.manual_seed(0)
+    refiner = HiDiffRefiner(1, 2, [8, 8, 16], [1, 2, 2], [3, 3, 3], "torch.nn.Conv2d", guide_channels=[4, 6, 8])
+    for parameter in refiner.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    guide = tuple(torch.randn(1, width, size, size) for width, size in ((4, 16), (6, 8), (8, 4)))
+    condition = refiner.encode(torch.randn(1, 3, 16, 16), features=guide)
+
+    def found():
+        return refiner(torch.ones(1, 2, 16, 16), torch.tensor([9]), condition)
+
+    intact, parts = found(), ablations(refiner)
+    assert set(parts) == {"attention to the segmentor", "bottleneck"}
+    for off in parts.values():
+        with off():
+            assert (found() - intact).abs().max() > 1e-3
+        assert torch.equal(found(), intact)
 
 
 def test_too_few_cases_and_steps_beyond_the_training_are_refused(loaded):
