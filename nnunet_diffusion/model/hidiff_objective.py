@@ -28,6 +28,9 @@ from nnunet_diffusion.networks import unet
 FOCUS = 2.0
 """gamma of the focal loss (Lin et al. 2017), the published setting."""
 
+AT_THE_BEGINNING = 0.5
+"""Share of the training samples whose state is a draw of p alone, with which each reverse process begins."""
+
 
 def evaluate_refiner(
     refiner: nn.Module, noisy: Tensor, image: Tensor, timestep: Tensor, features: tuple[Tensor, ...]
@@ -62,8 +65,10 @@ class HiDiffObjective:
         """Do nothing: there are no starts to choose from."""
 
     def draw_noise(self, clean: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
-        """Return timesteps (B,) and uniform noise of the state's shape."""
-        return timestep_and_noise(self.segmenter, clean, generator)
+        """Return timesteps (B,), half of them the last, the others uniform; and uniform noise of the state's shape."""
+        timestep, noise = timestep_and_noise(self.segmenter, clean, generator)
+        begins = torch.rand(len(clean), generator=generator, device=generator.device) < AT_THE_BEGINNING
+        return torch.where(begins.to(clean.device), self.segmenter.settings.timesteps - 1, timestep), noise
 
     def turns(
         self,
