@@ -105,7 +105,9 @@ def _read_rows(path: Path) -> Iterator[Row]:
     with path.open(newline="") as file:
         for line in csv.DictReader(file):
             with contextlib.suppress(TypeError, ValueError):
-                yield Row(**{field.name: kinds[str(field.type)](line[field.name]) for field in fields})
+                # a file of an earlier version lacks what has a default
+                known = [field for field in fields if field.name in line]
+                yield Row(**{field.name: kinds[str(field.type)](line[field.name]) for field in known})
 
 
 @dataclass(frozen=True)

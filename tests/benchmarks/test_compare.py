@@ -400,6 +400,15 @@ def test_rows_survive_an_interruption(tmp_path: Path) -> None:
         assert len(list(csv.reader(file))) == 3
 
 
+def test_rows_without_the_vessels_metrics_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    RowFile(path, classes=1).append([row("logits", "a")])
+    path.write_text("\n".join(line.rsplit(",", 2)[0] for line in path.read_text().splitlines()) + "\n")
+    assert "cldice" not in path.read_text()
+    (read,) = RowFile(path, classes=1).rows
+    assert read.case == "a" and read.denoiser_evaluations == 8 and math.isnan(read.cldice)
+
+
 def test_report_pairs_lesions_and_sets_normal_cases_apart() -> None:
     cases = {"ill1": 0.5, "ill2": 0.7}
     rows = [row(NNUNET, case, dice=dice) for case, dice in cases.items()]
