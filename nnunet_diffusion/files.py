@@ -32,11 +32,8 @@ def hidiff_plans(name: str) -> str:
     return name.replace("Diffusion", "HiDiff")
 
 
-PLAN_OPTIONS = {
-    name(plans): ("" if planner == DEFAULT_PLANNER else f" -pl {planner}") + option
-    for planner, plans in PLANS_OF.items()
-    for name, option in ((str, ""), (hidiff_plans, FOR_HIDIFF))
-}
+PLAN_OPTIONS = {plans: "" if planner == DEFAULT_PLANNER else f" -pl {planner}" for planner, plans in PLANS_OF.items()}
+PLAN_OPTIONS |= {hidiff_plans(plans): options + FOR_HIDIFF for plans, options in PLAN_OPTIONS.items()}
 """Default name of plans of this package -> options of `nnunet_diffusion plan` that make them."""
 
 IMAGE_ENDINGS = (

@@ -100,7 +100,7 @@ class Logits:
 
 @dataclass(frozen=True)
 class Flip:
-    """Of a Bernoulli process: whether y_t differs from y_0 (HiDiff), by what is added to the logit of y_0 = 1 given y_t and p.
+    """Of a Bernoulli process: whether y_t differs from y_0 (HiDiff), as what is added to the logit of y_0 = 1 given y_t and p.
 
     A network that says 0 says what the segmentor says: at T its estimate of the clean state is p.
     """
@@ -111,15 +111,12 @@ class Flip:
 
     def to_clean(self, prediction: Tensor, noisy: Tensor, timestep: int | Tensor, process: BernoulliProcess) -> Tensor:
         """Return |y_t - flip|, the probability that the clean state is 1."""
-        return self._clean_logit(prediction, noisy, timestep, process).sigmoid()
+        return self.clean_logit(prediction, noisy, timestep, process).sigmoid()
 
-    def logit(self, prediction: Tensor, noisy: Tensor, timestep: int | Tensor, process: BernoulliProcess) -> Tensor:
-        """Return the logit of a flip: where y_t is 0 that of y_0 = 1, where it is 1 that of y_0 = 0."""
-        return (1 - 2 * at_least_float32(noisy)) * self._clean_logit(prediction, noisy, timestep, process)
-
-    def _clean_logit(
+    def clean_logit(
         self, prediction: Tensor, noisy: Tensor, timestep: int | Tensor, process: BernoulliProcess
     ) -> Tensor:
+        """Return the logit of y_0 = 1; where y_t is 0 this is the logit of a flip, where it is 1 minus that."""
         # what the network adds has one sign whatever value y_t has: it need not know where noise put which value
         return process.clean_logit(noisy, timestep) + at_least_float32(prediction)
 

@@ -107,17 +107,23 @@ def diagnose(
         predictor: predictor with a loaded model of one fold.
         cases: names of at least two cases that the model was not trained on.
         load: returns a case of that name.
-        start_steps: values of T'; those above the model's `max_train_step` are left out. None for `START_STEPS` and that one.
+        start_steps: values of T'; those above the model's `max_train_step` are left out. None for `START_STEPS` and that one,
+            with HiDiff for that one alone.
         on_case: called with the name of each case when it begins.
 
     Raises:
-        ValueError: fewer than two cases, or no T' within `max_train_step`.
+        ValueError: fewer than two cases, no T' within `max_train_step`, or with HiDiff another T'.
     """
     # a mirrored nnU-Net beside a denoiser that is not mirrored would have an advantage (0.006 Dice on Hippocampus 2d)
     predictor = copy.copy(predictor)
     predictor.use_mirroring = False
     settings, limit = predictor.network.settings, predictor.network.settings.max_train_step
-    asked = (*START_STEPS, limit) if start_steps is None else start_steps
+    every = (limit,) if settings.is_hidiff else (*START_STEPS, limit)
+    asked = every if start_steps is None else start_steps
+    if settings.is_hidiff and set(asked) != {limit}:
+        raise ValueError(
+            f"HiDiff always starts after all {limit} noising steps: leave out the start steps {list(asked)}."
+        )
     steps = sorted({step for step in asked if 1 <= step <= limit})
     if len(cases) < 2 or not steps:
         raise ValueError(

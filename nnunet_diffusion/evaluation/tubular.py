@@ -9,9 +9,6 @@ from skimage.morphology import skeletonize
 
 from nnunet_diffusion.evaluation.metrics import masks_of_one_shape
 
-THIN_VOXELS = 2
-"""Width up to which a vessel counts as thin."""
-
 
 def centreline_dice(prediction: ArrayLike, reference: ArrayLike) -> float:
     """Centreline Dice, clDice, of two masks (Shit et al. 2021, section 2): does each contain the other's centreline?
@@ -36,16 +33,15 @@ def centreline_dice(prediction: ArrayLike, reference: ArrayLike) -> float:
     return 2 * precision * sensitivity / total if total else 0.0
 
 
-def thin_vessel_recall(prediction: ArrayLike, reference: ArrayLike, widest: int = THIN_VOXELS) -> float:
+def thin_vessel_recall(prediction: ArrayLike, reference: ArrayLike) -> float:
     """Share of the centreline of the reference's thin vessels that lies in the prediction.
 
-    The width of a vessel at a point of its centreline is twice the distance to the nearest voxel outside, in voxels: 2 for
-    vessels of one and of two voxels, 4 for three. What is beyond the array does not count as outside.
+    Thin is where no cross of three voxels (a voxel and its face neighbours) fits into the vessel: it is at most two voxels
+    wide.
 
     Args:
         prediction: boolean mask, (*spatial), 2D or 3D.
         reference: boolean mask of the same shape.
-        widest: width in voxels up to which a vessel is thin.
 
     Returns:
         0..1; NaN if the reference has no thin vessel.
@@ -54,7 +50,8 @@ def thin_vessel_recall(prediction: ArrayLike, reference: ArrayLike, widest: int 
         ValueError: as for `centreline_dice`.
     """
     predicted, true = masks_of_one_shape(prediction, reference)
-    thin = centreline(true) & (2 * ndimage.distance_transform_edt(true) <= widest)
+    flat = true.squeeze()
+    thin = centreline(true) & ~ndimage.binary_opening(flat).reshape(true.shape)
     return _share(thin, predicted) if thin.any() else float("nan")
 
 

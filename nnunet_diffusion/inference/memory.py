@@ -16,6 +16,7 @@ FLOAT_BYTES = 4
 # Volumes of K channels in memory at once, in addition to those of each sample: start, its probabilities, mean, scratch.
 SHARED = 4
 NETWORK_SHARE = 0.25  # share of a GPU's memory that is reserved for evaluating the networks
+CONDITIONS_SHARE = 0.25  # share of what a volume's state leaves; the next case is prepared meanwhile
 # Measured memory of nnU-Net's resampling of one channel: bytes per input voxel (padded and filtered in float64), bytes per
 # output voxel, and the latter if the coarse axis is resampled separately (coordinates of every voxel).
 BEFORE_BYTES, AFTER_BYTES, SEPARATE_AXIS_BYTES = 32, 16, 64
@@ -223,7 +224,7 @@ def condition_bytes(
     limit_bytes: float | None = None,
     free: Callable[[torch.device], float] = free_bytes,
 ) -> float:
-    """Return the memory in which the conditions of tiles may be kept: half of what the state leaves; 0 if that is unknown.
+    """Return the memory in which conditions of tiles may be kept: a quarter of what the state leaves; 0 if that is unknown.
 
     Args:
         device: device of the networks.
@@ -233,7 +234,7 @@ def condition_bytes(
     """
     available = min(free(device), math.inf if limit_bytes is None else limit_bytes)
     left = available - plan.needed_bytes * (plan.device == device)
-    return max(0.0, left / 2) if math.isfinite(left) else 0.0
+    return max(0.0, CONDITIONS_SHARE * left) if math.isfinite(left) else 0.0
 
 
 def readable_size(number: float) -> str:

@@ -1,4 +1,4 @@
-"""Fallbacks on a GPU that is too small for the plans: fewer patches at once, then the state on the CPU."""
+"""Fallbacks on a GPU that is too small for the plans: no kept conditions, fewer patches at once, the state on the CPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from nnunet_diffusion.inference.volume import VolumeProcess
 def run_group(
     process: VolumeProcess, group: Sequence[int], joint: bool, notes: list[str]
 ) -> tuple[VolumeProcess, Tensor]:
-    """Run a group of samples. If GPU memory runs out, retry with fewer patches at once, then with the state on the CPU.
+    """Run a group of samples; if GPU memory runs out, retry with less in it.
+
+    First no conditions are kept, then fewer patches are evaluated at once, then the state moves to the CPU.
 
     Args:
         process: reverse process of the volume.
@@ -36,14 +38,18 @@ def run_group(
         found = unless_out_of_memory(partial(run, group), device)
         if found is not None:
             return process, found
-        process = dataclasses.replace(process, condition_bytes=0)
+        kept = process.forget_conditions()
+        empty_cache(device)
+        if kept:
+            continue
         batch, cpu = process.tiling.batch, torch.device("cpu")
         if batch > 1:
             tell(notes, f"{batch} patches at once do not fit on {device}: {batch // 2}")
-            process = dataclasses.replace(process, tiling=dataclasses.replace(process.tiling, batch=batch // 2))
+            tiling = dataclasses.replace(process.tiling, batch=batch // 2)
+            process = dataclasses.replace(process, tiling=tiling, condition_bytes=0)
         elif process.state_device != cpu:
             tell(notes, f"the state does not fit on {device} beside one patch: it is on the CPU")
-            process = dataclasses.replace(process, state_device=cpu)
+            process = dataclasses.replace(process, state_device=cpu, condition_bytes=0)
         else:
             raise MemoryError(
                 f"The denoiser does not fit on {device} for one patch of {list(process.tiling.weight.shape)}: take a "

@@ -119,6 +119,7 @@ class VolumeProcess:
         self._total = self.tiling.total_weight(volume, self.state_device)
         self._kept: dict[str, Conditions] = {}
         self._last: tuple[str, Conditions] | None = None
+        self._room = self.condition_bytes
 
     def run(self, samples: Sequence[int]) -> Tensor:
         """Return the probabilities of these samples, (len(samples), K, *volume), float32; reproducible for a given seed.
@@ -194,7 +195,7 @@ class VolumeProcess:
         return total.div_(self._total)
 
     def _clean_of_tiles(self, tiles: Sequence[Tile], states: Tensor, timestep: int) -> Tensor:
-        """Return the clean estimates of noisy tiles (B, S, K, *patch); the condition flow is evaluated once per tile."""
+        """Return the clean estimates of noisy tiles (B, S, K, *patch); all samples of a tile share its condition."""
         conditions = self._conditions_of(tiles)
         before = conditions.evaluations
         condition = conditions.at(timestep)
@@ -227,13 +228,20 @@ class VolumeProcess:
             self._last = key, Conditions(self.segmenter, self._mirror(seen))
         return self._last[1]
 
+    def forget_conditions(self) -> bool:
+        """Free the conditions that are kept, and keep none from now on. Return whether there were any."""
+        had = bool(self._kept)
+        self._kept.clear()
+        self._last, self._room = None, 0
+        return had
+
     def _keep_last(self) -> None:
         """Keep the last conditions beside the earlier ones, if there is room; those of a large volume's tiles may not fit."""
-        if self._last is None or self.segmenter.settings.condition_depends_on_time:
+        if self._last is None or not self._room:
             return
         key, conditions = self._last
-        if key not in self._kept and conditions.bytes <= self.condition_bytes:
-            self.condition_bytes -= conditions.bytes
+        if key not in self._kept and (needed := conditions.bytes) <= self._room:
+            self._room -= needed
             self._kept[key] = conditions
 
 

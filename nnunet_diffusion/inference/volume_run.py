@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from nnunet_diffusion.inference.ensemble import Members, VolumePrediction
 from nnunet_diffusion.inference.fusion import absent, fuse, leave_out
-from nnunet_diffusion.inference.memory import GIB, condition_bytes, free_bytes, peak_bytes, plan_memory
+from nnunet_diffusion.inference.memory import GIB, MemoryPlan, condition_bytes, free_bytes, peak_bytes, plan_memory
 from nnunet_diffusion.inference.out_of_memory import run_group, tell, unless_out_of_memory
 from nnunet_diffusion.inference.presegmentation import Presegmentation
 from nnunet_diffusion.inference.reproducible import computing
@@ -206,12 +206,16 @@ class VolumeRun:
             device, limit, self.tiling.samples_per_call, free, settings.is_hidiff,
         )  # fmt: skip
         tell(self.notes, plan.note)
+        room = 0.0
+        if self._conditions_are_used_again(plan, len(mirrors)) and device == self.device:
+            room = condition_bytes(device, plan, limit, free)
         process = VolumeProcess(
             self.network, data, self.tiling, start, settings.seed, plan.device, self._on_tiles, self.evaluations,
             int(fold) if fold.isdecimal() else 0,
-            condition_bytes=condition_bytes(self.device, plan, limit, free),
+            condition_bytes=room,
         )  # fmt: skip
         for place, axes in enumerate(mirrors[: settings.samples]):
+            process.forget_conditions()
             process = dataclasses.replace(process, mirrored=axes)
             numbers = range(place, settings.samples, len(mirrors))
             for first in range(0, len(numbers), plan.at_once):
@@ -219,6 +223,14 @@ class VolumeRun:
                 process, found = run_group(process, group, predictor.joint, self.notes)
                 for number, probabilities in zip(group, found, strict=True):
                     self.members.add(probabilities, share / settings.samples, f"fold_{fold}_sample_{number}")
+
+    def _conditions_are_used_again(self, plan: MemoryPlan, mirrors: int) -> bool:
+        """Whether a tile's condition costs something and serves a further step, or a further group of samples."""
+        settings = self.settings
+        if settings.condition_depends_on_time or settings.denoiser == "nnunet":
+            return False
+        groups = -(-settings.samples // mirrors) > plan.at_once
+        return groups or (self.predictor.joint and settings.steps > 1)
 
     def _mirrors(self) -> list[tuple[int, ...]]:
         """Return the combinations of axes along which samples are mirrored, in turn: those of nnU-Net's own mirroring."""

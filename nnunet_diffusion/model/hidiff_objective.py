@@ -29,7 +29,7 @@ FOCUS = 2.0
 """gamma of the focal loss (Lin et al. 2017), the published setting."""
 
 AT_THE_BEGINNING = 0.5
-"""Share of the training samples whose state is a draw of p alone, with which each reverse process begins."""
+"""Share of the training samples that have the last timestep, where every reverse process begins, beside the uniform ones."""
 
 
 def evaluate_refiner(
@@ -156,8 +156,8 @@ def refinement(
     Returns:
         `posterior`, `flip` and `overlap`: scalars.
     """
-    prediction = Flip()
-    flip, estimate = (each(added, noisy, timestep, process) for each in (prediction.logit, prediction.to_clean))
+    logit = Flip().clean_logit(added, noisy, timestep, process)
+    estimate = logit.sigmoid()
     last = (timestep == 0).view(-1, *[1] * (noisy.ndim - 1))
     wanted, found = (
         torch.where(last, each, process.posterior(each, noisy, timestep, timestep - 1).probability)
@@ -165,9 +165,9 @@ def refinement(
     )
     # KL(q(y_{t-1} | y_t, y_0, p) || q(y_{t-1} | y_t, estimate, p)); at t = 0 -log of the estimate's probability of y_0
     divergence = bernoulli_divergence(wanted, found)
-    flipped = (noisy - clean).abs()
-    surprise = binary_cross_entropy_with_logits(flip, flipped, reduction="none")
-    # focal loss: (1 - q)^gamma (-log q), q the probability given to what is true
+    # -log q, q the probability given to what is true: of the clean state, and so of the flip
+    surprise = binary_cross_entropy_with_logits(logit, clean, reduction="none")
+    # focal loss: (1 - q)^gamma (-log q)
     focal = (1 - torch.exp(-surprise)) ** FOCUS * surprise
     return {
         "posterior": losses.mean(divergence, truth.known),

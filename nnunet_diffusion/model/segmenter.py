@@ -33,7 +33,7 @@ class Presegmentation:
 
     Attributes:
         probabilities: of each class or region, (B, K, *spatial), float32.
-        features: those that the denoiser's condition comes from; None if it has no use for them.
+        features: those that the denoiser's condition comes from; None if not asked for, or if it has no use for them.
     """
 
     probabilities: Tensor
@@ -136,11 +136,11 @@ class DiffusionSegmenter(nn.Module):
             refuse_nan(probabilities)
         return labels.probabilities_to_logits(probabilities, self.settings.regions)
 
-    def presegment(self, image: Tensor) -> Presegmentation:
-        """Return what the pre-segmentor makes of images (B, C, *spatial)."""
+    def presegment(self, image: Tensor, with_features: bool = False) -> Presegmentation:
+        """Return what the pre-segmentor makes of images (B, C, *spatial), on demand with the features that are needed."""
         with torch.no_grad():
             features = None
-            if self.settings.uses_features:
+            if with_features and self.settings.uses_features:
                 with self._segmentor_precision(image.device):
                     output, features = outside_inference_mode(self._run_with_features, self.presegmentor, image)
             else:
@@ -200,7 +200,7 @@ class DiffusionSegmenter(nn.Module):
         own = member = None
         if presegmentation is None:
             if settings.presegmentation_weight > 0 or (needed and settings.start_from == "presegmentor"):
-                own = self.presegment(image)
+                own = self.presegment(image, with_features=True)
             if own is not None and settings.presegmentation_weight > 0:
                 member = own.probabilities
                 if settings.presegmentation_weight == 1:
@@ -213,8 +213,9 @@ class DiffusionSegmenter(nn.Module):
             repeated = presegmentation.float().repeat_interleave(settings.samples, 0)
             process = process.towards(repeated)
             start = process.start(repeated, settings.start_step, start)
-        features = None if own is None else own.features
-        conditions = Conditions(self, self.condition_image(image, presegmentation), features)
+        seen = self.condition_image(image, presegmentation)
+        conditions = Conditions(self, seen, None if own is None else own.features)
+        del own  # with the features
 
         def estimate(noisy: Tensor, timestep: int) -> Tensor:
             self.evaluations += settings.samples
@@ -336,35 +337,39 @@ class Conditions:
     def __init__(
         self, segmenter: DiffusionSegmenter, image: Tensor, features: tuple[Tensor, ...] | None = None
     ) -> None:
-        self._segmenter, self._image, self._features = segmenter, image, features
+        self._segmenter = segmenter
+        self._seen: tuple[Tensor, tuple[Tensor, ...] | None] | None = (image, features)
+        self._lasting = not segmenter.settings.condition_depends_on_time
         self.evaluations = 0
         self._timestep: int | None = None
         self._condition: Condition | None = None
 
     @property
     def bytes(self) -> int:
-        """Memory of the images and of their condition."""
-        return _bytes_of((self._image, self._condition))
+        """Memory that this takes once there is a condition."""
+        return _bytes_of(self._condition)
 
     def at(self, timestep: int) -> Condition:
         """Return the condition at a timestep."""
-        if self._condition is None or (
-            self._segmenter.settings.condition_depends_on_time and timestep != self._timestep
-        ):
+        if self._seen is not None and (self._condition is None or timestep != self._timestep):
+            image, features = self._seen
             self._condition = None  # not both in memory at once
-            self._condition = self._segmenter.encode(self._image, timestep, self._features)
+            self._condition = self._segmenter.encode(image, timestep, features)
             self._timestep = timestep
-            self.evaluations += len(self._image)
-        return self._condition
+            self.evaluations += len(image)
+            if self._lasting:
+                self._seen = None
+        return cast(Condition, self._condition)
 
 
 def _bytes_of(value: Any) -> int:
-    """Return the memory of all tensors in a value."""
+    """Return the memory of all tensors in a condition: a dataclass of tensors and tuples of tensors."""
+    if value is None:
+        return 0
     if isinstance(value, Tensor):
-        return value.nbytes
-    if dataclasses.is_dataclass(value):
-        value = [getattr(value, each.name) for each in dataclasses.fields(value)]
-    return sum(map(_bytes_of, value)) if isinstance(value, (list, tuple)) else 0
+        return value.untyped_storage().nbytes()
+    parts = value if isinstance(value, tuple) else [getattr(value, each.name) for each in dataclasses.fields(value)]
+    return sum(map(_bytes_of, parts))
 
 
 # as functions, for torch.compile: the trainer exchanges the denoiser for its average

@@ -183,7 +183,9 @@ class DiffusionTrainer(nnUNetTrainer):
             fresh = self.segmenter.denoiser.start_from(weights)
             self.print_to_log_file(f"The denoiser starts from {'nnU-Net' if fresh else 'pretrained'} weights.")
         elif isinstance(self.segmenter.denoiser, HiDiffRefiner) and self.segmenter.denoiser.is_trained:
-            self.print_to_log_file("The refiner starts from pretrained weights, its nnU-Net from that of this fold.")
+            self.print_to_log_file(
+                "The refiner starts from pretrained weights; nnU-Net's weights are those of this fold's own training."
+            )
 
     def on_train_epoch_start(self) -> None:
         """Seed the noise of the epoch, so that a resumed training draws the same noise as an uninterrupted one."""

@@ -186,7 +186,9 @@ def verdict_sentence(comparison: PairedComparison, on_training_cases: bool = Fal
     )
     notes = []
     if method == "HiDiff":
-        notes.append("HiDiff trained that nnU-Net further: compare it with an nnU-Net of as many epochs more, too.")
+        notes.append(
+            "HiDiff also trained this nnU-Net further; for a fair comparison train nnU-Net alone for as many additional epochs."
+        )
     if comparison.undefined:
         notes.append(f"Number of cases left out because one of the two has no Dice: {comparison.undefined}.")
     if comparison.cases < FEWEST_CASES:

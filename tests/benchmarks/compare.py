@@ -127,7 +127,8 @@ def output_folder(folders: Folders, options: argparse.Namespace) -> Path:
         length += f"_{options.denoiser_epochs}epochs"
     mirrored = "_unmirrored" if options.no_mirroring else ""
     seed = "" if options.seed == DEFAULT_SEED else f"_seed{options.seed}"
-    name = f"{options.plans_name}_{options.configuration}_{length}_fold{options.fold}{mirrored}{seed}"
+    vessels = "_vessels" if options.vessels else ""  # rows that have their metrics
+    name = f"{options.plans_name}_{options.configuration}_{length}_fold{options.fold}{mirrored}{seed}{vessels}"
     return folders.work / "comparison" / folders.dataset / name
 
 

@@ -17,7 +17,7 @@ from nnunet_diffusion.evaluation.comparison import (
 )
 
 MEAN = "mean of the classes"
-VESSELS = {"cldice": "clDice", "thin_recall": "Recall of vessels at most two pixels wide"}
+VESSELS = {"cldice": "clDice", "thin_recall": "Recall of vessels at most two voxels wide"}
 PAIRED = ["cases", "left out", "mean", "median", "difference to nnU-Net", "95 % interval", "Wilcoxon p"]
 
 

@@ -427,7 +427,7 @@ def test_report_pairs_lesions_and_sets_normal_cases_apart() -> None:
     report = write_report(rows, "# heading", seed=0)
     assert "## clDice, front" in report and "| logits, T'=300 | 2 | 0 | 0.3500 | 0.3500 | +0.0500 |" in report
     assert (
-        "at most two pixels wide, front" in report
+        "at most two voxels wide, front" in report
         and "| logits, T'=300 | 2 | 0 | 0.1750 | 0.1750 | +0.0250 |" in report
     )
 

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from nnunet_diffusion.evaluation.metrics import dice
 from nnunet_diffusion.evaluation.tubular import centreline, centreline_dice, thin_vessel_recall
@@ -38,8 +39,17 @@ def test_recall_counts_the_thin_vessels_alone() -> None:
     assert thin_vessel_recall(vessel(30, 1) | vessel(40, 2), truth) > 0.98
     half = vessel(30, 1, slice(10, 50)) | vessel(40, 2, slice(10, 50))
     assert thin_vessel_recall(half, truth) == pytest.approx(0.5, abs=0.02)
-    # with a wider limit the vessel of three pixels counts
-    assert thin_vessel_recall(vessel(30, 1) | vessel(40, 2), truth, widest=4) == pytest.approx(2 / 3, abs=0.03)
+
+
+def test_a_ragged_border_makes_no_thin_vessel_of_a_thick_one() -> None:
+    ragged = vessel(20, 11)
+    generator = np.random.default_rng(0)
+    ragged[19, 10:90] |= generator.random(80) < 0.3
+    ragged[31, 10:90] |= generator.random(80) < 0.3
+    thin = centreline(ragged) & ~ndimage.binary_opening(ragged)
+    assert thin.sum() < 0.1 * centreline(ragged).sum()
+    truth = ragged | vessel(45, 2)
+    assert thin_vessel_recall(ragged, truth) < 0.15
 
 
 def test_diagonal_vessels_of_one_pixel_are_thin() -> None:

@@ -56,12 +56,12 @@ def test_samples_of_one_call_of_the_denoiser_stay_together_where_they_fit():
     assert plan_memory(LARGE, 5, 5, "ddim", 1, CPU, free=lambda _: 99 * GIB, together=4).at_once == 5
 
 
-def test_conditions_get_half_of_what_the_state_leaves():
+def test_conditions_get_a_quarter_of_what_the_state_leaves():
     def found(state, limit=None, free=10 * GIB):
         return condition_bytes(CUDA, MemoryPlan(state, 1, 4 * GIB), limit, lambda _: free)
 
-    assert found(CUDA) == 3 * GIB and found(CPU) == 5 * GIB
-    assert found(CUDA, limit=6 * GIB) == GIB and found(CUDA, limit=2 * GIB) == 0
+    assert found(CUDA) == 1.5 * GIB and found(CPU) == 2.5 * GIB
+    assert found(CUDA, limit=6 * GIB) == 0.5 * GIB and found(CUDA, limit=2 * GIB) == 0
     assert found(CUDA, free=math.inf) == 0  # not known
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -39,12 +40,11 @@ def probabilities_of(state):
     return labels.normalised((state + 1) / 2)
 
 
-class ImageCondition(nn.Module):
+@dataclass(eq=False)
+class ImageCondition:
     """The image itself as condition."""
 
-    def __init__(self, image):
-        super().__init__()
-        self.image = image
+    image: torch.Tensor
 
     def repeat_interleave(self, samples):
         return ImageCondition(self.image.repeat_interleave(samples, 0))
@@ -182,9 +182,9 @@ class KnowsTheClasses(Denoiser):
 class GuidanceOfVolume(ImageCondition):
     """The image with the prior beside it."""
 
-    def __init__(self, image):
-        super().__init__(image)
-        self.prior = image[:, 1:]
+    @property
+    def prior(self):
+        return self.image[:, 1:]
 
     def repeat_interleave(self, samples):
         return GuidanceOfVolume(self.image.repeat_interleave(samples, 0))
@@ -271,6 +271,22 @@ def test_conditions_are_kept_where_there_is_room(room, kept, joint):
     assert encoded == run.evaluations.condition == (16 + 3 * (16 - kept) if joint else 16)
     assert torch.equal(first([2]), second([2]))
     assert run.segmenter.denoiser.encoded - encoded == (4 if joint else 1) * (16 - kept)
+
+
+def test_conditions_are_forgotten_and_every_mirroring_has_the_same_room():
+    settings = dataclasses.replace(SETTINGS, time_in_condition_flow=False)
+    image, tiles = torch.randn(1, 20, 18), tiling((20, 18), (8, 8), 0.5, batch=3)
+    run = dataclasses.replace(process(local_denoiser(), image, tiles, settings), condition_bytes=7 * TILE_BYTES)
+    run.run([0])
+    assert run.forget_conditions() and not run.forget_conditions()
+    encoded = run.segmenter.denoiser.encoded
+    assert encoded == 43
+    mirrored = dataclasses.replace(run, mirrored=(0,))
+    mirrored.run([1])
+    assert run.segmenter.denoiser.encoded - encoded == encoded
+    # one that has been told to forget keeps nothing any more
+    run.run([0])
+    assert run.segmenter.denoiser.encoded - 2 * encoded == 64
 
 
 @pytest.mark.parametrize(("batch", "tiles", "together"), [(3, 4, 1), (8, 4, 2), (30, 4, 7)])
