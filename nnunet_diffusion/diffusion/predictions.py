@@ -100,7 +100,7 @@ class Logits:
 
 @dataclass(frozen=True)
 class Flip:
-    """Of a Bernoulli process: whether y_t differs from y_0 (HiDiff), as what is added to the logit of y_0 = 1 given y_t and p.
+    """Of a Bernoulli process: how much the logit of a flip, y_t differing from y_0, is above that of y_t and p alone (HiDiff).
 
     A network that says 0 says what the segmentor says: at T its estimate of the clean state is p.
     """
@@ -116,9 +116,9 @@ class Flip:
     def clean_logit(
         self, prediction: Tensor, noisy: Tensor, timestep: int | Tensor, process: BernoulliProcess
     ) -> Tensor:
-        """Return the logit of y_0 = 1; where y_t is 0 this is the logit of a flip, where it is 1 minus that."""
-        # what the network adds has one sign whatever value y_t has: it need not know where noise put which value
-        return process.clean_logit(noisy, timestep) + at_least_float32(prediction)
+        """Return the logit of y_0 = 1: where y_t is 0 that of a flip, where it is 1 minus that."""
+        sign = 1 - 2 * at_least_float32(noisy)
+        return process.clean_logit(noisy, timestep) + sign * at_least_float32(prediction)
 
 
 PREDICTION_TYPES = ("epsilon", "x0", "v", "logits")

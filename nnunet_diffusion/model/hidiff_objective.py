@@ -35,7 +35,7 @@ AT_THE_BEGINNING = 0.5
 def evaluate_refiner(
     refiner: nn.Module, noisy: Tensor, image: Tensor, timestep: Tensor, features: tuple[Tensor, ...]
 ) -> Tensor:
-    """One evaluation that touches every parameter: what is added to the logit of the clean state; `image` has p beside it."""
+    """One evaluation that touches every parameter: what is added to the logit of a flip; `image` has p beside it."""
     return refiner(noisy, timestep, refiner.encode(image, timestep, features))  # type: ignore[operator]
 
 
@@ -145,7 +145,7 @@ def refinement(
     """Return the terms of the refiner's loss, of one evaluation.
 
     Args:
-        added: what the refiner adds to the logit of the clean state, (B, K, *spatial).
+        added: what the refiner adds to the logit of a flip, (B, K, *spatial).
         noisy: y_t, (B, K, *spatial), 0 and 1.
         clean: y_0, same shape.
         timestep: (B,).

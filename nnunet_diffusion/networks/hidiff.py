@@ -1,7 +1,7 @@
 """HiDiff's refiner (Chen et al. 2024): a U-Net on nnU-Net's topology, guided by the segmentor's mask and encoder features.
 
-It sees the image, the noisy state y_t and the segmentor's probabilities p, and predicts of each voxel how much more probable
-1 is in the clean state than y_t and p alone say. Written from the paper's description: the published code has no licence.
+It sees the image, the noisy state y_t and the segmentor's probabilities p, and predicts of each voxel whether y_t differs
+from the clean state, beyond what y_t and p alone say. Written from the paper's description: the published code has no licence.
 """
 
 from __future__ import annotations
@@ -218,7 +218,7 @@ class HiDiffRefiner(nn.Module):
         return Guidance(image if self.image_input else prior, prior, used)
 
     def forward(self, noisy: Tensor, timestep: Tensor, condition: Guidance) -> Tensor:
-        """Return what image and features add to the logit of y_0 = 1, (B, K, *spatial); 0 before training.
+        """Return what image and features add to the logit of a flip, |y_t - y_0|, (B, K, *spatial); 0 before training.
 
         Args:
             noisy: y_t, (B, K, *spatial), 0 and 1.

@@ -160,7 +160,7 @@ def test_every_prediction_type_gives_the_truth(kind, from_noise):
         assert (found - wanted).abs().max() < 1e-3
 
 
-class KnowsTheClasses(Denoiser):
+class KnowsTheFlips(Denoiser):
     """A perfect refiner, which also sees the segmentor's probabilities; the image is the label map."""
 
     image_channels = 1
@@ -176,7 +176,7 @@ class KnowsTheClasses(Denoiser):
     def forward(self, noisy, timestep, condition):
         self.seen.append(noisy)
         clean = labels.labels_to_masks(condition.image[:, :1], 3)
-        return 80 * (2 * clean - 1)
+        return 80 * (2 * (noisy - clean).abs() - 1)
 
 
 class GuidanceOfVolume(ImageCondition):
@@ -198,7 +198,7 @@ def test_hidiff_finds_the_truth_of_a_volume_from_draws_of_its_prior(sampler, mir
     truth, prior = torch.randint(0, 3, (1, 12, 10)), torch.rand(3, 12, 10)
     prior[:, :4] = torch.tensor([1.0, 0.0, 0.0])[:, None, None]  # certain: drawn as it is
     for joint in (True, False):
-        refiner = KnowsTheClasses()
+        refiner = KnowsTheFlips()
         run = process(refiner, truth.float(), tiling((12, 10), (8, 8), 0.5), hidiff, presegmentation=prior)
         run = dataclasses.replace(run, mirrored=mirrored)
         found = run.run([0, 1]) if joint else run.run_tile_wise([0, 1])

@@ -140,12 +140,14 @@ def test_a_perfect_refiner_has_no_loss_and_the_terms_of_a_wrong_one_are_those_of
     truth, noisy, process = states(timestep)
     clean = truth.masks
     flipped = (noisy - clean).abs()
-    perfect = refinement(80 * (2 * clean - 1), noisy, clean, timestep, process, truth)
+    perfect = refinement(80 * (2 * flipped - 1), noisy, clean, timestep, process, truth)
     assert all(float(value) == pytest.approx(0, abs=1e-5) for value in perfect.values())
     added = torch.randn(noisy.shape, generator=torch.Generator().manual_seed(5))
     found = refinement(added, noisy, clean, timestep, process, truth)
-    estimate = (added + process.clean_logit(noisy, timestep)).sigmoid()
-    flip = torch.where(noisy > 0.5, 1 - estimate, estimate).logit()
+    known = process.clean_logit(noisy, timestep)
+    # where y_t is 1, a flip means 0
+    flip = added + torch.where(noisy > 0.5, -known, known)
+    estimate = (noisy - flip.sigmoid()).abs()
     divergences = [nn.functional.binary_cross_entropy(estimate[0], clean[0], reduction="none")]
     for place, step in ((1, 3), (2, 9)):
         one, other = (

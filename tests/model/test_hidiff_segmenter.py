@@ -11,7 +11,7 @@ from nnunet_diffusion.model import labels
 
 
 class KnownRefiner(nn.Module):
-    """Knows the clean state, and remembers what it saw."""
+    """Knows the clean state: flips what differs from it, and remembers what it saw."""
 
     def __init__(self, clean):
         super().__init__()
@@ -28,7 +28,7 @@ class KnownRefiner(nn.Module):
     def forward(self, noisy, timestep, condition):
         self.seen.append((int(timestep[0]), noisy))
         clean = self.clean.repeat_interleave(len(noisy) // len(self.clean), 0)
-        return 80 * (2 * clean - 1)
+        return 80 * (2 * (noisy - clean).abs() - 1)
 
 
 def known(**settings):
