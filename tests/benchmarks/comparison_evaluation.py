@@ -128,8 +128,9 @@ class CountedNetwork(nn.Module):
         self.presegmentor_evaluations = self.denoiser_evaluations = 0
         segmenter = isinstance(network, DiffusionSegmenter)
         counted = network.presegmentor if segmenter else network
-        # its first stage, as HiDiff evaluates the encoder by itself
-        counted.encoder.stages[0].register_forward_hook(self._count("presegmentor_evaluations"))
+        # by its first stage where it has some, as HiDiff evaluates the encoder by itself
+        first = counted.encoder.stages[0] if hasattr(counted, "encoder") else counted
+        first.register_forward_hook(self._count("presegmentor_evaluations"))
         if segmenter:
             network.denoiser.register_forward_hook(self._count("denoiser_evaluations"))
 

@@ -22,7 +22,7 @@ import compare
 import comparison_options
 import comparison_plans
 import comparison_training
-from comparison_evaluation import CORRUPTIONS, NNUNET, CountedNetwork, Row, RowFile, Setting
+from comparison_evaluation import CORRUPTIONS, NNUNET, Case, CountedNetwork, Row, RowFile, Setting, measured_rows
 from comparison_report import mean_rows, write_report
 
 STOCK = {
@@ -407,6 +407,22 @@ def test_rows_without_the_vessels_metrics_are_read(tmp_path: Path) -> None:
     assert "cldice" not in path.read_text()
     (read,) = RowFile(path, classes=1).rows
     assert read.case == "a" and read.denoiser_evaluations == 8 and math.isnan(read.cldice)
+
+
+def test_centrelines_are_measured_on_demand() -> None:
+    import torch
+
+    truth = np.zeros((1, 20, 30), np.int16)
+    truth[0, 5, 2:28] = 1
+    found = truth.copy()
+    found[0, :, 15:] = 0
+    case = Case("a", truth, truth, (999.0, 1.0, 1.0), torch.zeros(1), {})
+    (plain,), (vessels,) = (
+        measured_rows(("m", "", NNUNET), case, {1: "vessel"}, truth, found, 0.1, (1, 0), each) for each in (False, True)
+    )
+    assert math.isnan(plain.cldice) and math.isnan(plain.thin_recall) and plain.dice == vessels.dice
+    # half of the vessel is found, and nothing beside it
+    assert vessels.thin_recall == pytest.approx(0.5, abs=0.02) and vessels.cldice == pytest.approx(2 / 3, abs=0.02)
 
 
 def test_report_pairs_lesions_and_sets_normal_cases_apart() -> None:

@@ -376,6 +376,26 @@ def test_what_does_not_fit_gives_way_and_the_result_stays(times, batch, device, 
     assert (used.tiling.batch, used.state_device, len(told)) == (batch, device, notes)
 
 
+def test_kept_conditions_give_way_first_and_without_a_note():
+    told, settings = [], dataclasses.replace(SETTINGS, time_in_condition_flow=False)
+    torch.manual_seed(1)
+    image, tiles = torch.randn(1, *VOLUME), tiling(VOLUME, PATCH, 0.5, batch=2)
+    wanted = process(local_denoiser(), image, tiles, settings).run([0, 1])
+    answers = local_denoiser().answer
+    calls = []
+
+    def answer(noisy, image):
+        calls.append(1)
+        if len(calls) == 2:  # the second batch, when the first one's conditions are kept
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return answers(noisy, image)
+
+    given = dataclasses.replace(process(Denoiser(2, answer), image, tiles, settings), condition_bytes=1e9)
+    used, found = run_group(given, [0, 1], True, told)
+    torch.testing.assert_close(found, wanted)
+    assert used is given and told == [] and not used.forget_conditions()
+
+
 def test_one_patch_that_does_not_fit_is_refused_with_the_cure():
     with pytest.raises(MemoryError, match=r"one patch of \[16, 16\]: take a larger GPU, or -device cpu"):
         run_group(volume_process(failing(local_denoiser(), 4)), [0], True, [])

@@ -376,3 +376,15 @@ def test_explanation_names_rules_values_and_alternatives(fingerprint, steady_mac
     assert len({len(row) for row in rows[: rows.index(next(row for row in rows if "network" in row))]}) == 1, (
         "columns in line"
     )
+
+
+def test_explanation_of_hidiff_leaves_out_what_only_pgdiffseg_has(fingerprint, steady_machine):
+    import torch
+
+    fingerprint((1, 64, 48), (999.0, 1.0, 1.0))
+    steady_machine(1e10)
+    planner = DiffusionPlanner(NAME, gpu_memory_target_in_gb=1)
+    planner.denoiser = "hidiff"
+    text = explanation(planner, planner.plan_experiment(), torch.device("cpu"))
+    assert "sdb_depth" not in text and "attention_stages" not in text and "| norm" not in text
+    assert "HiDiff: attention at the lowest stage alone" in text and "defaults.md" not in text

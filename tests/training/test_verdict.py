@@ -89,6 +89,14 @@ def test_pddpm_is_better_where_every_case_is():
     assert "p = 0.0078" in sentence
 
 
+def test_hidiffs_verdict_says_that_its_nnunet_was_trained_further():
+    before, after = rising(8)
+    told = comparison_content(before, after, method="HiDiff")["sentence"]
+    assert told.startswith("Verdict: HiDiff is better than nnU-Net.")
+    assert "for a fair comparison train nnU-Net alone for as many additional epochs" in told
+    assert "additional epochs" not in comparison_content(before, after)["sentence"]
+
+
 def test_a_worse_pddpm_is_a_warning():
     content = comparison_content(*reversed(rising(8)))
     assert content["mean_difference"] == pytest.approx(-0.045)
