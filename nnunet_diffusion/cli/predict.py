@@ -96,7 +96,7 @@ def _add_own_arguments(parser: argparse.ArgumentParser) -> None:
         "--state_memory",
         type=float,
         metavar="GIB",
-        help="limit of the device memory for a volume's state (the free memory)",
+        help="limit of the device memory for a volume's state and its tiles' conditions (the free memory)",
     )
     add(
         "--threads",

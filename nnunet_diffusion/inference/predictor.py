@@ -77,7 +77,8 @@ class DiffusionPredictor(nnUNetPredictor):
         joint: True for one reverse process per volume; False for one per tile, as in nnU-Net's own prediction.
         keep_samples: keep the result of each sample.
         trust_checkpoint: also load files that may run code.
-        state_memory_gb: limit of the device memory for a volume's state, in GiB; None for the free memory.
+        state_memory_gb: limit of the device memory for a volume's state and its tiles' conditions, in GiB; None for the free
+            memory.
         threads: number of CPU threads, on which the last bits depend. None for the default of `nnunet_diffusion predict`:
             one per core, or one thread if the device is a GPU.
         deterministic: use only GPU algorithms that return identical bits on each call.

@@ -178,7 +178,7 @@ class DiffusionSettings:
     location_weight: float = _setting("training", 1.0, "lambda 2 of Eq. 10: weight of the location loss.", low=0)
     collaboration_weight: float = _setting(
         "training",
-        1.0,
+        0.1,
         "HiDiff: weight lambda of the refiner's loss in nnU-Net's turn; 0: the refiner learns from nnU-Net alone.",
         low=0,
     )
