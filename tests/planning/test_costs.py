@@ -45,8 +45,11 @@ def batch_of(patch, batch):
     return torch.randn(batch, CHANNELS, *patch), torch.randint(0, HEADS, (batch, 1, *patch))
 
 
-@pytest.mark.parametrize("amp", [False, True], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize(("patch", "batch", "width", "stages"), PLANS)
+# processors without bfloat16 take many times as long for it: the smaller plans
+@pytest.mark.parametrize(
+    ("patch", "batch", "width", "stages", "amp"),
+    [(*plan, False) for plan in PLANS] + [(*plan, True) for plan in (*PLANS[:2], *PLANS[7:9], PLANS[10])],
+)
 def test_saved_bytes_are_those_of_a_real_forward_pass(configuration, patch, batch, width, stages, amp):
     plan = configuration(patch, batch, width, stages)
     settings = default_settings(plan)
@@ -210,7 +213,7 @@ def test_an_iteration_of_hidiff_takes_the_flops_of_two_of_nnunets_at_stock_width
 @pytest.mark.parametrize(("steps", "limit"), [(10, 3.0), (2, 1.5)])
 def test_prediction_with_hidiff_costs_little_more_than_mirrored_nnunet(configuration, patch, steps, limit):
     """In FLOPs, of a volume of two tiles: p comes from nnU-Net's mirrored prediction, the sample beside it is not mirrored."""
-    plan = configuration(patch, 1, 32, 4)
+    plan = configuration(patch, 1, 16, 4)
     settings = dataclasses.replace(default_settings(plan, denoiser="hidiff"), steps=steps)
     denoiser = build_denoiser(settings, plan, CHANNELS, HEADS, nnunet_builder(plan, HEADS))
     segmenter = DiffusionSegmenter(build_nnunet(plan, CHANNELS, HEADS), denoiser, settings).eval()
