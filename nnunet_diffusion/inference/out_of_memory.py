@@ -38,9 +38,8 @@ def run_group(
         found = unless_out_of_memory(partial(run, group), device)
         if found is not None:
             return process, found
-        kept = process.forget_conditions()
-        empty_cache(device)
-        if kept:
+        if process.forget_conditions():
+            empty_cache(device)
             continue
         batch, cpu = process.tiling.batch, torch.device("cpu")
         if batch > 1:
