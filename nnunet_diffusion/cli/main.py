@@ -7,10 +7,36 @@ import sys
 from collections.abc import Sequence
 
 from nnunet_diffusion import __version__
-from nnunet_diffusion.cli import demo, diagnose, doctor, install, plan, predict, train, trainers_directory, tune
+from nnunet_diffusion.cli import (
+    calibrate,
+    demo,
+    diagnose,
+    doctor,
+    evaluate,
+    install,
+    plan,
+    predict,
+    sweep,
+    train,
+    trainers_directory,
+    tune,
+)
 from nnunet_diffusion.cli.errors import CommandError
 
-SUBCOMMANDS = (trainers_directory, plan, train, predict, diagnose, tune, install, doctor, demo)
+SUBCOMMANDS = (
+    trainers_directory,
+    plan,
+    train,
+    predict,
+    evaluate,
+    diagnose,
+    tune,
+    calibrate,
+    sweep,
+    install,
+    doctor,
+    demo,
+)
 
 
 def build_parser() -> argparse.ArgumentParser:

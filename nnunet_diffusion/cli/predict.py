@@ -13,13 +13,14 @@ from typing import Any
 from nnunet_diffusion.cli.devices import DEVICES, check_device
 from nnunet_diffusion.cli.errors import CommandError, named_for_the_user
 from nnunet_diffusion.cli.models import add_model_arguments, finished_folds, model_folder
+from nnunet_diffusion.cli.stopping import until_stopped
 from nnunet_diffusion.cli.trainers_directory import with_trainers
 from nnunet_diffusion.files import find_images, read_dictionary, refuse_overwriting
-from nnunet_diffusion.jobs.signals import EXIT_INTERRUPTED, EXIT_TERMINATED, Terminated, stopped
 
-# the names in diffusion.samplers and inference.fusion, repeated here so that --help does not import torch
+# the names in diffusion.samplers, inference.fusion and model.drawing, repeated here so that --help does not import torch
 SAMPLERS = ("ddpm", "ddim", "dpm_solver", "dpm_solver++", "unipc")
-FUSIONS = ("mean", "majority", "staple")
+FUSIONS = ("mean", "majority", "staple", "dice", "rankseg")
+DRAWS = ("no", "voxels", "level")
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -68,8 +69,19 @@ def _add_own_arguments(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--sampler", choices=SAMPLERS)
     add("--steps", type=int, help="number of evaluations in one reverse process")
-    add("--start_step", type=int, help="T' of PD-DDPM: number of noising steps at the start")
+    add(
+        "--start_step",
+        type=int,
+        nargs="+",
+        metavar="T'",
+        help="T' of PD-DDPM: number of noising steps at the start; of several values, the samples take one in turn",
+    )
     add("--start_snr", type=float, help="T' as a signal-to-noise ratio, which means the same in every noise schedule")
+    add(
+        "--draw",
+        choices=DRAWS,
+        help="what is noised again between two steps: the estimate, or a mask drawn from it, voxel by voxel or a level set",
+    )
     add("--samples", type=int, help="number of reverse processes, whose probabilities are averaged")
     add(
         "--mirror_samples",
@@ -88,6 +100,21 @@ def _add_own_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--fusion", choices=FUSIONS, default="mean", help="how samples are combined into a segmentation (mean)")
     add("--keep_samples", action="store_true", help="write each sample to OUT/samples")
+    add(
+        "--uncertainty",
+        action="store_true",
+        help="write maps of uncertainty, and volumes and agreement of the samples, to OUT/uncertainty; 2 samples or more (5)",
+    )
+    add(
+        "--figures",
+        action="store_true",
+        help="draw each case with its samples and uncertainty, and a sheet of all; turns --uncertainty and --keep_samples on",
+    )
+    add(
+        "--calibrated",
+        action="store_true",
+        help="scale the probabilities by the temperature of nnunet_diffusion calibrate",
+    )
     add("--seed", type=int, help="seed of the noise")
     add("--presegmentation", metavar="FOLDER", help="segmentations or .npz probabilities to start from")
     add("--tile_wise", action="store_true", help="one reverse process per tile, as in nnU-Net's own prediction")
@@ -116,28 +143,32 @@ def run(options: argparse.Namespace) -> int:
         CommandError: wrong arguments, or the model cannot be loaded.
     """
     check_options(options)
+    if options.figures:
+        options.uncertainty = options.keep_samples = True
     model = model_folder(options, os.environ)
     folds = options.f or finished_folds(model, options.chk)
     check_names(options, model)
     os.environ.update(with_trainers(os.environ))
     predictor = None
-    with _silence(options.quiet), stopped(lambda code: None):
-        try:
-            predictor = _loaded_predictor(options, model, folds)
-            return _predict(predictor, options)
-        except (KeyboardInterrupt, Terminated) as stop:
-            interrupted = isinstance(stop, KeyboardInterrupt)
-            print(f"nnunet_diffusion predict: {_stopped(predictor, options, interrupted)}", file=sys.stderr)
-            return EXIT_INTERRUPTED if interrupted else EXIT_TERMINATED
+
+    def work() -> int:
+        nonlocal predictor
+        predictor = _loaded_predictor(options, model, folds)
+        code = _predict(predictor, options)
+        if options.figures:
+            _draw(predictor, options)
+        return code
+
+    with _silence(options.quiet):
+        return until_stopped("predict", work, lambda: _how_far(predictor, options))
 
 
-def _stopped(predictor: Any, options: argparse.Namespace, interrupted: bool) -> str:
+def _how_far(predictor: Any, options: argparse.Namespace) -> str:
     """Return how far an interrupted or terminated run got, and how to continue."""
-    what = "interrupted" if interrupted else "terminated"
     if predictor is None or predictor.progress is None:
-        return f"{what} before the first case; run the same command again"
+        return " before the first case; run the same command again"
     done = f"{predictor.progress.finished} of {predictor.progress.total} cases are finished"
-    return f"{what}, {done} in {options.o}; to continue, run the same command with --continue_prediction"
+    return f", {done} in {options.o}; to continue, run the same command with --continue_prediction"
 
 
 def check_options(options: argparse.Namespace) -> None:
@@ -209,6 +240,7 @@ def _loaded_predictor(options: argparse.Namespace, model: Path, folds: list[str]
             steps=options.steps,
             start_step=options.start_step,
             start_snr=options.start_snr,
+            draw=options.draw,
             samples=options.samples,
             mirror_samples=options.mirror_samples,
             seed=options.seed,
@@ -217,6 +249,8 @@ def _loaded_predictor(options: argparse.Namespace, model: Path, folds: list[str]
             fusion=options.fusion,
             joint=not options.tile_wise,
             keep_samples=options.keep_samples,
+            uncertainty=options.uncertainty,
+            calibrated=options.calibrated,
             trust_checkpoint=options.trust_checkpoint,
             state_memory_gb=options.state_memory,
             threads=options.threads,
@@ -246,6 +280,17 @@ def _predict(predictor: Any, options: argparse.Namespace) -> int:
         print(f"nnunet_diffusion predict: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _draw(predictor: Any, options: argparse.Namespace) -> None:
+    from nnunet_diffusion.explain.prediction_figures import draw_predictions
+
+    ending = predictor.dataset_json["file_ending"]
+    reader = predictor.plans_manager.image_reader_writer_class()
+    with named_for_the_user(ValueError, OSError):
+        images = find_images(options.i, ending).cases
+        sheet = draw_predictions(Path(options.o), images, ending, reader)
+    print(f"Figures of all cases, the least certain first: {sheet}", flush=True)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Dice, HD95 and the count of corrected and broken voxels, for arrays of any number of dimensions.
+"""Dice, HD95, surface Dice and the count of corrected and broken voxels, for arrays of any number of dimensions.
 
 Where the reference has an ignore label, mask its voxels first (`known`), as nnU-Net's evaluation does.
 """
@@ -94,16 +94,40 @@ def hd95(prediction: ArrayLike, reference: ArrayLike, spacing_mm: Sequence[float
     spacing = _spacing(spacing_mm, predicted.ndim)
     if not predicted.any() or not true.any():
         return float("inf") if predicted.any() or true.any() else float("nan")
-    long_axes = [axis for axis, length in enumerate(predicted.shape) if length > 1]
-    predicted, true, spacing = predicted.squeeze(), true.squeeze(), tuple(spacing[axis] for axis in long_axes)
-    if not long_axes:
-        return 0.0
-    # Outside the joint bounding box everything is background, so cropping changes neither surfaces nor distances.
-    box = ndimage.find_objects((predicted | true).astype(np.uint8))[0]
-    surface_predicted, surface_true = _surface(predicted[box]), _surface(true[box])
-    to_true = ndimage.distance_transform_edt(~surface_true, sampling=spacing)[surface_predicted]
-    to_predicted = ndimage.distance_transform_edt(~surface_predicted, sampling=spacing)[surface_true]
-    return float(max(np.percentile(to_true, HD95_PERCENTILE), np.percentile(to_predicted, HD95_PERCENTILE)))
+    return float(max(np.percentile(each, HD95_PERCENTILE) for each in _surface_distances(predicted, true, spacing)))
+
+
+def surface_dice(
+    prediction: ArrayLike, reference: ArrayLike, spacing_mm: Sequence[float], tolerance_mm: float
+) -> float:
+    """Normalised surface Dice, NSD: the share of both surfaces that lies within a tolerance of the other one.
+
+    Surfaces and distances are those of `hd95`; each surface voxel counts once. (DeepMind's implementation weights them by
+    their area.)
+
+    Args:
+        prediction: boolean mask, (*spatial).
+        reference: boolean mask, (*spatial).
+        spacing_mm: voxel size in mm along each axis of the masks.
+        tolerance_mm: largest distance in mm that counts as agreement.
+
+    Returns:
+        0..1. NaN if both masks are empty, 0 if one is.
+
+    Raises:
+        ValueError: as for `hd95`, or the tolerance is negative.
+
+    Source: Nikolov et al., Clinically applicable segmentation of head and neck anatomy (2021).
+    """
+    if not tolerance_mm >= 0:
+        raise ValueError(f"tolerance_mm is {tolerance_mm}, but must be 0 or more")
+    predicted, true = masks_of_one_shape(prediction, reference)
+    spacing = _spacing(spacing_mm, predicted.ndim)
+    if not predicted.any() or not true.any():
+        return 0.0 if predicted.any() or true.any() else float("nan")
+    distances = np.concatenate(_surface_distances(predicted, true, spacing))
+    # NSD = (|S_p near S_t| + |S_t near S_p|) / (|S_p| + |S_t|)
+    return float(np.count_nonzero(distances <= tolerance_mm) / distances.size)
 
 
 def per_class_metrics(
@@ -200,6 +224,22 @@ def _spacing(spacing_mm: Sequence[float], dimensions: int) -> tuple[float, ...]:
     if len(spacing) != dimensions or not all(0 < size < float("inf") for size in spacing):
         raise ValueError(f"spacing_mm must be {dimensions} positive numbers, one per axis, got {spacing_mm}")
     return spacing
+
+
+def _surface_distances(
+    predicted: NDArray[np.bool_], true: NDArray[np.bool_], spacing: tuple[float, ...]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the distances in mm from each surface voxel of one mask to the other's surface; no mask is empty."""
+    long_axes = [axis for axis, length in enumerate(predicted.shape) if length > 1]
+    if not long_axes:
+        return np.zeros(1), np.zeros(1)
+    predicted, true, spacing = predicted.squeeze(), true.squeeze(), tuple(spacing[axis] for axis in long_axes)
+    # Outside the joint bounding box everything is background, so cropping changes neither surfaces nor distances.
+    box = ndimage.find_objects((predicted | true).astype(np.uint8))[0]
+    surface_predicted, surface_true = _surface(predicted[box]), _surface(true[box])
+    to_true = ndimage.distance_transform_edt(~surface_true, sampling=spacing)[surface_predicted]
+    to_predicted = ndimage.distance_transform_edt(~surface_predicted, sampling=spacing)[surface_true]
+    return to_true, to_predicted
 
 
 def _surface(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:

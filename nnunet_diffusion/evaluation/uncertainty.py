@@ -46,8 +46,3 @@ def auroc(uncertainty: NDArray, wrong: NDArray[np.bool_]) -> float:
     # Mann-Whitney's U, divided by the number of pairs
     ranks = stats.rankdata(uncertainty)
     return float((ranks[wrong].sum() - positive * (positive + 1) / 2) / (positive * negative))
-
-
-def entropy(probabilities: NDArray) -> NDArray:
-    """Return the entropy (*volume), in nats, of class probabilities (K, *volume)."""
-    return -(probabilities * np.log(np.clip(probabilities, 1e-12, 1))).sum(0)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from nnunet_diffusion.inference.fusion import votes_of
+from nnunet_diffusion.inference.uncertainty import CaseUncertainty, Uncertainty
 from nnunet_diffusion.inference.volume import Evaluations
 from nnunet_diffusion.model import labels
 
@@ -23,6 +24,7 @@ class VolumePrediction:
         seconds: wall-clock time.
         peak_bytes: peak GPU memory for this volume; on a CPU, peak memory of the process; None if unknown.
         notes: notes for the user on changes made for lack of memory.
+        uncertainty: maps and counts of the samples; None unless they are asked for.
     """
 
     logits: Tensor
@@ -32,6 +34,7 @@ class VolumePrediction:
     seconds: float
     peak_bytes: int | None
     notes: list[str]
+    uncertainty: CaseUncertainty | None = None
 
 
 @dataclass
@@ -45,6 +48,7 @@ class Members:
     weight: float = 0.0
     votes: list[Tensor] = field(default_factory=list)
     samples: dict[str, Tensor] = field(default_factory=dict)
+    uncertainty: Uncertainty | None = None
 
     def add(self, probabilities: Tensor, weight: float, name: str = "") -> None:
         """Add one member (K, *volume); a member with a name is a sample."""
@@ -54,13 +58,17 @@ class Members:
                 self.total, weighted = self.total.cpu(), weighted.cpu()
             self.total = weighted if self.total is None else self.total.add_(weighted)
             self.weight += weight
-        votes, kept = self.keep_votes and weight > 0, self.keep_samples and bool(name)
-        if votes or kept:
+        voted = weight > 0 and (self.keep_votes or self.uncertainty is not None)
+        kept = self.keep_samples and bool(name)
+        if voted or kept:
             logits = labels.probabilities_to_logits(probabilities[None], self.regions)[0].half()
-            if (
-                votes
-            ):  # votes come from the rounded logits, so that they agree with the file of a kept sample, even for ties
-                self.votes.append(votes_of(logits, self.regions).cpu())
+            if voted:
+                # votes come from the rounded logits, so that they agree with the file of a kept sample, even for ties
+                votes = votes_of(logits, self.regions).cpu()
+                if self.keep_votes:
+                    self.votes.append(votes)
+                if self.uncertainty is not None:
+                    self.uncertainty.add(probabilities, votes, weight, name)
             if kept:
                 self.samples[name] = logits.cpu()
 

@@ -1,4 +1,4 @@
-"""Fusion of several samples into one segmentation: mean, majority vote, STAPLE."""
+"""Fusion of several samples into one segmentation: mean, majority vote, STAPLE, largest expected Dice."""
 
 from __future__ import annotations
 
@@ -7,11 +7,18 @@ import SimpleITK as sitk
 import torch
 from torch import Tensor
 
+from nnunet_diffusion.inference.decisions import largest_expected_dice, rankseg
 from nnunet_diffusion.model import labels
 
-FUSIONS = ("mean", "majority", "staple")
+FUSIONS = ("mean", "majority", "staple", "dice", "rankseg")
+RANKSEG_PRESENCE = 0.5  # RankSEG's published code leaves out classes that are nowhere more probable
 STAPLE_ITERATIONS = 50
 MARGIN_VOXELS = 2
+
+
+def needs_votes(fusion: str) -> bool:
+    """Return whether a fusion needs each member's vote, and not only the mean."""
+    return fusion not in ("mean", "rankseg")
 
 
 def votes_of(logits: Tensor, regions: bool) -> Tensor:
@@ -26,22 +33,27 @@ def votes_of(logits: Tensor, regions: bool) -> Tensor:
     return logits.argmax(0).to(torch.uint8 if len(logits) <= 256 else torch.int16)
 
 
-def fuse(votes: Tensor, mean: Tensor, fusion: str, regions: bool) -> Tensor:
+def fuse(votes: Tensor | None, mean: Tensor, fusion: str, regions: bool) -> Tensor:
     """Return probabilities (K, *volume) that give the fused segmentation.
 
     Args:
-        votes: (N, *volume) label maps or (N, K, *volume) masks, from `votes_of`.
+        votes: (N, *volume) label maps or (N, K, *volume) masks, from `votes_of`; None for "rankseg".
         mean: mean probabilities of the members (K, *volume); they break ties.
-        fusion: "majority" or "staple".
+        fusion: "majority", "staple", "dice" or "rankseg".
         regions: whether the heads are regions.
 
     Raises:
         ValueError: the fusion is unknown.
     """
+    if fusion == "rankseg":
+        return _rankseg(mean, regions)
+    assert votes is not None
     if fusion == "majority":
         return _majority(votes, mean, regions)
     if fusion == "staple":
         return _staple(votes, mean, regions)
+    if fusion == "dice":
+        return _expected_dice(votes, mean, regions)
     raise ValueError(f"fusion is {fusion!r}; known: {', '.join(FUSIONS)}")
 
 
@@ -64,6 +76,33 @@ def _staple(votes: Tensor, mean: Tensor, regions: bool) -> Tensor:
         result = result.clamp(min=labels.LOWEST_PROBABILITY)
         result /= result.sum(0, keepdim=True)
     return result
+
+
+def _expected_dice(votes: Tensor, mean: Tensor, regions: bool) -> Tensor:
+    chosen = torch.zeros_like(mean, dtype=torch.bool)
+    for head in range(0 if regions else 1, len(mean)):
+        chosen[head] = largest_expected_dice(_masks(votes, head, regions), mean[head])
+    return _without_conflicts(chosen, mean, regions)
+
+
+def _rankseg(mean: Tensor, regions: bool) -> Tensor:
+    chosen = torch.zeros_like(mean, dtype=torch.bool)
+    for head in range(0 if regions else 1, len(mean)):
+        if mean[head].max() > RANKSEG_PRESENCE:
+            chosen[head] = rankseg(mean[head])
+    return _without_conflicts(chosen, mean, regions)
+
+
+def _without_conflicts(chosen: Tensor, mean: Tensor, regions: bool) -> Tensor:
+    """Return 0 and 1 (K, *volume) of masks that were chosen for each head alone.
+
+    A voxel that several classes claim goes to the most probable of them, one that none claims to the background.
+    """
+    if regions:
+        return chosen.to(mean)
+    chosen[0] = ~chosen[1:].any(0)
+    winner = torch.where(chosen, mean, -1).argmax(0, keepdim=True)
+    return torch.zeros_like(mean).scatter_(0, winner, 1.0)
 
 
 def absent(mean: Tensor, threshold: float, regions: bool) -> Tensor:

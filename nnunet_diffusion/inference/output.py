@@ -19,7 +19,11 @@ from nnunetv2.inference.export_prediction import (
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from numpy.typing import NDArray
 
-SAMPLES, REPORTS = "samples", "reports"
+from nnunet_diffusion.files import write_json
+from nnunet_diffusion.inference.maps import map_ending, to_image, writer_of
+from nnunet_diffusion.inference.uncertainty import AGREEMENT, MAPS
+
+SAMPLES, REPORTS, UNCERTAINTY = "samples", "reports", "uncertainty"
 Managers = tuple[PlansManager, ConfigurationManager, dict[str, Any]]
 """Plans, configuration and dataset.json of a model."""
 
@@ -36,6 +40,8 @@ class PredictedCase:
         properties: properties of the preprocessed image.
         samples: name -> logits of each kept sample.
         report: content of the report, JSON-serialisable.
+        maps: name -> map of uncertainty, (*volume).
+        numbers: what is written beside the maps, JSON-serialisable.
     """
 
     name: str
@@ -45,6 +51,8 @@ class PredictedCase:
     properties: dict[str, Any]
     samples: Mapping[str, NDArray] = field(default_factory=dict)
     report: Mapping[str, Any] = field(default_factory=dict)
+    maps: Mapping[str, NDArray] = field(default_factory=dict)
+    numbers: Mapping[str, Any] = field(default_factory=dict)
 
 
 def mask_of(target: str | Path, ending: str) -> Path:
@@ -57,6 +65,16 @@ def report_of(target: str | Path) -> Path:
     return Path(target).parent / REPORTS / f"{Path(target).name}.json"
 
 
+def map_of(target: str | Path, name: str, ending: str) -> Path:
+    """Return the path of a case's map of uncertainty; `ending` is that of its segmentation."""
+    return Path(target).parent / UNCERTAINTY / f"{Path(target).name}_{name}{map_ending(ending)}"
+
+
+def numbers_file_of(target: str | Path) -> Path:
+    """Return the path of the numbers beside a case's maps of uncertainty."""
+    return Path(target).parent / UNCERTAINTY / f"{Path(target).name}.json"
+
+
 def remove_case(target: str | Path, ending: str) -> None:
     """Remove all files of a case. The segmentation is removed first, because a case without it does not count as finished.
 
@@ -66,8 +84,12 @@ def remove_case(target: str | Path, ending: str) -> None:
     """
     target = Path(target)
     mask = mask_of(target, ending)
-    for path in (mask, Path(f"{target}.npz"), Path(f"{target}.pkl"), report_of(target)):
+    maps = [map_of(target, name, ending) for name in MAPS]
+    figure = numbers_file_of(target).with_suffix(".png")
+    others = (Path(f"{target}.npz"), Path(f"{target}.pkl"), report_of(target), numbers_file_of(target), figure, *maps)
+    for path in (mask, *others):
         path.unlink(missing_ok=True)
+    _remove_if_empty(target.parent / UNCERTAINTY)
     samples = target.parent / SAMPLES
     for folder in samples.iterdir() if samples.is_dir() else ():
         if folder.is_dir():
@@ -175,8 +197,22 @@ def _write_all(case: PredictedCase, stage: Path, managers: Managers, save_probab
         export(case.decision, stage)  # replaces the segmentation of the mean and keeps its probabilities
     for name, logits in case.samples.items():
         export(logits.astype(np.float32), stage / SAMPLES / name)
+    if case.maps:
+        _write_uncertainty(case, stage / stage.name, managers)
     (stage / REPORTS).mkdir()
     (stage / REPORTS / f"{stage.name}.json").write_text(json.dumps(case.report, indent=2) + "\n")
+
+
+def _write_uncertainty(case: PredictedCase, target: Path, managers: Managers) -> None:
+    plans_manager, configuration_manager, dataset_json = managers
+    write = writer_of(plans_manager.image_reader_writer_class)
+    numbers_file_of(target).parent.mkdir(exist_ok=True)
+    for name, values in case.maps.items():
+        # all members agree on the background that was cropped away
+        outside = 1.0 if name == AGREEMENT else 0.0
+        image = to_image(values, outside, case.properties, plans_manager, configuration_manager)
+        write(image, map_of(target, name, dataset_json["file_ending"]), case.properties)
+    write_json(case.numbers, numbers_file_of(target))
 
 
 def _converted(case: PredictedCase, managers: Managers, save_probabilities: bool) -> Any:

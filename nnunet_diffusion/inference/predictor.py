@@ -32,19 +32,23 @@ from nnunet_diffusion.inference.ensemble import VolumePrediction
 from nnunet_diffusion.inference.finished import is_finished, why_not_kept
 from nnunet_diffusion.inference.fusion import FUSIONS
 from nnunet_diffusion.inference.loading import build_network, read_model
+from nnunet_diffusion.inference.maps import writer_of
 from nnunet_diffusion.inference.output import Managers, PredictedCase, mask_of, remove_case, write_case
 from nnunet_diffusion.inference.presegmentation import Presegmentation
 from nnunet_diffusion.inference.progress import Progress
-from nnunet_diffusion.inference.report import case_report, deciding_settings, write_description
+from nnunet_diffusion.inference.report import case_report, case_uncertainty, deciding_settings, write_description
 from nnunet_diffusion.inference.reproducible import ask_cublas, threads_of
 from nnunet_diffusion.inference.request import Request
 from nnunet_diffusion.inference.staging import not_writable, staging_folders
+from nnunet_diffusion.inference.uncertainty import DEFAULT_SAMPLES
 from nnunet_diffusion.inference.volume_run import VolumeRun
 from nnunet_diffusion.model.segmenter import DiffusionSegmenter
+from nnunet_diffusion.model.settings import DiffusionSettings
 
 Folds = Sequence[int | str] | None
 OVERRIDES = (
-    "sampler", "steps", "start_step", "samples", "mirror_samples", "seed", "presegmentation_weight", "presence_threshold",
+    "sampler", "steps", "start_step", "draw", "samples",
+    "mirror_samples", "seed", "presegmentation_weight", "presence_threshold",
 )  # fmt: skip
 
 
@@ -64,18 +68,22 @@ class DiffusionPredictor(nnUNetPredictor):
         verbose: as in nnU-Net.
         verbose_preprocessing: as in nnU-Net.
         allow_tqdm: show a bar over tiles x steps.
-        sampler: name of the sampler. For this and the next eight arguments, None means the model's setting.
+        sampler: name of the sampler. For this and the next nine arguments, None means the model's setting.
         steps: number of evaluations in one reverse process.
-        start_step: T' of PD-DDPM.
+        start_step: T' of PD-DDPM; of several values, the samples take one in turn.
         start_snr: T' stated as a signal-to-noise ratio, which means the same in every noise schedule.
+        draw: what is noised again between two steps: "no" for the estimate, "voxels" or "level" for a mask drawn from it.
         samples: number of reverse processes.
         mirror_samples: mirror the image for the samples in turn, as nnU-Net mirrors it.
         seed: seed of their noise.
         presegmentation_weight: weight of the pre-segmentor's probabilities in the result, 0..1; in a vote, one vote if > 0.
         presence_threshold: largest probability in the image below which a foreground class is left out, 0..1; 0: none is.
-        fusion: "mean", "majority" or "staple". It affects the segmentation; the probabilities are always the mean.
+        fusion: a name in `FUSIONS`. It affects the segmentation; the probabilities are always the mean.
         joint: True for one reverse process per volume; False for one per tile, as in nnU-Net's own prediction.
         keep_samples: keep the result of each sample.
+        uncertainty: write maps of uncertainty, and volumes and agreement of the samples, to `uncertainty` in the output folder;
+            at least two samples, by default five.
+        calibrated: scale the probabilities by the temperature that `nnunet_diffusion calibrate` fitted.
         trust_checkpoint: also load files that may run code.
         state_memory_gb: limit of the device memory for a volume's state and its tiles' conditions, in GiB; None for the free
             memory.
@@ -87,7 +95,8 @@ class DiffusionPredictor(nnUNetPredictor):
         progress: progress of the last call of `predict_from_files`; None before its first case begins.
 
     Raises:
-        ValueError: the fusion is unknown, or `threads` is not positive. The settings are checked when a model is loaded.
+        ValueError: the fusion is unknown, `start_step` is empty, or `threads` is not positive. The settings are checked when a
+            model is loaded.
     """
 
     progress: Progress | None = None
@@ -105,8 +114,9 @@ class DiffusionPredictor(nnUNetPredictor):
         *,
         sampler: str | None = None,
         steps: int | None = None,
-        start_step: int | None = None,
+        start_step: int | Sequence[int] | None = None,
         start_snr: float | None = None,
+        draw: str | None = None,
         samples: int | None = None,
         mirror_samples: bool | None = None,
         seed: int | None = None,
@@ -115,6 +125,8 @@ class DiffusionPredictor(nnUNetPredictor):
         fusion: str = "mean",
         joint: bool = True,
         keep_samples: bool = False,
+        uncertainty: bool = False,
+        calibrated: bool = False,
         trust_checkpoint: bool = False,
         state_memory_gb: float | None = None,
         threads: int | None = None,
@@ -129,8 +141,13 @@ class DiffusionPredictor(nnUNetPredictor):
         self.allow_tqdm: bool = allow_tqdm
         if fusion not in FUSIONS:
             raise ValueError(f"fusion is {fusion!r}; known: {', '.join(FUSIONS)}")
+        starts = [] if start_step is None else [start_step] if isinstance(start_step, int) else list(start_step)
+        if start_step is not None and not starts:
+            raise ValueError("start_step has no value: give one or more")
+        self.start_steps = tuple(starts) if len(starts) > 1 else ()
         given = (
-            sampler, steps, start_step, samples, mirror_samples, seed, presegmentation_weight, presence_threshold,
+            sampler, steps, max(starts, default=None), draw, samples,
+            mirror_samples, seed, presegmentation_weight, presence_threshold,
         )  # fmt: skip
         self.overrides: dict[str, Any] = {
             key: value for key, value in zip(OVERRIDES, given, strict=True) if value is not None
@@ -138,7 +155,8 @@ class DiffusionPredictor(nnUNetPredictor):
         if start_step is not None and start_snr is not None:
             raise ValueError(f"start_step is {start_step} and start_snr {start_snr}, but both state T': give one")
         self.start_snr = start_snr
-        self.fusion, self.joint, self.keep_samples = fusion, joint, keep_samples
+        self.fusion, self.joint, self.keep_samples, self.uncertainty = fusion, joint, keep_samples, uncertainty
+        self.calibrated = calibrated
         self.trust_checkpoint, self.state_memory_gb = trust_checkpoint, state_memory_gb
         self.threads, self.deterministic = threads_of(device) if threads is None else threads, deterministic
         if self.threads < 1:
@@ -195,6 +213,7 @@ class DiffusionPredictor(nnUNetPredictor):
             )
         network = copy.copy(network)  # shares the weights; the caller's network keeps its settings
         network.settings = dataclasses.replace(network.settings, **self._fitting_overrides(network))
+        self._check_samples(network.settings)
         self.plans_manager, self.configuration_manager = plans_manager, configuration_manager
         self.network, self.dataset_json, self.trainer_name = network, dataset_json, trainer_name
         # nnU-Net passes None if the network has its weights already
@@ -213,7 +232,31 @@ class DiffusionPredictor(nnUNetPredictor):
         if "start_step" in changes:
             changes.setdefault("steps", min(network.settings.steps, changes["start_step"]))
             changes["from_noise"] = False
+        if self.uncertainty and "samples" not in changes and network.settings.samples == 1:
+            print(f"Uncertainty needs several samples: {DEFAULT_SAMPLES} are drawn.", flush=True)
+            changes["samples"] = DEFAULT_SAMPLES
         return changes
+
+    def _check_samples(self, settings: DiffusionSettings) -> None:
+        """Raise ValueError if the settings contradict several start steps, uncertainty, or calibration."""
+        for start_step in self.start_steps:
+            dataclasses.replace(settings, start_step=start_step, steps=1)
+        if len(self.start_steps) > settings.samples:
+            raise ValueError(
+                f"start_step has {len(self.start_steps)} values, one for each sample in turn, but samples is "
+                f"{settings.samples}: give --samples {len(self.start_steps)} or more"
+            )
+        if self.calibrated and not settings.temperature:
+            raise ValueError(
+                "the model has no temperature: run nnunet_diffusion calibrate first, or leave --calibrated out"
+            )
+        if self.uncertainty and settings.samples < 2:
+            raise ValueError("--uncertainty compares samples: give --samples 2 or more")
+        if self.uncertainty and settings.presegmentation_weight == 1:
+            raise ValueError(
+                "--uncertainty compares samples, but presegmentation_weight is 1, so none counts: give a "
+                "--presegmentation_weight below 1"
+            )
 
     # one volume ------------------------------------------------------------------------------------------------------
 
@@ -254,12 +297,15 @@ class DiffusionPredictor(nnUNetPredictor):
 
         Raises:
             FailedCases: some cases failed or images were left out, with their names and reasons. All others are finished.
+            NotImplementedError: maps of uncertainty cannot be written in the images' format.
             OSError: nothing can be written to the output folder.
             ValueError: images or arguments are missing or incompatible, or finished cases have other settings.
         """
         request = Request(**{key: value for key, value in locals().items() if key not in ("self", "__class__")})
         self.progress = None
         request.check(self.network.settings, self.configuration_manager)
+        if self.uncertainty:
+            writer_of(self.plans_manager.image_reader_writer_class)  # raises before a case is predicted
         cases, left_out = request.find_cases(self.dataset_json["file_ending"])
         part = cases[part_id::num_parts]
         if not overwrite:
@@ -362,6 +408,11 @@ class DiffusionPredictor(nnUNetPredictor):
         return self.predict_from_data_iterator([next(source)], save_or_return_probabilities)[0]
 
     @property
+    def temperature(self) -> float:
+        """Temperature of the probabilities; 1 unless they are calibrated."""
+        return self.network.settings.temperature if self.calibrated else 1.0
+
+    @property
     def _managers(self) -> Managers:
         return self.plans_manager, self.configuration_manager, self.dataset_json
 
@@ -398,4 +449,5 @@ class DiffusionPredictor(nnUNetPredictor):
             prepared.properties,
             {name: logits.numpy() for name, logits in prediction.samples.items()},
             {**deciding_settings(self, case, save_probabilities), **case_report(self, case, prepared, prediction)},
+            *case_uncertainty(self, prepared, prediction),
         )

@@ -79,7 +79,8 @@ def read_presegmentation(
         array = read_label_map(PRESEGMENTATION, path, properties, image_shape, plans_manager, label_manager)
         resample = configuration_manager.resampling_fn_seg
     else:
-        array = _read_probabilities(path, image_shape, label_manager)
+        heads, regions = label_manager.num_segmentation_heads, label_manager.has_regions
+        array = read_probabilities(PRESEGMENTATION, path, image_shape, heads, regions)
         resample = configuration_manager.resampling_fn_probabilities
     array = array.transpose([0, *[axis + 1 for axis in forward]])
     cropped = (slice(None), *[slice(*bounds) for bounds in properties["bbox_used_for_cropping"]])
@@ -122,8 +123,8 @@ def read_label_map(
         raise ValueError(
             f"The {what} {path} has {len(found)} channels (a colour image?), but must be a label map with one."
         )
-    _check_shape(what, path, found.shape[1:], image_shape)
-    _check_geometry(what, path, theirs, properties)
+    check_shape(what, path, found.shape[1:], image_shape)
+    check_geometry(what, path, theirs, properties)
     known = set(map(int, label_manager.all_labels)) | {0}
     unknown = sorted(set(np.unique(found).tolist()) - known)
     if label_manager.has_ignore_label and label_manager.ignore_label in unknown:
@@ -139,8 +140,23 @@ def read_label_map(
     return found.astype(np.int16)
 
 
-def _read_probabilities(path: Path, image_shape: Sequence[int], label_manager: LabelManager) -> NDArray:
-    heads = label_manager.num_segmentation_heads
+def read_probabilities(
+    what: str, path: Path, image_shape: Sequence[int], heads: int, regions: bool, reference: str = "its image"
+) -> NDArray:
+    """Read the probabilities (K, *image), float32, of an .npz file that nnU-Net wrote.
+
+    Args:
+        what: what they are, for the error messages.
+        path: path of the file.
+        image_shape: shape of the image.
+        heads: K.
+        regions: whether the heads are regions, whose probabilities need not sum to one.
+        reference: what has that shape, for the error messages.
+
+    Raises:
+        ValueError: the file cannot be read, or its values are not such probabilities. The message names the file, the value
+            found and the expected one.
+    """
     try:
         with np.load(path) as content:  # allow_pickle is False
             if "probabilities" not in content:
@@ -148,35 +164,51 @@ def _read_probabilities(path: Path, image_shape: Sequence[int], label_manager: L
             probabilities = content["probabilities"]
     except Exception as error:  # for a damaged file zipfile, zlib, tokenize or numpy raise different exceptions
         raise ValueError(
-            f"The pre-segmentation {path} is not an .npz of nnUNetv2_predict --save_probabilities: {error}"
+            f"The {what} {path} is not an .npz of nnUNetv2_predict --save_probabilities: {error}"
         ) from error
     if len(probabilities) != heads:
-        raise ValueError(f"The pre-segmentation {path} has {len(probabilities)} channels, the model has {heads} heads.")
-    _check_shape(PRESEGMENTATION, path, probabilities.shape[1:], image_shape)
+        raise ValueError(f"The {what} {path} has {len(probabilities)} channels, but must have {heads}, one per class.")
+    check_shape(what, path, probabilities.shape[1:], image_shape, reference)
     probabilities = probabilities.astype(np.float32)
     if not np.isfinite(probabilities).all() or probabilities.min() < -1e-3 or probabilities.max() > 1 + 1e-3:
         raise ValueError(
-            f"The pre-segmentation {path} holds values from {probabilities.min()} to {probabilities.max()}, which are not "
+            f"The {what} {path} holds values from {probabilities.min()} to {probabilities.max()}, which are not "
             "probabilities."
         )
     total = probabilities.sum(0)
-    if not label_manager.has_regions and np.abs(total - 1).max() > SUM_TOLERANCE:
+    if not regions and np.abs(total - 1).max() > SUM_TOLERANCE:
         raise ValueError(
-            f"The pre-segmentation {path} has probabilities whose sum over the classes is {total.min():.3f} to "
+            f"The {what} {path} has probabilities whose sum over the classes is {total.min():.3f} to "
             f"{total.max():.3f} instead of 1."
         )
     return probabilities.clip(0, 1)
 
 
-def _check_shape(what: str, path: Path, found: Sequence[int], expected: Sequence[int]) -> None:
+def check_shape(
+    what: str, path: Path, found: Sequence[int], expected: Sequence[int], reference: str = "its image"
+) -> None:
+    """Raise ValueError if a file has another shape than its reference; the arguments are those of `check_geometry`."""
     if list(found) != list(expected):
         raise ValueError(
-            f"The {what} {path} has shape {tuple(found)}, its image {tuple(expected)}: resample it to the image."
+            f"The {what} {path} has shape {tuple(found)}, {reference} {tuple(expected)}: resample it to that."
         )
 
 
-def _check_geometry(what: str, path: Path, theirs: Mapping[str, Any], properties: Mapping[str, Any]) -> None:
-    """Compare the spacing and, if the reader returns them, origin and direction."""
+def check_geometry(
+    what: str, path: Path, theirs: Mapping[str, Any], properties: Mapping[str, Any], reference: str = "its image"
+) -> None:
+    """Compare the spacing and, if the reader returns them, origin and direction.
+
+    Args:
+        what: what the file is, for the error message.
+        path: path of the file.
+        theirs: properties of the file, as returned by nnU-Net's reader.
+        properties: properties of its reference.
+        reference: what these are of, for the error message.
+
+    Raises:
+        ValueError: one differs.
+    """
     pairs = [("spacing", theirs["spacing"], properties["spacing"], SPACING_TOLERANCE * np.min(properties["spacing"]))]
     ours, others = properties.get("sitk_stuff"), theirs.get("sitk_stuff")
     if ours and others:
@@ -190,8 +222,8 @@ def _check_geometry(what: str, path: Path, theirs: Mapping[str, Any], properties
     for name, found, expected, tolerance in pairs:
         if len(found) != len(expected) or np.abs(np.subtract(found, expected)).max() > tolerance:
             raise ValueError(
-                f"The {what} {path} has {name} {tuple(map(float, found))}, its image "
-                f"{tuple(map(float, expected))}: resample it to the image."
+                f"The {what} {path} has {name} {tuple(map(float, found))}, {reference} "
+                f"{tuple(map(float, expected))}: resample it to that."
             )
 
 

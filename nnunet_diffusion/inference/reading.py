@@ -142,6 +142,12 @@ def _nibabel_header(path: str) -> Header:
     return Header(path, (1, *image.shape[::-1]), tuple(float(edge) for edge in zooms[::-1]))
 
 
+def without_thickness(spacing: Sequence[float]) -> tuple[float, ...]:
+    """Return a spacing with 1 mm in place of the thickness that nnU-Net's readers give to an image of two axes."""
+    first, *others = map(float, spacing)
+    return (1.0 if others and first == SPACING_OF_2D * max(others) else first, *others)
+
+
 def _check_reading(header: Header, limit: float | None) -> None:
     needed, free = reading_bytes(header.shape), free_bytes(torch.device("cpu")) if limit is None else limit
     if needed > free:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from nnunet_diffusion.diffusion.process import Process
-from nnunet_diffusion.diffusion.samplers import Estimate, sample
+from nnunet_diffusion.diffusion.samplers import Estimate, sample, timestep_grid
 from nnunet_diffusion.model import labels
+from nnunet_diffusion.model.drawing import deciding
 from nnunet_diffusion.model.segmenter import Conditions, DiffusionSegmenter
 
 Tile = tuple[slice | int, ...]
@@ -149,15 +150,17 @@ class VolumeProcess:
     def _sample(self, process: Process, evaluate: Estimate, start: Tensor, names: Sequence[tuple[int, ...]]) -> Tensor:
         """Run reverse processes from `start`; `names` are numbers that seed the noise of each."""
         settings = self.segmenter.settings
+        last = timestep_grid(settings.start_step, settings.steps)[-1]
+        generators = [self._generator(number, NOISE_OF_STEPS, *tile) for number, *tile in names]
         with torch.no_grad():
             clean = sample(
                 settings.sampler,
-                evaluate,
+                deciding(evaluate, settings.draw, last, process, settings.regions, generators),
                 start,
                 settings.start_step,
                 settings.steps,
                 process,
-                generator=[self._generator(number, NOISE_OF_STEPS, *tile) for number, *tile in names],
+                generator=generators,
                 eta=settings.eta,
             )
         # in place, because the samples of a large volume fill the memory

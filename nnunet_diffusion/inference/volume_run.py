@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,11 +19,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nnunet_diffusion.inference.ensemble import Members, VolumePrediction
-from nnunet_diffusion.inference.fusion import absent, fuse, leave_out
+from nnunet_diffusion.inference.fusion import absent, fuse, leave_out, needs_votes
 from nnunet_diffusion.inference.memory import GIB, MemoryPlan, condition_bytes, free_bytes, peak_bytes, plan_memory
 from nnunet_diffusion.inference.out_of_memory import run_group, tell, unless_out_of_memory
 from nnunet_diffusion.inference.presegmentation import Presegmentation
 from nnunet_diffusion.inference.reproducible import computing
+from nnunet_diffusion.inference.uncertainty import Uncertainty
 from nnunet_diffusion.inference.volume import Evaluations, Tiling, VolumeProcess
 from nnunet_diffusion.model import labels
 from nnunet_diffusion.model.precision import all_finite, refuse_nan
@@ -70,7 +72,10 @@ class VolumeRun:
         self.data, self._unpad = pad_nd_image(data, *self._padding, return_slicer=True)
         self._given_start = None if given is None else self._padded(given)
         self.tiling = self._tiling()
-        self.members = Members(self.settings.regions, predictor.fusion != "mean", predictor.keep_samples)
+        self.members = Members(self.settings.regions, needs_votes(predictor.fusion), predictor.keep_samples)
+        if predictor.uncertainty:
+            self.members.uncertainty = Uncertainty(self.settings.regions)
+        self.start_steps = predictor.start_steps or (self.settings.start_step,)
         self.evaluations = Evaluations()
         self.notes: list[str] = []
         self._on_tiles: Callable[[int], object] = lambda number: None
@@ -89,8 +94,9 @@ class VolumeRun:
         bar = None
         if on_tiles is None:
             # the pre-segmentation counts as one step
-            runs = min(len(self._mirrors()), self.settings.samples)
-            total = (self.settings.steps * runs + 1) * len(predictor.list_of_parameters) * len(self.tiling.tiles)
+            runs = min(math.lcm(len(self._mirrors()), len(self.start_steps)), self.settings.samples)
+            steps = sum(self._steps_from(self._start_step_of(number)) for number in range(runs))
+            total = (steps + 1) * len(predictor.list_of_parameters) * len(self.tiling.tiles)
             bar = tqdm(total=total, unit="tile", disable=None if predictor.allow_tqdm else True, leave=False)
             on_tiles = bar.update
         self._on_tiles = on_tiles
@@ -217,20 +223,34 @@ class VolumeRun:
         for place, axes in enumerate(mirrors[: settings.samples]):
             process.forget_conditions()
             process = dataclasses.replace(process, mirrored=axes)
-            numbers = range(place, settings.samples, len(mirrors))
-            for first in range(0, len(numbers), plan.at_once):
-                group = numbers[first : first + plan.at_once]
-                process, found = run_group(process, group, predictor.joint, self.notes)
+            for group in self._groups(range(place, settings.samples, len(mirrors)), plan.at_once):
+                start_step = self._start_step_of(group[0])
+                with self.network.overridden(start_step=start_step, steps=self._steps_from(start_step)):
+                    process, found = run_group(process, group, predictor.joint, self.notes)
                 for number, probabilities in zip(group, found, strict=True):
                     self.members.add(probabilities, share / settings.samples, f"fold_{fold}_sample_{number}")
+
+    def _start_step_of(self, number: int) -> int:
+        """Return T' of a sample: the start steps take turns."""
+        return self.start_steps[number % len(self.start_steps)]
+
+    def _steps_from(self, start_step: int) -> int:
+        return min(self.settings.steps, start_step)
+
+    def _groups(self, numbers: Sequence[int], at_once: int) -> Iterator[list[int]]:
+        """Yield the samples in groups with one start step each, of at most so many."""
+        for place in range(len(self.start_steps)):
+            chosen = [number for number in numbers if number % len(self.start_steps) == place]
+            for first in range(0, len(chosen), at_once):
+                yield chosen[first : first + at_once]
 
     def _conditions_are_used_again(self, plan: MemoryPlan, mirrors: int) -> bool:
         """Whether a tile's condition costs something and serves a further step, or a further group of samples."""
         settings = self.settings
         if settings.condition_depends_on_time or settings.denoiser == "nnunet":
             return False
-        groups = -(-settings.samples // mirrors) > plan.at_once
-        return groups or (self.predictor.joint and settings.steps > 1)
+        several = len(self.start_steps) > 1 or -(-settings.samples // mirrors) > plan.at_once
+        return several or (self.predictor.joint and settings.steps > 1)
 
     def _mirrors(self) -> list[tuple[int, ...]]:
         """Return the combinations of axes along which samples are mirrored, in turn: those of nnU-Net's own mirroring."""
@@ -250,26 +270,33 @@ class VolumeRun:
             )
 
     def _ensemble(self, begin: float) -> VolumePrediction:
-        members, regions = self.members, self.settings.regions
+        predictor, members, regions = self.predictor, self.members, self.settings.regions
         inner: Sequence[slice] = (slice(None), *self._unpad[1:])
         mean = members.mean()[inner]
         refuse_nan(mean)
         fused, threshold = mean, self.settings.presence_threshold
-        if members.votes:
+        if predictor.fusion != "mean":
             where = (slice(None), *(inner if regions else inner[1:]))
-            fused = fuse(torch.stack(members.votes)[where], mean, self.predictor.fusion, regions)
+            votes = torch.stack(members.votes)[where] if members.votes else None
+            fused = fuse(votes, mean, predictor.fusion, regions)
         if (gone := absent(mean, threshold, regions)).any():
             self._tell_what_is_left_out(fused, mean, gone)
             fused = leave_out(fused, gone)
         decision = None if fused is mean else labels.probabilities_to_logits(fused[None], regions)[0]
+        logits = labels.probabilities_to_logits(mean[None], regions)[0]
+        if predictor.calibrated:
+            # softmax(log p / temperature), Guo et al. 2017
+            logits /= predictor.temperature
+            self.notes.append(f"the probabilities have temperature {predictor.temperature:.3f}")
         compute_gaussian.cache_clear()
         empty_cache(self.device)
         return VolumePrediction(
-            labels.probabilities_to_logits(mean[None], regions)[0].contiguous(),
+            logits.contiguous(),
             decision,
             {name: logits[inner].contiguous() for name, logits in members.samples.items()},
             self.evaluations,
             time.perf_counter() - begin,
             peak_bytes(self.device),
             self.notes,
+            None if members.uncertainty is None else members.uncertainty.result(mean, tuple(inner[1:])),
         )

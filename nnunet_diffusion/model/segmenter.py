@@ -17,8 +17,9 @@ from torch import Generator, Tensor, nn
 from nnunet_diffusion.diffusion.bernoulli import BernoulliProcess
 from nnunet_diffusion.diffusion.gaussian import GaussianProcess
 from nnunet_diffusion.diffusion.predictions import prediction_of
-from nnunet_diffusion.diffusion.samplers import OnStep, sample
+from nnunet_diffusion.diffusion.samplers import OnStep, sample, timestep_grid
 from nnunet_diffusion.model import labels
+from nnunet_diffusion.model.drawing import deciding
 from nnunet_diffusion.model.precision import all_finite, inference_precision, outside_inference_mode, refuse_nan
 from nnunet_diffusion.model.settings import DiffusionSettings
 from nnunet_diffusion.networks import unet
@@ -222,10 +223,11 @@ class DiffusionSegmenter(nn.Module):
             states = noisy.view(len(image), settings.samples, *noisy.shape[1:])
             return self.clean_estimate(states, timestep, conditions.at(timestep), SAMPLES_PER_CALL).view(noisy.shape)
 
+        last = timestep_grid(settings.start_step, settings.steps)[-1]
         with torch.no_grad():
             clean = sample(
                 settings.sampler,
-                estimate,
+                deciding(estimate, settings.draw, last, process, settings.regions, generator),
                 start,
                 settings.start_step,
                 settings.steps,

@@ -13,6 +13,7 @@ from nnunet_diffusion.diffusion.predictions import FLIP, PREDICTION_TYPES
 from nnunet_diffusion.diffusion.samplers import SAMPLERS
 from nnunet_diffusion.diffusion.schedules import SCHEDULES, NoiseSchedule, bernoulli_schedule, noise_schedule
 from nnunet_diffusion.diffusion.solvers import SOLVERS
+from nnunet_diffusion.model.drawing import DRAWS, NOTHING
 from nnunet_diffusion.model.precision import PRECISIONS
 from nnunet_diffusion.networks.attention import ATTENTIONS
 from nnunet_diffusion.networks.blocks import NORMS
@@ -211,6 +212,13 @@ class DiffusionSettings:
     )
     steps: int = _setting("inference", 1, "Network evaluations of one reverse process, 1..start_step.", low=1)
     eta: float = _setting("inference", 0.0, "Randomness of DDIM: 0 deterministic, 1 as DDPM.", low=0, high=1)
+    draw: str = _setting(
+        "inference",
+        NOTHING,
+        "What is noised again between two steps. `no`: the clean estimate; `voxels`: a mask whose voxels are drawn from it "
+        "one by one; `level`: one of its level sets. For two steps or more.",
+        choices=DRAWS,
+    )
     samples: int = _setting("inference", 1, "Reverse processes whose probabilities are averaged.", low=1, high=1000)
     mirror_samples: bool = _setting(
         "inference",
@@ -232,6 +240,14 @@ class DiffusionSettings:
         "none. `nnunet_diffusion predict` only.",
         low=0,
         high=1,
+    )
+    temperature: float = _setting(
+        "inference",
+        0.0,
+        "Temperature of the probabilities, fitted by `nnunet_diffusion calibrate`; 0: not fitted. `nnunet_diffusion predict "
+        "--calibrated` only.",
+        low=0,
+        high=100,
     )
     start_from: str = _setting(
         "presegmentor",
@@ -276,6 +292,11 @@ class DiffusionSettings:
             raise ValueError(
                 f"diffusion.inference.from_noise is true, so start_step must be timesteps ({self.timesteps}), got "
                 f"{self.start_step}."
+            )
+        if self.draw != NOTHING and self.steps < 2:
+            raise ValueError(
+                f"diffusion.inference.draw is {self.draw!r}, which draws between two steps, but steps is {self.steps}: set it "
+                f"to 2 or more, or draw to {NOTHING!r}."
             )
         self._check_network()
         self._check_training_starts()
@@ -347,6 +368,11 @@ class DiffusionSettings:
             if getattr(self, name) != value:
                 found = getattr(self, name)
                 raise ValueError(f"diffusion.{path_of(name)} is {found!r}, but must be {value!r} with HiDiff: {why}.")
+        if self.draw != NOTHING:
+            raise NotImplementedError(
+                f"diffusion.inference.draw {self.draw!r} is not supported with HiDiff, whose states are drawn in each step "
+                f"already: set it to {NOTHING!r}."
+            )
         if self.sampler in SOLVERS:
             raise ValueError(
                 f"diffusion.inference.sampler {self.sampler!r} is for Gaussian processes: with HiDiff take 'ddim' or 'ddpm'."

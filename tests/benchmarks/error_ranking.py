@@ -17,7 +17,8 @@ import torch
 
 from nnunet_diffusion.cli.models import with_validation_cases
 from nnunet_diffusion.evaluation.comparison import compare_paired, markdown_table
-from nnunet_diffusion.evaluation.uncertainty import auroc, band, entropy
+from nnunet_diffusion.evaluation.uncertainty import auroc, band
+from nnunet_diffusion.inference.uncertainty import entropy
 from nnunet_diffusion.model import labels
 
 
@@ -72,11 +73,11 @@ def measure(predictor: Any, case: Any, start_steps: list[int], steps: int) -> di
     if manager.has_ignore_label:
         near &= case.truth != manager.ignore_label
     wrong = (segmentation != truth)[near]
-    maps = {"nnU-Net's entropy": entropy(nnunet)}
+    maps = {"nnU-Net's entropy": entropy(torch.from_numpy(nnunet)).numpy()}
     for start_step in start_steps:
         mean, samples = run(presegmentation_weight=0.0, start_step=start_step, steps=min(steps, start_step))
         maps[f"variance of samples, T' = {start_step}"] = samples.var(0).sum(0)
-        maps[f"entropy of their mean, T' = {start_step}"] = entropy(mean)
+        maps[f"entropy of their mean, T' = {start_step}"] = entropy(torch.from_numpy(mean)).numpy()
     return {kind: auroc(values[near], wrong) for kind, values in maps.items()}
 
 

@@ -5,7 +5,13 @@ import math
 import numpy as np
 import pytest
 
-from nnunet_diffusion.evaluation.metrics import dice, hd95, per_class_metrics, voxels_corrected_and_broken
+from nnunet_diffusion.evaluation.metrics import (
+    dice,
+    hd95,
+    per_class_metrics,
+    surface_dice,
+    voxels_corrected_and_broken,
+)
 
 
 def cube(shape: tuple[int, ...], start: tuple[int, ...], size: int) -> np.ndarray:
@@ -158,3 +164,28 @@ def test_bad_arguments_are_named() -> None:
         voxels_corrected_and_broken(np.zeros(3), np.zeros(3), np.zeros(3), np.ones(4))
     with pytest.raises(ValueError, match="distinct names"):
         per_class_metrics(np.zeros((2, 2)), np.zeros((2, 2)), {1: "a", 2: "a"}, (1, 1))
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 1.0, 1.5, 3.0])
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_surface_dice_agrees_with_loops(tolerance: float, dimensions: int) -> None:
+    generator = np.random.default_rng(dimensions)
+    spacing = (1.0, 0.7, 2.0)[:dimensions]
+    first, second = (generator.random((9, 8, 7)[:dimensions]) > 0.7 for _ in range(2))
+    a, b = brute_surface(first) * spacing, brute_surface(second) * spacing
+    distances = np.sqrt(((a[:, None] - b[None]) ** 2).sum(-1))
+    near = (distances.min(1) <= tolerance).sum() + (distances.min(0) <= tolerance).sum()
+    assert surface_dice(first, second, spacing, tolerance) == pytest.approx(near / (len(a) + len(b)))
+
+
+def test_surface_dice_of_empty_masks_and_shifted_plates() -> None:
+    empty, full = np.zeros((4, 4), bool), np.ones((4, 4), bool)
+    assert math.isnan(surface_dice(empty, empty, (1, 1), 1))
+    assert surface_dice(empty, full, (1, 1), 1) == 0
+    # two plates, three voxels of 2 mm apart
+    first, second = np.zeros((10, 8, 8), bool), np.zeros((10, 8, 8), bool)
+    first[2], second[5] = True, True
+    assert surface_dice(first, second, (2, 1, 1), 5.9) == 0
+    assert surface_dice(first, second, (2, 1, 1), 6) == 1
+    with pytest.raises(ValueError, match="tolerance_mm is -1"):
+        surface_dice(first, second, (2, 1, 1), -1)

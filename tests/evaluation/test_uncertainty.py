@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from nnunet_diffusion.evaluation.uncertainty import auroc, band, entropy
+from nnunet_diffusion.evaluation.uncertainty import auroc, band
 
 
 def test_auroc_counts_pairs():
@@ -27,8 +27,3 @@ def test_the_band_lies_on_both_sides_of_both_borders():
     wanted = [*range(7, 13), *range(17, 23), *range(25, 33)]
     assert np.flatnonzero(near).tolist() == wanted
     assert not band(np.zeros(40, int), np.zeros(40, int)).any()
-
-
-def test_entropy_of_certainty_and_of_a_coin():
-    probabilities = np.array([[1.0, 0.5], [0.0, 0.5]])
-    assert entropy(probabilities) == pytest.approx([0, np.log(2)])

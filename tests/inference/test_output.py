@@ -14,6 +14,9 @@ FILES = (
     "reports/a.json",
     "samples/fold_0_sample_0/a.nii.gz",
     "samples/fold_0_sample_1/a.nii.gz",
+    "uncertainty/a.json",
+    "uncertainty/a_agreement.nii.gz",
+    "uncertainty/a_entropy.nii.gz",
 )
 
 
@@ -29,6 +32,7 @@ def files_in(folder):
 
 def test_all_files_of_a_case_are_removed_and_none_of_another(tmp_path):
     others = ["ab.nii.gz", "reports/ab.json", "samples/fold_0_sample_0/ab.nii.gz", "plans.json"]
+    others += ["uncertainty/a_entropy.json", "uncertainty/a_entropy_entropy.nii.gz"]  # of a case of that name
     made(tmp_path, [*FILES, *others])
     remove_case(tmp_path / "a", ".nii.gz")
     assert files_in(tmp_path) == sorted(others)

@@ -24,7 +24,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunet_diffusion.cli.main import main
 from nnunet_diffusion.inference import DiffusionPredictor
 from nnunet_diffusion.inference.cases import FailedCases
-from nnunet_diffusion.inference.presegmentation import _read_probabilities
+from nnunet_diffusion.inference.presegmentation import PRESEGMENTATION, read_probabilities
 from nnunet_diffusion.inference.volume_run import VolumeRun
 
 pytestmark = [pytest.mark.nnunet, pytest.mark.slow]
@@ -329,14 +329,14 @@ def test_presegmentation_that_does_not_fit_is_refused_by_file(place, tmp_path, c
 
 
 @pytest.mark.parametrize("place_in_file", [0.2, 0.4, 0.6, 0.8, 0.99])
-def test_damaged_probabilities_are_refused_by_file(place, tmp_path, place_in_file):
+def test_damaged_probabilities_are_refused_by_file(tmp_path, place_in_file):
     path = tmp_path / "case.npz"
     np.savez_compressed(path, probabilities=np.random.default_rng(0).random((3, 4, 5, 6)).astype(np.float16))
     content = bytearray(path.read_bytes())
     content[int(place_in_file * len(content))] ^= 255
     path.write_bytes(content)
     with pytest.raises(ValueError, match=f"{path} is not an .npz"):
-        _read_probabilities(path, (4, 5, 6), loaded(place).label_manager)
+        read_probabilities(PRESEGMENTATION, path, (4, 5, 6), 3, regions=False)
 
 
 @pytest.mark.parametrize("fusion", ["majority", "staple"])

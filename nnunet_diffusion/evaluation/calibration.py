@@ -1,0 +1,169 @@
+"""Calibration: does a probability of 0.8 mean right in eight of ten voxels?
+
+All functions take the probabilities (K, N) of K classes in N voxels, which sum to one in each voxel, and labels (N,) of 0..K-1.
+Regions are not exclusive: `heads_as_classes` makes each of their heads a problem of two classes.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+BINS = 50
+"""Bins of equal width for ECE and reliability diagrams, as in the CURVAS challenges."""
+EQUAL_MASS_BINS = 20
+LOWEST = 1e-7
+"""Smallest probability of which a logarithm is taken."""
+TEMPERATURES = tuple(2.0 ** (power / 8) for power in range(-8, 17))
+"""Candidates from 0.5 to 4, in steps of 9 %."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reliability:
+    """Sums over the voxels of each bin of confidence, all (BINS,), float64. Sums of several cases add up.
+
+    Attributes:
+        voxels: number of voxels.
+        confidence: sum of the probability of the most likely class.
+        right: number of voxels where that class is the true one.
+    """
+
+    voxels: NDArray[np.float64]
+    confidence: NDArray[np.float64]
+    right: NDArray[np.float64]
+
+    def __add__(self, other: Reliability) -> Reliability:
+        return Reliability(self.voxels + other.voxels, self.confidence + other.confidence, self.right + other.right)
+
+    def ece(self) -> float:
+        """Return the expected calibration error, 0..1; NaN without voxels."""
+        total = self.voxels.sum()
+        # ECE = sum_b n_b / N |accuracy_b - confidence_b|
+        return float(np.abs(self.right - self.confidence).sum() / total) if total else float("nan")
+
+
+def reliability(probabilities: NDArray, labels: NDArray, bins: int = BINS) -> Reliability:
+    """Return the sums of a reliability diagram of the most likely class (Guo et al. 2017, section 2).
+
+    Args:
+        probabilities: (K, N).
+        labels: (N,).
+        bins: bins of equal width in [0, 1]; a confidence of 1 is in the last.
+    """
+    confidence = probabilities.max(0).astype(np.float64)
+    right = probabilities.argmax(0) == labels
+    place = np.minimum((confidence * bins).astype(np.intp), bins - 1)
+    return Reliability(
+        np.bincount(place, minlength=bins).astype(np.float64),
+        np.bincount(place, weights=confidence, minlength=bins).astype(np.float64),
+        np.bincount(place, weights=right, minlength=bins).astype(np.float64),
+    )
+
+
+def adaptive_calibration_error(probabilities: NDArray, labels: NDArray, bins: int = EQUAL_MASS_BINS) -> float:
+    """Return the class-wise calibration error in bins of equal mass, ACE (Nixon et al. 2019); NaN without voxels.
+
+    Args:
+        probabilities: (K, N).
+        labels: (N,).
+        bins: bins of each class, which hold equally many voxels.
+    """
+    if not labels.size:
+        return float("nan")
+    errors = []
+    for number, values in enumerate(probabilities):
+        order = np.argsort(values, kind="stable")
+        parts = np.array_split(order, min(bins, order.size))
+        errors += [abs(values[part].mean() - (labels[part] == number).mean()) for part in parts]
+    # ACE = 1 / (K B) sum_k sum_b |frequency - mean probability|
+    return float(np.mean(errors))
+
+
+def brier(probabilities: NDArray, labels: NDArray) -> float:
+    """Return the Brier score, the mean over voxels of sum_k (p_k - y_k)^2, 0..2; NaN without voxels."""
+    if not labels.size:
+        return float("nan")
+    of_truth = _of_truth(probabilities, labels)
+    # sum_k (p_k - y_k)^2 = sum_k p_k^2 - 2 p_true + 1
+    return float((np.square(probabilities, dtype=np.float64).sum(0) - 2 * of_truth + 1).mean())
+
+
+def negative_log_likelihood(probabilities: NDArray, labels: NDArray) -> float:
+    """Return the mean of -log p of the true class, in nats; NaN without voxels."""
+    if not labels.size:
+        return float("nan")
+    return float(-np.log(np.maximum(_of_truth(probabilities, labels), LOWEST)).mean())
+
+
+def tempered(probabilities: NDArray, temperature: float) -> NDArray[np.float64]:
+    """Return softmax(log p / temperature), (K, N): above 1 it is less certain, below 1 more (Guo et al. 2017, section 4.2).
+
+    Args:
+        probabilities: (K, N); values below 1e-7 count as that.
+        temperature: above 0.
+
+    Raises:
+        ValueError: the temperature is not above 0.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}, but must be above 0")
+    logits = np.log(np.maximum(probabilities, LOWEST)).astype(np.float64) / temperature
+    exponentials = np.exp(logits - logits.max(0))
+    return exponentials / exponentials.sum(0)
+
+
+@dataclass(frozen=True, eq=False)
+class Tempering:
+    """Sums at each of `TEMPERATURES`, from which a temperature is fitted; those of several cases add up.
+
+    Attributes:
+        loss: sum over the voxels of -log p of the true class, one for each temperature.
+        reliability: of the tempered probabilities, one for each temperature.
+    """
+
+    loss: NDArray[np.float64]
+    reliability: list[Reliability]
+
+    def __add__(self, other: Tempering) -> Tempering:
+        pairs = zip(self.reliability, other.reliability, strict=True)
+        return Tempering(self.loss + other.loss, [one + two for one, two in pairs])
+
+    def best(self) -> int:
+        """Return the place of the temperature of smallest loss in `TEMPERATURES`."""
+        return int(self.loss.argmin())
+
+    def at(self, place: int) -> tuple[float, Reliability]:
+        """Return loss and reliability at a place in `TEMPERATURES`."""
+        return float(self.loss[place]), self.reliability[place]
+
+
+def total(sums: Sequence[Tempering]) -> Tempering:
+    """Return the sum of at least one case's sums."""
+    return functools.reduce(operator.add, sums)
+
+
+def tempering(probabilities: NDArray, labels: NDArray) -> Tempering:
+    """Return loss and reliability at each of `TEMPERATURES`, for probabilities (K, N) and labels (N,)."""
+    scaled = [tempered(probabilities, temperature) for temperature in TEMPERATURES]
+    losses = [negative_log_likelihood(each, labels) * labels.size if labels.size else 0.0 for each in scaled]
+    return Tempering(np.array(losses), [reliability(each, labels) for each in scaled])
+
+
+def heads_as_classes(probabilities: NDArray, masks: NDArray) -> tuple[NDArray, NDArray]:
+    """Return regions as a problem of two classes: probabilities (2, R N) and labels (R N,).
+
+    Args:
+        probabilities: of R regions, (R, N).
+        masks: true masks of the regions, (R, N), boolean.
+    """
+    flat = probabilities.reshape(-1)
+    return np.stack((1 - flat, flat)), masks.reshape(-1).astype(np.intp)
+
+
+def _of_truth(probabilities: NDArray, labels: NDArray) -> NDArray[np.float64]:
+    return np.take_along_axis(probabilities, labels[None].astype(np.intp), 0)[0].astype(np.float64)

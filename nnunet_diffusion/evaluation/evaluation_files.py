@@ -1,0 +1,168 @@
+"""Files of an evaluation: summary as JSON, a table of all cases, and the page with its pictures."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from nnunet_diffusion import __version__
+from nnunet_diffusion.evaluation.comparison import markdown_table
+from nnunet_diffusion.evaluation.evaluate import Numbers, Task
+from nnunet_diffusion.evaluation.folders import CasePaths, read_case
+from nnunet_diffusion.evaluation.report_page import Picture, number, page, with_interval
+from nnunet_diffusion.evaluation.summary import compare, risks, summarise
+from nnunet_diffusion.explain import evaluation_figures as figures
+from nnunet_diffusion.files import write_json
+from nnunet_diffusion.inference.uncertainty import entropy
+
+WORST, BEST = 4, 2
+"""Cases on the page."""
+
+
+def write_evaluation(
+    folder: Path,
+    tasks: Mapping[str, Task],
+    numbers: Mapping[str, Mapping[str, Numbers]],
+    images: Path | None,
+    notes: Sequence[str],
+) -> str:
+    """Write evaluation.json, cases.csv and report.html.
+
+    Args:
+        folder: where they are written.
+        tasks: name of each prediction -> what was evaluated.
+        numbers: name of each prediction -> case -> its numbers; of two predictions only common cases are compared.
+        images: folder of the images; None if there is none.
+        notes: what was left out, or failed.
+
+    Returns:
+        A short table for the terminal.
+
+    Raises:
+        ValueError: no case was measured.
+    """
+    empty = [name for name, each in numbers.items() if not each]
+    if empty:
+        raise ValueError(f"no case of {empty[0]} could be measured: " + "; ".join(notes))
+    summaries = {name: summarise(each) for name, each in numbers.items()}
+    comparison = None
+    if len(numbers) > 1:
+        first, second = numbers.values()
+        common = [case for case in first if case in second]
+        if not common:
+            raise ValueError("the two predictions have no case in common: compare predictions of the same cases")
+        comparison = compare({case: first[case] for case in common}, {case: second[case] for case in common})
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(
+        {"version": __version__, "notes": list(notes), "predictions": summaries, "comparison": comparison},
+        folder / "evaluation.json",
+    )
+    write_table(folder / "cases.csv", numbers)
+    name, task = next(iter(tasks.items()))
+    pictures = case_pictures(task, numbers[name], images)
+    (folder / "report.html").write_text(
+        page(
+            f"Evaluation of {', '.join(numbers)}", summaries, comparison, diagrams(summaries, numbers), pictures, notes
+        ),
+        encoding="utf-8",
+    )
+    rows = [
+        [name, str(each["cases"]), with_interval(each["dice"]), number(each["nsd"]["mean"])]
+        for name, each in summaries.items()
+    ]
+    return markdown_table(["prediction", "cases", "mean Dice (95 % interval)", "surface Dice"], rows)
+
+
+def write_table(path: Path, numbers: Mapping[str, Mapping[str, Numbers]]) -> None:
+    """Write one row per prediction, case and class; what is not defined is left empty."""
+    rows = []
+    for prediction, cases in numbers.items():
+        for case, found in cases.items():
+            of_case = {"case_dice": found["dice"], "case_nsd": found["nsd"]}
+            for where in ("band", "box") if "calibration" in found else ():
+                of_case |= {f"{key}_{where}": value for key, value in found["calibration"][where].items()}
+            of_case |= {f"auroc_{key}": value for key, value in found["errors"].items()}
+            of_case |= {f"score_{key}": value for key, value in found["scores"].items()}
+            for name, metrics in found["classes"].items():
+                of_class = {**metrics, **_single(found.get("raters", {}).get(name, {}))}
+                of_class |= found.get("volumes", {}).get(name, {})
+                rows.append({"prediction": prediction, "case": case, "class": name, **of_class, **of_case})
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [column.replace(" ", "_") for column in columns])
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({key.replace(" ", "_"): _cell(value) for key, value in row.items()})
+
+
+def _single(of_raters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the numbers against several raters, one column each."""
+    dice = {f"dice_rater_{place}": value for place, value in enumerate(of_raters.get("dice", ()), 1)}
+    return dice | {key: value for key, value in of_raters.items() if key != "dice"}
+
+
+def _cell(value: Any) -> Any:
+    return "" if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def diagrams(summaries: Mapping[str, Any], numbers: Mapping[str, Mapping[str, Numbers]]) -> list[Picture]:
+    """Return the reliability diagram, and for each score risk against coverage and Dice against the score."""
+    pictures = []
+    reliability = {
+        name: each["calibration"]["reliability"]
+        for name, each in summaries.items()
+        if "calibration" in each and sum(each["calibration"]["reliability"][0])
+    }
+    if reliability:
+        figure = figures.reliability_diagram(reliability)
+        pictures.append(Picture("Reliability in the band, all cases together", figures.png(figure)))
+    scores = sorted({score for each in summaries.values() for score in each.get("failure_detection", {})})
+    for score in scores:
+        series = {name: risks(list(cases.values()), score) for name, cases in numbers.items()}
+        series = {name: each for name, each in series.items() if len(each[0]) > 1}
+        if series:
+            pictures.append(Picture(f"Score: {score}", figures.png(figures.risk_coverage_figure(series))))
+            pictures.append(Picture(f"Score: {score}", figures.png(figures.score_figure(series))))
+    return pictures
+
+
+def case_pictures(task: Task, numbers: Mapping[str, Numbers], images: Path | None) -> list[Picture]:
+    """Return pictures of the cases of lowest Dice and of a few of the highest."""
+    ranked = sorted((each["dice"], name) for name, each in numbers.items() if math.isfinite(each["dice"]))
+    shown = dict.fromkeys([*ranked[:WORST], *ranked[-BEST:]])
+    cases = {case.name: case for case in task.cases}
+    return [Picture(f"{name}: Dice {dice:.3f}", _picture(cases[name], task, images)) for dice, name in shown]
+
+
+def _picture(case: CasePaths, task: Task, images: Path | None) -> bytes:
+    arrays = read_case(case, task.classes, task.reader)
+    uncertainty = arrays.maps.get("entropy")
+    if uncertainty is None and arrays.probabilities is not None:
+        uncertainty = entropy(torch.from_numpy(arrays.probabilities), task.classes.regions).numpy()
+    prediction = _compared(arrays.prediction, task)
+    truth = _compared(arrays.truths[0], task)
+    image = None if images is None else _image(case, images, task.reader, truth.shape)
+    return figures.png(figures.case_figure(image, truth, prediction, uncertainty, arrays.spacing_mm))
+
+
+def _compared(label_map: NDArray, task: Task) -> NDArray:
+    """Return a label map without what is not compared."""
+    labels = sorted({label for each in task.classes.labels.values() for label in each})
+    return np.where(np.isin(label_map, labels), label_map, 0)
+
+
+def _image(case: CasePaths, images: Path, reader: Any, shape: tuple[int, ...]) -> NDArray | None:
+    """Return the mean of the channels of a case's first image file, if it is there and has the shape."""
+    ending = case.prediction.name.removeprefix(case.name)
+    path = images / f"{case.name}_0000{ending}"
+    if not path.is_file():
+        return None
+    image = reader.read_images([str(path)])[0]
+    return image.mean(0) if image.shape[1:] == shape else None

@@ -1,0 +1,108 @@
+"""Temperature scaling of a model's probabilities, fitted on the validation cases of its folds (Guo et al. 2017)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from nnunet_diffusion.evaluation import calibration
+from nnunet_diffusion.evaluation.comparison import markdown_table
+from nnunet_diffusion.evaluation.preprocessed import PreprocessedCase
+from nnunet_diffusion.evaluation.uncertainty import band
+from nnunet_diffusion.inference.predictor import DiffusionPredictor
+from nnunet_diffusion.inference.presegmentation import one_hot
+from nnunet_diffusion.model import labels
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Calibration of voxels near borders, without and with a temperature.
+
+    Attributes:
+        temperature: that of least negative log-likelihood over all cases.
+        cases: names of the cases.
+        nll: negative log-likelihood in nats, as it was, and with the temperature of the other half of the cases.
+        ece: expected calibration error, likewise.
+    """
+
+    temperature: float
+    cases: list[str]
+    nll: tuple[float, float]
+    ece: tuple[float, float]
+
+    def table(self) -> str:
+        """Return a markdown table."""
+        rows = [
+            [name, f"{self.nll[place]:.4f}", f"{self.ece[place]:.4f}"]
+            for place, name in enumerate(("as it was", "temperature of the other half of the cases"))
+        ]
+        return markdown_table(["probabilities", "NLL", "ECE"], rows)
+
+
+def fit(
+    predictor_of: Mapping[str, DiffusionPredictor],
+    cases: Sequence[tuple[str, str]],
+    load: Callable[[str], PreprocessedCase],
+    on_case: Callable[[str], object] = lambda name: None,
+) -> Fit:
+    """Predict the validation cases of a model's folds, and fit the temperature to the voxels near borders.
+
+    Args:
+        predictor_of: fold -> predictor with that fold of the model.
+        cases: (fold, name) of at least two cases, each of a fold that was not trained on it.
+        load: returns a case of that name.
+        on_case: called with the name of each case when it begins.
+
+    Raises:
+        ValueError: fewer than two cases, or no voxel near a border in them.
+    """
+    if len(cases) < 2:
+        raise ValueError(
+            f"calibration got {len(cases)} cases, but needs two: one half of them measures the other's fit"
+        )
+    sums = []
+    for fold, name in cases:
+        on_case(name)
+        sums.append(sums_of(predictor_of[fold], load(name)))
+    return fit_sums(sums, [name for _, name in cases])
+
+
+def fit_sums(sums: Sequence[calibration.Tempering], names: Sequence[str]) -> Fit:
+    """Return the fit of cases whose sums are known; see `fit`."""
+    halves = [calibration.total(sums[::2]), calibration.total(sums[1::2])]
+    everything = halves[0] + halves[1]
+    voxels = everything.reliability[0].voxels.sum()
+    if not voxels:
+        raise ValueError("no case has a voxel near a border of truth or segmentation, so there is nothing to calibrate")
+    one = calibration.TEMPERATURES.index(1.0)
+    crossed = halves[0].at(halves[1].best()), halves[1].at(halves[0].best())
+    loss, reliability = crossed[0][0] + crossed[1][0], crossed[0][1] + crossed[1][1]
+    return Fit(
+        calibration.TEMPERATURES[everything.best()],
+        list(names),
+        (float(everything.loss[one] / voxels), float(loss / voxels)),
+        (everything.reliability[one].ece(), reliability.ece()),
+    )
+
+
+def sums_of(predictor: DiffusionPredictor, case: PreprocessedCase) -> calibration.Tempering:
+    """Return the sums of one case over its voxels near borders, on the network's grid."""
+    regions, manager = predictor.network.settings.regions, predictor.label_manager
+    logits = predictor.predict_volume(torch.from_numpy(case.image)).logits
+    probabilities = labels.activate(logits[None], regions)[0].numpy()
+    truth = np.maximum(case.truth, 0)
+    segmentation = np.asarray(manager.convert_probabilities_to_segmentation(probabilities))
+    near = band(segmentation, truth)
+    if manager.has_ignore_label:
+        near &= truth != manager.ignore_label
+    return calibration.tempering(*_problem(probabilities[:, near], one_hot(truth[near], manager), regions))
+
+
+def _problem(probabilities: Any, true: Any, regions: bool) -> tuple[Any, Any]:
+    if regions:
+        return calibration.heads_as_classes(probabilities, true > 0)
+    return probabilities, true.argmax(0)
