@@ -240,7 +240,7 @@ class DiffusionPredictor(nnUNetPredictor):
     def _check_samples(self, settings: DiffusionSettings) -> None:
         """Raise ValueError if the settings contradict several start steps, uncertainty, or calibration."""
         for start_step in self.start_steps:
-            dataclasses.replace(settings, start_step=start_step, steps=1)
+            dataclasses.replace(settings, start_step=start_step, steps=min(settings.steps, start_step))
         if len(self.start_steps) > settings.samples:
             raise ValueError(
                 f"start_step has {len(self.start_steps)} values, one for each sample in turn, but samples is "

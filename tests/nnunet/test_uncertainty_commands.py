@@ -1,0 +1,105 @@
+"""From images to a report, as the page on uncertainty says: calibrate, predict, evaluate, on the tiny trained model."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from nnunet_diffusion.cli.main import main
+from nnunet_diffusion.inference.uncertainty import MAPS
+
+pytestmark = [pytest.mark.nnunet, pytest.mark.slow]
+MODEL = "TinyDiffusionTrainer__Tiny__2d"
+
+
+@pytest.fixture
+def place(trained_2d):
+    """The trained model, its variables set in this process."""
+    with trained_2d[0].in_process(trained_2d[0].root / "results") as workplace:
+        yield workplace
+
+
+@pytest.fixture
+def model(place, tmp_path):
+    """A copy of the model, because calibration writes its plans."""
+    return shutil.copytree(place.results / MODEL, tmp_path / MODEL)
+
+
+def predict(place, model, out, *arguments, code=0):
+    words = [
+        "-i",
+        place.raw / "imagesTs",
+        "-o",
+        out,
+        "-m",
+        model,
+        "-f",
+        "0",
+        "-device",
+        "cpu",
+        "--sequential",
+        *arguments,
+    ]
+    assert main(["predict", *map(str, words)]) == code
+    return sorted(path.name.removesuffix(".nii.gz") for path in out.glob("*.nii.gz"))
+
+
+def probabilities(out, case):
+    return np.load(out / f"{case}.npz")["probabilities"].astype(np.float64)
+
+
+def test_calibrated_probabilities_are_the_others_at_the_temperature(place, model, tmp_path, capsys):
+    predict(place, model, tmp_path / "refused", "--calibrated", code=2)
+    assert "run nnunet_diffusion calibrate first" in capsys.readouterr().err
+    assert main(["calibrate", "-m", str(model), "-f", "0", "-device", "cpu", "--cases", "2"]) == 0
+    temperature = json.loads((model / "plans.json").read_text())["configurations"]["2d"]["diffusion"]["inference"][
+        "temperature"
+    ]
+    assert f"{temperature:.3f}" in capsys.readouterr().out
+    for name, words in (("before", []), ("after", ["--calibrated"])):
+        cases = predict(place, model, tmp_path / name, "--save_probabilities", *words)
+    for case in cases:
+        before, after = probabilities(tmp_path / "before", case), probabilities(tmp_path / "after", case)
+        wanted = np.maximum(before, 1e-6) ** (1 / temperature)
+        # both are stored in half precision, and resampled as logits
+        assert np.abs(wanted / wanted.sum(0) - after).max() < 0.01
+        assert json.loads((tmp_path / "after" / "reports" / f"{case}.json").read_text())["temperature"] == temperature
+
+
+def test_figures_and_report_of_several_samples(place, model, tmp_path):
+    out = tmp_path / "out"
+    settings = ("--samples", 3, "--start_step", 100, 300, 600, "--steps", 2, "--draw", "level")
+    cases = predict(place, model, out, "--figures", "--save_probabilities", *settings)
+    files = {path.name for path in (out / "uncertainty").iterdir()}
+    assert files == {"contact_sheet.png"} | {
+        f"{case}{end}" for case in cases for end in (".json", ".png", *(f"_{name}.nii.gz" for name in MAPS))
+    }
+    numbers = json.loads((out / "uncertainty" / f"{cases[0]}.json").read_text())
+    assert (numbers["samples"], numbers["settings"]["start_step"]) == (3, [100, 300, 600])
+    # without labels of the test images, those of the prediction itself
+    truth = tmp_path / "truth"
+    truth.mkdir()
+    for case in cases:
+        shutil.copy(out / f"{case}.nii.gz", truth)
+    assert (
+        main(["evaluate", "-p", str(out), "-g", str(truth), "-np", "0", "--images", str(place.raw / "imagesTs")]) == 0
+    )
+    found = json.loads((out / "evaluation" / "evaluation.json").read_text())["predictions"]["out"]
+    assert set(found["errors"]) == {*MAPS, "entropy of the probabilities"}
+    assert set(found["failure_detection"]) == {"confidence", "pairwise Dice"}
+    assert set(found["volumes"]) == set(found["classes"])
+    assert found["dice"]["mean"] in (None, 1)
+
+
+def test_draws_change_the_samples(place, model, tmp_path):
+    one, other = (
+        predict(place, model, tmp_path / kind, "--save_probabilities", "--start_step", 600, "--steps", 3, "--draw", kind,
+                "--presegmentation_weight", 0)
+        for kind in ("no", "voxels")
+    )  # fmt: skip
+    assert one == other
+    assert any(
+        np.abs(probabilities(tmp_path / "no", case) - probabilities(tmp_path / "voxels", case)).max() > 1e-3
+        for case in one
+    )
