@@ -30,6 +30,7 @@ SPECIAL = {
     "features_per_stage": ("half of nnU-Net's", "positive integers, one per stage"),
     "attention_stages": ("all: `[]`", "ascending integers, 1 to the number of stages - 1"),
     "presegmentor_architecture": ("`{}`", "as `architecture` in the plans"),
+    "raters": ("none: `[]`", "names of folders, without `labelsTr_`"),
     "starts": ('`{"truth": 0.5, "corrupted": 0.5}`', "shares with the sum 1"),
 }
 """Settings of no plain type: default and legal values as text."""
@@ -175,6 +176,14 @@ class DiffusionSettings:
             "denoiser's own estimate, in the last tenth of the epochs.",
         },
     )
+    raters: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "section": "training",
+            "doc": "Further raters: for each NAME the folder `labelsTr_NAME` beside `labelsTr` holds labels of all cases. Each "
+            "time that a case is loaded for training, one of all raters is drawn. Validation is that of `labelsTr`.",
+        },
+    )
     presence_weight: float = _setting("training", 1.0, "lambda 1 of Eq. 10: weight of the presence loss.", low=0)
     location_weight: float = _setting("training", 1.0, "lambda 2 of Eq. 10: weight of the location loss.", low=0)
     collaboration_weight: float = _setting(
@@ -280,6 +289,7 @@ class DiffusionSettings:
         """Check types, ranges and contradictions."""
         object.__setattr__(self, "features_per_stage", _positive_integers(self.features_per_stage))
         object.__setattr__(self, "attention_stages", _stages(self.attention_stages, len(self.features_per_stage)))
+        object.__setattr__(self, "raters", _names(self.raters))
         _check_architecture(self.presegmentor_architecture)
         for entry in dataclasses.fields(self):
             if entry.name not in SPECIAL:
@@ -662,6 +672,16 @@ def _stages(value: Any, count: int) -> tuple[int, ...]:
         raise ValueError(
             f"diffusion.network.attention_stages must be ascending integers from 1 to {count - 1} (features_per_stage has "
             f"{count} stages), or empty for all, got {value!r}."
+        )
+    return tuple(value)
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    legal = isinstance(value, (list, tuple)) and all(isinstance(name, str) and name.isidentifier() for name in value)
+    if not legal or len(set(value)) < len(value):
+        raise ValueError(
+            f"diffusion.training.raters must be a list of different names of letters, digits and _, such as ['second_rater'] "
+            f"for the folder labelsTr_second_rater, got {value!r}."
         )
     return tuple(value)
 

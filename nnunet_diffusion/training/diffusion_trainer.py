@@ -31,6 +31,7 @@ from nnunet_diffusion.training.network import build_segmenter
 from nnunet_diffusion.training.outlook import announce
 from nnunet_diffusion.training.plans import adopt, notes, planned_settings, share_settings_of_folds, with_presegmentor
 from nnunet_diffusion.training.presegmentor import given_presegmentor, presegmentor_weights
+from nnunet_diffusion.training.raters import prepare_raters, with_raters
 from nnunet_diffusion.training.replacing import keep_finished, what_happens_to_finished
 from nnunet_diffusion.training.starts import first_recycling_epoch, prepare_mistakes, prepare_networks
 from nnunet_diffusion.training.state import checkpoint_of, own_checkpoint, restore
@@ -171,6 +172,7 @@ class DiffusionTrainer(nnUNetTrainer):
             self._embed_presegmentor()
         job.warn(self)
         remove_what_killed_jobs_left(Path(self.output_folder))
+        prepare_raters(self)
         prepare_networks(self)
         super().on_train_start()
         prepare_mistakes(self)
@@ -186,6 +188,11 @@ class DiffusionTrainer(nnUNetTrainer):
             self.print_to_log_file(
                 "The refiner starts from pretrained weights; nnU-Net's weights are those of this fold's own training."
             )
+
+    def get_tr_and_val_datasets(self) -> tuple[Any, Any]:
+        """Return nnU-Net's datasets; in training with the labels of all raters in the settings."""
+        training, validation = super().get_tr_and_val_datasets()
+        return with_raters(self, training), validation
 
     def on_train_epoch_start(self) -> None:
         """Seed the noise of the epoch, so that a resumed training draws the same noise as an uninterrupted one."""
