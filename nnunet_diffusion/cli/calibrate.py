@@ -62,6 +62,8 @@ def run(options: argparse.Namespace) -> int:
     with named_for_the_user(OSError):
         changes = {"temperature": fitted.temperature}
         write_inference(plans, predictor.identity["configuration"], predictor.network.settings, changes)
+    if fitted.is_at_an_end:
+        print("The temperature is at the end of the range that is searched: the probabilities are far from calibrated.")
     print(
         f"\nVoxels within 5 voxels of a border, {len(cases)} validation cases:\n\n{fitted.table()}\n"
         f"The temperature of all cases is {fitted.temperature:.3f}. It is in {plans}; nnunet_diffusion predict --calibrated "

@@ -12,8 +12,9 @@ from nnunet_diffusion.cli.errors import CommandError, named_for_the_user
 from nnunet_diffusion.cli.stopping import until_stopped
 from nnunet_diffusion.files import read_dictionary
 
-FOLDER, SUMMARY, TABLE, PAGE = "evaluation", "evaluation.json", "cases.csv", "report.html"
+FOLDER = "evaluation"
 MOST_PREDICTIONS = 2
+SHOWN = 5  # names of cases in a message
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -23,15 +24,22 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="measure segmentations, their calibration and uncertainty against the ground truth",
         description="Compares label maps of any program with the ground truth: Dice, surface Dice, HD95; where nnU-Net's .npz "
         "are beside them, calibration; where `predict --uncertainty` wrote its maps, whether they find the errors. Two "
-        f"predictions (-p twice) are compared. Writes {SUMMARY}, {TABLE} and {PAGE}. Finished cases are not repeated.",
+        "predictions (-p twice) are compared. Writes a summary as JSON, a table of all cases as CSV, and a page as HTML. "
+        "Finished cases are not repeated.",
     )
     add = parser.add_argument
     add("-p", action="append", required=True, metavar="FOLDER", help="segmentations; give -p twice to compare")
     add("-g", action="append", required=True, metavar="FOLDER", help="ground truth; once for each rater")
-    add("-o", metavar="FOLDER", help=f"output folder (FOLDER/{FOLDER} of the first -p)")
+    add("-o", metavar="FOLDER", help=f"output folder ({FOLDER} in that of -p; needed for two)")
     add("-djfile", metavar="FILE", help="dataset.json (that in the folders of -p and -g, or above them)")
-    add("-l", type=int, nargs="+", metavar="LABEL", help="labels to compare, instead of those of dataset.json")
-    add("-np", type=int, default=None, help="number of processes (by cores and cases)")
+    add(
+        "-l",
+        type=int,
+        nargs="+",
+        metavar="LABEL",
+        help="labels to compare, instead of those of dataset.json; without .npz",
+    )
+    add("-np", type=int, default=None, help="number of processes (by cores, cases and memory)")
     add("--tolerance", type=float, metavar="MM", help="of the surface Dice (1, or the in-plane spacing if larger)")
     add(
         "--images",
@@ -58,15 +66,14 @@ def run(options: argparse.Namespace) -> int:
 
 def _evaluate(options: argparse.Namespace, predictions: Sequence[Path], truths: Sequence[Path]) -> int:
     # nnU-Net prints about its variables when it is imported: import it only now
-    from nnunet_diffusion.evaluation.evaluation_files import write_evaluation
+    from nnunet_diffusion.evaluation.evaluation_files import PAGE, SUMMARY, TABLE, write_evaluation
 
     with named_for_the_user(FileNotFoundError, ValueError, OSError):
-        found = _prepared(options, predictions, truths)
-        tasks, left_out = _tasks(options, predictions, truths, *found)
+        tasks, left_out = _tasks(options, predictions, truths)
         for line in left_out:
             print(f"nnunet_diffusion evaluate: {line}", file=sys.stderr)
         evaluated = _evaluated(tasks, options.np)
-        folder = output_folder(options)
+        folder = Path(options.o) if options.o else predictions[0] / FOLDER
         failures = {f"{name}: {case}": why for name, each in evaluated.items() for case, why in each.failures.items()}
         images = images_folder(options.images, truths)
         notes = [*left_out, *(f"{case} failed: {why}" for case, why in failures.items())]
@@ -90,6 +97,10 @@ def check_options(options: argparse.Namespace) -> tuple[list[Path], list[Path]]:
                 raise CommandError(f"-{name} is {folder}, which {wrong}")
     if len(options.p) > MOST_PREDICTIONS:
         raise CommandError(f"-p is given {len(options.p)} times, but two predictions are compared at most")
+    if len(options.p) > 1 and options.o is None:
+        raise CommandError(
+            "two predictions (-p) are compared, and either could hold the result: name its folder with -o"
+        )
     folders = [Path(folder).resolve() for folder in (*options.p, *options.g)]
     for number, folder in enumerate(folders):
         if folder in folders[:number]:
@@ -105,39 +116,32 @@ def check_options(options: argparse.Namespace) -> tuple[list[Path], list[Path]]:
     return [Path(folder) for folder in options.p], [Path(folder) for folder in options.g]
 
 
-def _prepared(options: argparse.Namespace, predictions: Sequence[Path], truths: Sequence[Path]) -> tuple[Any, str, Any]:
-    """Return the classes, the file ending, and nnU-Net's reader."""
-    from nnunet_diffusion.evaluation import folders
+def _classes(options: argparse.Namespace, folders: Sequence[Path]) -> tuple[Any, dict[str, Any] | None]:
+    """Return the classes, and the content of dataset.json; None without one."""
+    from nnunet_diffusion.evaluation.folders import classes_of, classes_of_labels, find_dataset_json
 
-    path = folders.find_dataset_json(options.djfile, (*predictions, *truths))
-    description = None if path is None else read_dictionary(path, "give another one with -djfile", {"labels": dict})
-    if description is None and options.l is None:
-        raise CommandError(
-            "there is no dataset.json in the folders of -p and -g or above them: give it (-djfile), or the labels to compare "
-            "(-l 1 2 3)"
-        )
-    classes = (
-        folders.classes_of_labels(options.l) if options.l else folders.classes_of(description or {}, Path(path or ""))
-    )
-    ending = (description or {}).get("file_ending") or folders.common_ending(truths[0])
-    example = next((each for each in sorted(truths[0].iterdir()) if each.name.endswith(ending)), None)
-    if example is None:
-        raise CommandError(f"{truths[0]} has no file that ends with {ending}, the file ending of {path}")
-    return classes, ending, folders.reader_for(ending, description, example)
+    path = find_dataset_json(options.djfile, folders)
+    if path is None:
+        if options.l is None:
+            raise CommandError(
+                "there is no dataset.json in the folders of -p and -g or above them: give it (-djfile), or the labels to "
+                "compare (-l 1 2 3)"
+            )
+        return classes_of_labels(options.l), None
+    description = read_dictionary(path, "give another one with -djfile", {"labels": dict})
+    classes = classes_of(description, path)
+    return (classes_of_labels(options.l, classes.ignore) if options.l else classes), description
 
 
 def _tasks(
-    options: argparse.Namespace,
-    predictions: Sequence[Path],
-    truths: Sequence[Path],
-    classes: Any,
-    ending: str,
-    reader: Any,
+    options: argparse.Namespace, predictions: Sequence[Path], truths: Sequence[Path]
 ) -> tuple[dict[str, Any], list[str]]:
     """Return what is to be evaluated under the name of each prediction, and what is left out."""
     from nnunet_diffusion.evaluation.evaluate import CASES, Task
-    from nnunet_diffusion.evaluation.folders import find_cases
+    from nnunet_diffusion.evaluation.folders import common_ending, find_cases, reader_for
 
+    classes, description = _classes(options, (*predictions, *truths))
+    ending = (description or {}).get("file_ending") or common_ending(truths[0])
     tasks, left_out = {}, []
     for name, folder in zip(names_of(predictions), predictions, strict=True):
         found = find_cases(folder, truths, ending)
@@ -148,8 +152,9 @@ def _tasks(
             )
         for what, cases in (("no ground truth", found.without_truth), ("no prediction", found.without_prediction)):
             if cases:
-                left_out.append(f"{name}: {len(cases)} cases have {what} and are left out: {', '.join(cases[:5])}"
-                                f"{' ...' if len(cases) > 5 else ''}")  # fmt: skip
+                shown = ", ".join(cases[:SHOWN]) + (" ..." if len(cases) > SHOWN else "")
+                left_out.append(f"{name}: {len(cases)} cases have {what} and are left out: {shown}")
+        reader = reader_for(ending, description, [case.truths[0] for case in found.cases])
         kept = (Path(options.o) / CASES / name) if options.o else folder / FOLDER / CASES
         tasks[name] = Task(found.cases, classes, reader, kept, options.tolerance)
     return tasks, left_out
@@ -168,19 +173,13 @@ def names_of(folders: Sequence[Path]) -> list[str]:
 def _evaluated(tasks: dict[str, Any], processes: int | None) -> dict[str, Any]:
     from tqdm import tqdm
 
-    from nnunet_diffusion.evaluation.evaluate import evaluate
-    from nnunet_diffusion.inference.cases import available_cores
+    from nnunet_diffusion.evaluation.evaluate import evaluate, fitting_processes
 
     cases = sum(len(task.cases) for task in tasks.values())
     if processes is None:
-        processes = min(available_cores(), cases - 1)
+        processes = fitting_processes([case for task in tasks.values() for case in task.cases])
     with tqdm(total=cases, unit="case", disable=None, leave=False) as bar:
         return {name: evaluate(task, processes, lambda case: bar.update()) for name, task in tasks.items()}
-
-
-def output_folder(options: argparse.Namespace) -> Path:
-    """Return the folder of the output."""
-    return Path(options.o) if options.o else Path(options.p[0]) / FOLDER
 
 
 def images_folder(given: str | None, truths: Sequence[Path]) -> Path | None:

@@ -33,7 +33,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "Defaults are in parentheses.",
     )
     _add_arguments_of_nnunet(parser)
-    _add_own_arguments(parser)
+    _add_reverse_process_arguments(parser)
+    _add_output_arguments(parser)
+    _add_computing_arguments(parser)
     parser.set_defaults(run=run)
 
 
@@ -64,9 +66,8 @@ def _number_in(variable: str) -> int | None:
     return int(text) if text.isdecimal() else None
 
 
-def _add_own_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("reverse process")
-    add = group.add_argument
+def _add_reverse_process_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("reverse process").add_argument
     add("--sampler", choices=SAMPLERS)
     add("--steps", type=int, help="number of evaluations in one reverse process")
     add(
@@ -98,6 +99,13 @@ def _add_own_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         help="largest probability in the image below which a foreground class is left out, 0 to 1",
     )
+    add("--seed", type=int, help="seed of the noise")
+    add("--presegmentation", metavar="FOLDER", help="segmentations or .npz probabilities to start from")
+    add("--tile_wise", action="store_true", help="one reverse process per tile, as in nnU-Net's own prediction")
+
+
+def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("output").add_argument
     add("--fusion", choices=FUSIONS, default="mean", help="how samples are combined into a segmentation (mean)")
     add("--keep_samples", action="store_true", help="write each sample to OUT/samples")
     add(
@@ -108,16 +116,18 @@ def _add_own_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--figures",
         action="store_true",
-        help="draw each case with its samples and uncertainty, and a sheet of all; turns --uncertainty and --keep_samples on",
+        help="--uncertainty, --keep_samples, and a picture of each case; the least certain cases on a sheet",
     )
     add(
         "--calibrated",
         action="store_true",
         help="scale the probabilities by the temperature of nnunet_diffusion calibrate",
     )
-    add("--seed", type=int, help="seed of the noise")
-    add("--presegmentation", metavar="FOLDER", help="segmentations or .npz probabilities to start from")
-    add("--tile_wise", action="store_true", help="one reverse process per tile, as in nnU-Net's own prediction")
+    add("--quiet", action="store_true", help="print errors only")
+
+
+def _add_computing_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("computing").add_argument
     add("--sequential", action="store_true", help="use no other processes, as with -npp 0 -nps 0")
     add(
         "--state_memory",
@@ -133,7 +143,6 @@ def _add_own_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--deterministic", action="store_true", help="identical bits in each run on a GPU; slower")
     add("--trust_checkpoint", action="store_true", help="load a checkpoint that may run code")
-    add("--quiet", action="store_true", help="print errors only")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -289,8 +298,10 @@ def _draw(predictor: Any, options: argparse.Namespace) -> None:
     reader = predictor.plans_manager.image_reader_writer_class()
     with named_for_the_user(ValueError, OSError):
         images = find_images(options.i, ending).cases
-        sheet = draw_predictions(Path(options.o), images, ending, reader)
-    print(f"Figures of all cases, the least certain first: {sheet}", flush=True)
+        names = list(images)[options.part_id :: options.num_parts]
+        sheet = draw_predictions(Path(options.o), {name: images[name] for name in names}, ending, reader)
+    if sheet is not None:
+        print(f"The least certain cases: {sheet}", flush=True)
 
 
 @contextlib.contextmanager

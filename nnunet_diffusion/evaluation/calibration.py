@@ -19,6 +19,7 @@ BINS = 50
 EQUAL_MASS_BINS = 20
 LOWEST = 1e-7
 """Smallest probability of which a logarithm is taken."""
+VOXELS_AT_ONCE = 2**18
 TEMPERATURES = tuple(2.0 ** (power / 8) for power in range(-8, 17))
 """Candidates from 0.5 to 4, in steps of 9 %."""
 
@@ -55,8 +56,11 @@ def reliability(probabilities: NDArray, labels: NDArray, bins: int = BINS) -> Re
         labels: (N,).
         bins: bins of equal width in [0, 1]; a confidence of 1 is in the last.
     """
-    confidence = probabilities.max(0).astype(np.float64)
-    right = probabilities.argmax(0) == labels
+    return _binned(probabilities.max(0), probabilities.argmax(0) == labels, bins)
+
+
+def _binned(confidence: NDArray, right: NDArray, bins: int) -> Reliability:
+    confidence = confidence.astype(np.float64)
     place = np.minimum((confidence * bins).astype(np.intp), bins - 1)
     return Reliability(
         np.bincount(place, minlength=bins).astype(np.float64),
@@ -88,9 +92,9 @@ def brier(probabilities: NDArray, labels: NDArray) -> float:
     """Return the Brier score, the mean over voxels of sum_k (p_k - y_k)^2, 0..2; NaN without voxels."""
     if not labels.size:
         return float("nan")
-    of_truth = _of_truth(probabilities, labels)
     # sum_k (p_k - y_k)^2 = sum_k p_k^2 - 2 p_true + 1
-    return float((np.square(probabilities, dtype=np.float64).sum(0) - 2 * of_truth + 1).mean())
+    squares = np.einsum("kn,kn->n", probabilities, probabilities)
+    return float((squares - 2 * _of_truth(probabilities, labels) + 1).mean())
 
 
 def negative_log_likelihood(probabilities: NDArray, labels: NDArray) -> float:
@@ -134,8 +138,8 @@ class Tempering:
         return Tempering(self.loss + other.loss, [one + two for one, two in pairs])
 
     def best(self) -> int:
-        """Return the place of the temperature of smallest loss in `TEMPERATURES`."""
-        return int(self.loss.argmin())
+        """Return the place of the temperature of smallest loss in `TEMPERATURES`; of 1 without voxels."""
+        return int(self.loss.argmin()) if self.reliability[0].voxels.any() else TEMPERATURES.index(1.0)
 
     def at(self, place: int) -> tuple[float, Reliability]:
         """Return loss and reliability at a place in `TEMPERATURES`."""
@@ -147,11 +151,32 @@ def total(sums: Sequence[Tempering]) -> Tempering:
     return functools.reduce(operator.add, sums)
 
 
-def tempering(probabilities: NDArray, labels: NDArray) -> Tempering:
+def tempering(probabilities: NDArray, labels: NDArray, bins: int = BINS) -> Tempering:
     """Return loss and reliability at each of `TEMPERATURES`, for probabilities (K, N) and labels (N,)."""
-    scaled = [tempered(probabilities, temperature) for temperature in TEMPERATURES]
-    losses = [negative_log_likelihood(each, labels) * labels.size if labels.size else 0.0 for each in scaled]
-    return Tempering(np.array(losses), [reliability(each, labels) for each in scaled])
+    nothing = Reliability(np.zeros(bins), np.zeros(bins), np.zeros(bins))
+    loss, sums = np.zeros(len(TEMPERATURES)), [nothing] * len(TEMPERATURES)
+    for first in range(0, labels.size, VOXELS_AT_ONCE):
+        part, true = probabilities[:, first : first + VOXELS_AT_ONCE], labels[first : first + VOXELS_AT_ONCE]
+        logits = np.log(np.maximum(part, LOWEST)).astype(np.float32)
+        logits -= logits.max(0)
+        # a temperature changes neither the most likely class nor whether it is right
+        right, of_truth = part.argmax(0) == true, _of_truth(logits, true)
+        for place, temperature in enumerate(TEMPERATURES):
+            total = np.exp(logits / np.float32(temperature)).sum(0, dtype=np.float64)
+            loss[place] += float((np.log(total) - of_truth / temperature).sum())
+            sums[place] = sums[place] + _binned(1 / total, right, bins)
+    return Tempering(loss, sums)
+
+
+def problem(probabilities: NDArray, masks: NDArray, regions: bool) -> tuple[NDArray, NDArray]:
+    """Return probabilities (K, N) and labels (N,) of voxels; regions become one problem of two classes.
+
+    Args:
+        probabilities: of the heads, (K, N).
+        masks: true masks of the heads, (K, N).
+        regions: whether the heads are regions.
+    """
+    return heads_as_classes(probabilities, masks) if regions else (probabilities, masks.argmax(0))
 
 
 def heads_as_classes(probabilities: NDArray, masks: NDArray) -> tuple[NDArray, NDArray]:

@@ -13,9 +13,9 @@ from scipy import ndimage
 
 from nnunet_diffusion.evaluation import calibration, raters
 from nnunet_diffusion.evaluation.folders import CaseArrays, Classes
-from nnunet_diffusion.evaluation.metrics import dice, hd95, mean_known, surface_dice
+from nnunet_diffusion.evaluation.metrics import dice, mean_known, surface_metrics
 from nnunet_diffusion.evaluation.uncertainty import auroc, band
-from nnunet_diffusion.inference.uncertainty import entropy
+from nnunet_diffusion.inference.uncertainty import AGREEMENT, entropy
 
 BAND_VOXELS = 5
 ENTROPY = "entropy of the probabilities"
@@ -32,43 +32,46 @@ def measure_case(arrays: CaseArrays, classes: Classes, tolerance_mm: float | Non
         tolerance_mm: of the surface Dice; None for 1 mm, or the in-plane spacing if that is larger.
 
     Returns:
-        Dictionary with `classes` (name -> metrics), `dice` and `nsd` (means over the classes that are there), and where the
-        files are there `calibration`, `errors` (AUROC of each map), `scores`, `volumes` and `raters`.
+        Dictionary with `classes` (name -> metrics), `dice` and `nsd` (means over the classes that are there, 1 if none is),
+        `errors` (AUROC of each map), `scores`, and where the files are there `calibration`, `volumes` and `raters`.
     """
     tolerance = default_tolerance(arrays.spacing_mm) if tolerance_mm is None else tolerance_mm
-    masks = {name: _mask(arrays.prediction, labels, arrays.known) for name, labels in classes.labels.items()}
-    truths = {
-        name: [_mask(truth, labels, arrays.known) for truth in arrays.truths] for name, labels in classes.labels.items()
-    }
-    by_class = {
-        name: class_numbers(masks[name], truths[name][0], arrays.known, arrays.spacing_mm, tolerance) for name in masks
-    }
-    result: dict[str, Any] = {
-        "tolerance_mm": tolerance,
-        "classes": by_class,
-        "dice": mean_known([each["dice"] for each in by_class.values()]),
-        "nsd": mean_known([each["nsd"] for each in by_class.values()]),
-    }
-    near = arrays.known & band(arrays.prediction, arrays.truths[0], BAND_VOXELS)
+    by_class, volumes, of_raters = {}, {}, {}
+    intervals = arrays.numbers.get("volume_mm3", {}) if arrays.known.all() else {}
+    # one class at a time: the masks of a hundred classes do not fit into memory together
+    for name, labels in classes.labels.items():
+        predicted = _mask(arrays.prediction, labels, arrays.known)
+        truths = [_mask(truth, labels, arrays.known) for truth in arrays.truths]
+        by_class[name] = class_numbers(predicted, truths[0], arrays.known, arrays.spacing_mm, tolerance)
+        if name in intervals:
+            volumes[name] = _interval(intervals[name], by_class[name]["true_mm3"])
+        if len(truths) > 1:
+            of_raters[name] = _raters(arrays, classes, labels, predicted, truths)
+    result: dict[str, Any] = {"tolerance_mm": tolerance, "classes": by_class}
+    for key in ("dice", "nsd"):
+        mean = mean_known([each[key] for each in by_class.values()])
+        # nothing is there, and nothing was found
+        result[key] = 1.0 if math.isnan(mean) else mean
+    optional = {"volumes": volumes, "raters": of_raters}
+    return {**result, **_uncertainty(arrays, classes), **{key: each for key, each in optional.items() if each}}
+
+
+def _uncertainty(arrays: CaseArrays, classes: Classes) -> dict[str, Any]:
+    """Return calibration, where there are probabilities, the AUROC of each map, and the scores of the case."""
+    result: dict[str, Any] = {}
+    prediction, truth = arrays.compared(classes)
+    near = arrays.known & band(prediction, truth, BAND_VOXELS)
     values, scores = {name: each[near] for name, each in arrays.maps.items()}, {}
     if arrays.probabilities is not None:
-        result["calibration"] = _calibration(arrays, classes, near, list(truths.values()))
+        result["calibration"] = _calibration(arrays, classes, near)
         values[ENTROPY] = entropy(torch.from_numpy(arrays.probabilities[:, near]), classes.regions).numpy()
-        scores["confidence"] = confidence(arrays, classes)
+        scores["confidence"] = confidence(arrays.probabilities, prediction, classes.regions)
     if arrays.numbers.get("score") is not None:
         scores["pairwise Dice"] = float(arrays.numbers["score"])
-    wrong = wrong_voxels(arrays, classes)[near]
+    wrong = wrong_voxels(prediction, truth, classes)[near]
     # agreement is high where the others are low
-    result["errors"] = {
-        name: auroc(-each if name == "agreement" else each, wrong) for name, each in sorted(values.items())
-    }
-    result["scores"] = scores
-    voxel_mm3 = math.prod(arrays.spacing_mm)
-    if arrays.numbers:
-        result["volumes"] = _intervals(arrays.numbers, truths, voxel_mm3)
-    if len(arrays.truths) > 1:
-        result["raters"] = _raters(arrays, classes, masks, truths, voxel_mm3)
-    return result
+    errors = {name: auroc(-each if name == AGREEMENT else each, wrong) for name, each in sorted(values.items())}
+    return {**result, "errors": errors, "scores": scores}
 
 
 def default_tolerance(spacing_mm: Sequence[float]) -> float:
@@ -97,6 +100,7 @@ def class_numbers(
         for each in (predicted & true, predicted & ~true, ~predicted & true, known & ~predicted & ~true)
     )
     voxel_mm3 = math.prod(spacing_mm)
+    hd95, nsd = surface_metrics(predicted, true, spacing_mm, tolerance_mm)
     return {
         "dice": dice(predicted, true),
         "iou": _share(tp, tp + fp + fn),
@@ -104,8 +108,8 @@ def class_numbers(
         "recall": _share(tp, tp + fn),
         "fnr": _share(fn, tp + fn),
         "fpr": _share(fp, fp + tn),
-        "hd95_mm": hd95(predicted, true, spacing_mm),
-        "nsd": surface_dice(predicted, true, spacing_mm, tolerance_mm),
+        "hd95_mm": hd95,
+        "nsd": nsd,
         "predicted_mm3": (tp + fp) * voxel_mm3,
         "true_mm3": (tp + fn) * voxel_mm3,
     }
@@ -119,32 +123,36 @@ def _mask(label_map: NDArray, labels: Sequence[int], known: NDArray[np.bool_]) -
     return np.isin(label_map, labels) & known
 
 
-def wrong_voxels(arrays: CaseArrays, classes: Classes) -> NDArray[np.bool_]:
-    """Return where the prediction has another class than the first truth, or is in other regions (*image)."""
-    wrong = np.zeros(arrays.known.shape, bool)
+def wrong_voxels(prediction: NDArray, truth: NDArray, classes: Classes) -> NDArray[np.bool_]:
+    """Return where a prediction has another class than the truth, or is in other regions (*image)."""
+    wrong = np.zeros(truth.shape, bool)
     for labels in classes.labels.values():
-        wrong |= np.isin(arrays.prediction, labels) != np.isin(arrays.truths[0], labels)
-    return wrong & arrays.known
+        wrong |= np.isin(prediction, labels) != np.isin(truth, labels)
+    return wrong
 
 
-def confidence(arrays: CaseArrays, classes: Classes) -> float:
+def confidence(probabilities: NDArray, segmentation: NDArray, regions: bool) -> float:
     """Return a score without truth: the mean confidence near the borders of the segmentation, 0..1.
 
     The confidence of a voxel is the probability of its most likely class (for regions the mean over them of max(p, 1 - p)).
-    Where the segmentation has no border, all voxels count.
+    Of a segmentation without border it is that of the least certain voxel, so that a missed lesion is not trusted.
+
+    Args:
+        probabilities: (K, *image).
+        segmentation: label map (*image).
+        regions: whether the heads are regions.
     """
-    assert arrays.probabilities is not None
-    near = band(arrays.prediction, arrays.prediction, BAND_VOXELS)
-    values = arrays.probabilities[:, near if near.any() else np.ones_like(near)]
-    top = np.maximum(values, 1 - values).mean(0) if classes.regions else values.max(0)
-    return float(top.mean())
+    near = band(segmentation, segmentation, BAND_VOXELS)
+    found = near.any()
+    values = probabilities[:, near] if found else probabilities.reshape(len(probabilities), -1)
+    top = np.maximum(values, 1 - values).mean(0) if regions else values.max(0)
+    return float(top.mean() if found else top.min())
 
 
-def _calibration(
-    arrays: CaseArrays, classes: Classes, near: NDArray[np.bool_], truths: Sequence[Sequence[NDArray]]
-) -> dict[str, Any]:
+def _calibration(arrays: CaseArrays, classes: Classes, near: NDArray[np.bool_]) -> dict[str, Any]:
     """Return calibration in the band and in the box around the foreground, the latter as the mean over raters."""
-    box = around([mask for of_class in truths for mask in of_class]) & arrays.known
+    labels = [label for each in classes.labels.values() for label in each]
+    box = around([np.isin(truth, labels) for truth in arrays.truths]) & arrays.known
     in_band = _problem(arrays, classes, near, arrays.truths[0])
     tempering = calibration.tempering(*in_band)
     of_raters = [_errors(*_problem(arrays, classes, box, truth)) for truth in arrays.truths]
@@ -163,13 +171,10 @@ def _calibration(
 def _problem(
     arrays: CaseArrays, classes: Classes, where: NDArray[np.bool_], truth: NDArray
 ) -> tuple[NDArray, NDArray[np.intp]]:
-    """Return probabilities (K, N) and labels (N,) of the voxels of a mask; regions as two classes."""
+    """Return probabilities (K, N) and labels (N,) of the voxels of a mask."""
     assert arrays.probabilities is not None
-    probabilities, values = arrays.probabilities[:, where], truth[where]
-    masks = np.stack([np.isin(values, labels) for labels in classes.heads])
-    if classes.regions:
-        return calibration.heads_as_classes(probabilities, masks)
-    return probabilities, masks.argmax(0)
+    masks = np.stack([np.isin(truth[where], labels) for labels in classes.heads])
+    return calibration.problem(arrays.probabilities[:, where], masks, classes.regions)
 
 
 def _errors(probabilities: NDArray, labels: NDArray) -> dict[str, float]:
@@ -193,43 +198,36 @@ def around(masks: Sequence[NDArray[np.bool_]], margin: int = BOX_MARGIN_VOXELS) 
     return box
 
 
-def _intervals(numbers: dict[str, Any], truths: dict[str, list[NDArray]], voxel_mm3: float) -> dict[str, Any]:
-    """Return whether each class's interval of the volume holds the true one, and its width."""
-    result = {}
-    for name, interval in numbers.get("volume_mm3", {}).items():
-        if name in truths:
-            true = float(np.count_nonzero(truths[name][0]) * voxel_mm3)
-            low, high = interval["low"], interval["high"]
-            # the edges count: a volume of exactly 0 is often certain
-            result[name] = {"true_mm3": true, "width_mm3": high - low, "covered": bool(low <= true <= high)}
-    return result
+def _interval(interval: dict[str, Any], true_mm3: float) -> dict[str, Any]:
+    """Return whether an interval of the volume holds the true one, its width, and what it is."""
+    low, high = interval["low"], interval["high"]
+    # the ends count: a volume of exactly 0 is often certain
+    return {"width_mm3": high - low, "covered": bool(low <= true_mm3 <= high), "interval": interval["interval"]}
 
 
 def _raters(
     arrays: CaseArrays,
     classes: Classes,
-    masks: dict[str, NDArray[np.bool_]],
-    truths: dict[str, list[NDArray[np.bool_]]],
-    voxel_mm3: float,
+    labels: tuple[int, ...],
+    predicted: NDArray[np.bool_],
+    truths: list[NDArray[np.bool_]],
 ) -> dict[str, Any]:
-    """Return the metrics against several raters, of each class; without samples the segmentation is the only one."""
-    result = {}
-    for name, labels in classes.labels.items():
-        samples = [_mask(each, labels, arrays.known) for each in arrays.samples] or [masks[name]]
-        soft = masks[name].astype(np.float32)
-        if arrays.probabilities is not None and labels in classes.heads:
-            soft = arrays.probabilities[classes.heads.index(labels)] * arrays.known
-        volume = float(soft.sum(dtype=np.float64) * voxel_mm3)
-        volumes = [np.count_nonzero(each) * voxel_mm3 for each in truths[name]]
-        result[name] = {
-            "dice": [dice(masks[name], each) for each in truths[name]],
-            "interrater_dice": raters.interrater_dice(truths[name]),
-            "consensus_dice": raters.consensus_dice(masks[name], truths[name]),
-            "soft_dice": raters.soft_dice_over_thresholds(soft, truths[name]),
-            "staple_dice": raters.staple_dice(masks[name], truths[name]),
-            "crps_mm3": raters.crps(volume, volumes),
-            "crps_curvas_mm3": raters.crps(volume, volumes, "curvas"),
-            "ged": raters.generalized_energy_distance(samples, truths[name]),
-            "hungarian_iou": raters.hungarian_iou(samples, truths[name]),
-        }
-    return result
+    """Return the metrics of one class against several raters; without samples the segmentation is the only one."""
+    voxel_mm3 = math.prod(arrays.spacing_mm)
+    samples = [_mask(each, labels, arrays.known) for each in arrays.samples] or [predicted]
+    soft = predicted.astype(np.float32)
+    if arrays.probabilities is not None and labels in classes.heads:
+        soft = arrays.probabilities[classes.heads.index(labels)] * arrays.known
+    volume = float(soft.sum(dtype=np.float64) * voxel_mm3)
+    volumes = [float(np.count_nonzero(each) * voxel_mm3) for each in truths]
+    return {
+        "dice": [dice(predicted, each) for each in truths],
+        "interrater_dice": raters.interrater_dice(truths),
+        "consensus_dice": raters.consensus_dice(predicted, truths),
+        "soft_dice": raters.soft_dice_over_thresholds(soft, truths),
+        "staple_dice": raters.staple_dice(predicted, truths),
+        "crps_mm3": raters.crps(volume, volumes),
+        "crps_curvas_mm3": raters.crps(volume, volumes, "curvas"),
+        "ged": raters.generalized_energy_distance(samples, truths),
+        "hungarian_iou": raters.hungarian_iou(samples, truths),
+    }

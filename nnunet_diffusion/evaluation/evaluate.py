@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import SimpleITK as sitk
+import torch
+
 from nnunet_diffusion import __version__
 from nnunet_diffusion.evaluation.case_metrics import measure_case
 from nnunet_diffusion.evaluation.folders import CasePaths, Classes, read_case
 from nnunet_diffusion.files import write_json
-from nnunet_diffusion.inference.cases import Job, reason_of, workers
+from nnunet_diffusion.inference.cases import Job, available_cores, reason_of, workers
+from nnunet_diffusion.inference.memory import free_bytes
 from nnunet_diffusion.training.checkpoints import write_aside
 
 CASES = "cases"
 AGAIN = "Free some space or choose another folder (-o), then give the command again: finished cases are kept."
+BYTES_PER_VOXEL = 60  # label maps, masks, and the distances from borders
 Numbers = dict[str, Any]
 
 
@@ -93,10 +100,34 @@ def evaluate(task: Task, processes: int, on_case: Callable[[str], object] = lamb
     return Evaluated({name: numbers[name] for name in ordered if name in numbers}, failures)
 
 
+def fitting_processes(cases: Sequence[CasePaths]) -> int:
+    """Return the number of processes whose cases fit into the free memory together: at most one per core, 0 for one case."""
+    largest = max(_expected_bytes(case) for case in cases)
+    fit = int(free_bytes(torch.device("cpu")) // max(largest, 1))
+    number = min(available_cores(), len(cases), fit)
+    return number if number > 1 else 0
+
+
+def _expected_bytes(case: CasePaths) -> float:
+    """Return a rough estimate of the memory of a case, from the headers of its files; 0 if they cannot be read."""
+    try:
+        image = sitk.ImageFileReader()
+        image.SetFileName(str(case.prediction))
+        image.ReadImageInformation()
+    except RuntimeError:  # reported when the case is read
+        return 0
+    heads = 0
+    with contextlib.suppress(OSError, ValueError, KeyError), zipfile.ZipFile(case.probabilities) as archive:
+        # float32, and the float16 of the file; uncompressed size of its array
+        heads = 3 * archive.getinfo("probabilities.npy").file_size
+    maps = 4 * len(case.maps())
+    return math.prod(image.GetSize()) * (BYTES_PER_VOXEL + maps) + heads
+
+
 def _measure(classes: Classes, reader: Any, folder: Path, tolerance_mm: float | None, case: CasePaths) -> None:
     """Measure one case and write its numbers, at once or not at all."""
     begun = fingerprint(classes, tolerance_mm, case)
-    numbers = measure_case(read_case(case, classes, reader), classes, tolerance_mm)
+    numbers = measure_case(read_case(case, classes, reader, with_samples=len(case.truths) > 1), classes, tolerance_mm)
     content = {"fingerprint": begun, **numbers}
     write_aside(lambda aside: write_json(content, Path(aside)), folder / f"{case.name}.json", AGAIN)
 

@@ -8,20 +8,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from nnunet_diffusion import __version__
-from nnunet_diffusion.evaluation.comparison import markdown_table
+from nnunet_diffusion.evaluation.comparison import markdown_table, number
 from nnunet_diffusion.evaluation.evaluate import Numbers, Task
 from nnunet_diffusion.evaluation.folders import CasePaths, read_case
-from nnunet_diffusion.evaluation.report_page import Picture, number, page, with_interval
+from nnunet_diffusion.evaluation.report_page import Picture, page, with_interval
 from nnunet_diffusion.evaluation.summary import compare, risks, summarise
 from nnunet_diffusion.explain import evaluation_figures as figures
 from nnunet_diffusion.files import write_json
+from nnunet_diffusion.inference.reading import one_line
 from nnunet_diffusion.inference.uncertainty import entropy
 
+SUMMARY, TABLE, PAGE = "evaluation.json", "cases.csv", "report.html"
 WORST, BEST = 4, 2
 """Cases on the page."""
 
@@ -33,7 +34,7 @@ def write_evaluation(
     images: Path | None,
     notes: Sequence[str],
 ) -> str:
-    """Write evaluation.json, cases.csv and report.html.
+    """Write `SUMMARY`, `TABLE` and `PAGE`.
 
     Args:
         folder: where they are written.
@@ -60,14 +61,12 @@ def write_evaluation(
             raise ValueError("the two predictions have no case in common: compare predictions of the same cases")
         comparison = compare({case: first[case] for case in common}, {case: second[case] for case in common})
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(
-        {"version": __version__, "notes": list(notes), "predictions": summaries, "comparison": comparison},
-        folder / "evaluation.json",
-    )
-    write_table(folder / "cases.csv", numbers)
+    content = {"version": __version__, "notes": list(notes), "predictions": summaries, "comparison": comparison}
+    write_json(content, folder / SUMMARY)
+    write_table(folder / TABLE, numbers)
     name, task = next(iter(tasks.items()))
     pictures = case_pictures(task, numbers[name], images)
-    (folder / "report.html").write_text(
+    (folder / PAGE).write_text(
         page(
             f"Evaluation of {', '.join(numbers)}", summaries, comparison, diagrams(summaries, numbers), pictures, notes
         ),
@@ -146,23 +145,20 @@ def _picture(case: CasePaths, task: Task, images: Path | None) -> bytes:
     uncertainty = arrays.maps.get("entropy")
     if uncertainty is None and arrays.probabilities is not None:
         uncertainty = entropy(torch.from_numpy(arrays.probabilities), task.classes.regions).numpy()
-    prediction = _compared(arrays.prediction, task)
-    truth = _compared(arrays.truths[0], task)
+    prediction, truth = arrays.compared(task.classes)
     image = None if images is None else _image(case, images, task.reader, truth.shape)
     return figures.png(figures.case_figure(image, truth, prediction, uncertainty, arrays.spacing_mm))
 
 
-def _compared(label_map: NDArray, task: Task) -> NDArray:
-    """Return a label map without what is not compared."""
-    labels = sorted({label for each in task.classes.labels.values() for label in each})
-    return np.where(np.isin(label_map, labels), label_map, 0)
-
-
 def _image(case: CasePaths, images: Path, reader: Any, shape: tuple[int, ...]) -> NDArray | None:
-    """Return the mean of the channels of a case's first image file, if it is there and has the shape."""
+    """Return the mean of the channels of a case's first image file; None if it is not there, or not an image of this shape."""
     ending = case.prediction.name.removeprefix(case.name)
     path = images / f"{case.name}_0000{ending}"
     if not path.is_file():
         return None
-    image = reader.read_images([str(path)])[0]
+    try:
+        image = reader.read_images([str(path)])[0]
+    except Exception as error:  # the exception depends on the reader's library
+        print(f"{path} cannot be read, so the picture of {case.name} has no image: {one_line(error)}", flush=True)
+        return None
     return image.mean(0) if image.shape[1:] == shape else None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import glob
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +19,10 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from numpy.typing import NDArray
 
 from nnunet_diffusion.files import IMAGE_ENDINGS, read_dictionary
-from nnunet_diffusion.inference.maps import map_ending
-from nnunet_diffusion.inference.output import SAMPLES, UNCERTAINTY
+from nnunet_diffusion.inference.output import SAMPLES, map_of, numbers_file_of
 from nnunet_diffusion.inference.presegmentation import check_geometry, check_shape, read_probabilities
 from nnunet_diffusion.inference.reading import one_line, without_thickness
+from nnunet_diffusion.inference.report import foreground_names
 from nnunet_diffusion.inference.uncertainty import MAPS
 
 PREDICTION, TRUTH = "prediction", "ground truth"
@@ -57,9 +60,9 @@ def classes_of(dataset_json: Mapping[str, Any], path: Path) -> Classes:
         heads = foreground if regions else manager.all_labels
     except Exception as error:  # nnU-Net asserts
         raise ValueError(f"{path}: nnU-Net does not accept its labels: {one_line(error)}; correct them") from error
-    names = {_as_labels(value): name for name, value in dataset_json["labels"].items()}
+    named = zip(foreground_names(manager), map(_as_labels, foreground), strict=True)
     return Classes(
-        {names[_as_labels(each)]: _as_labels(each) for each in foreground},
+        dict(named),
         regions,
         tuple(sorted({0, *map(int, manager.all_labels)})),
         None if manager.ignore_label is None else int(manager.ignore_label),
@@ -67,9 +70,9 @@ def classes_of(dataset_json: Mapping[str, Any], path: Path) -> Classes:
     )
 
 
-def classes_of_labels(labels: Sequence[int]) -> Classes:
-    """Return classes named by their number; all other labels count as background."""
-    return Classes({str(label): (label,) for label in labels})
+def classes_of_labels(labels: Sequence[int], ignore: int | None = None) -> Classes:
+    """Return classes named by their number; all other labels but the ignored one count as background."""
+    return Classes({str(label): (label,) for label in labels}, ignore=ignore)
 
 
 def _as_labels(value: Any) -> tuple[int, ...]:
@@ -116,17 +119,17 @@ class CasePaths:
     @property
     def uncertainty(self) -> Path:
         """Where `nnunet_diffusion predict --uncertainty` writes its numbers."""
-        return self.prediction.parent / UNCERTAINTY / f"{self.name}.json"
+        return numbers_file_of(self.prediction.with_name(self.name))
 
     def maps(self) -> dict[str, Path]:
         """Return the maps of uncertainty that are there: name -> file."""
-        ending = map_ending(self.prediction.name.removeprefix(self.name))
-        paths = {name: self.prediction.parent / UNCERTAINTY / f"{self.name}_{name}{ending}" for name in MAPS}
+        ending = self.prediction.name.removeprefix(self.name)
+        paths = {name: map_of(self.prediction.with_name(self.name), name, ending) for name in MAPS}
         return {name: path for name, path in paths.items() if path.is_file()}
 
     def samples(self) -> list[Path]:
         """Return the samples that `nnunet_diffusion predict --keep_samples` wrote."""
-        return sorted((self.prediction.parent / SAMPLES).glob(f"*/{self.prediction.name}"))
+        return sorted((self.prediction.parent / SAMPLES).glob(f"*/{glob.escape(self.prediction.name)}"))
 
     def used(self) -> list[Path]:
         """Return all files that are there."""
@@ -192,20 +195,20 @@ def common_ending(folder: Path) -> str:
     return found.pop()
 
 
-def reader_for(ending: str, dataset_json: Mapping[str, Any] | None, example: Path) -> Any:
-    """Return an instance of nnU-Net's reader for these files.
+def reader_for(ending: str, dataset_json: Mapping[str, Any] | None, examples: Sequence[Path]) -> Any:
+    """Return an instance of nnU-Net's reader for these files, the first that can read one of the examples.
 
     Raises:
-        ValueError: nnU-Net has none that can read the example.
+        ValueError: nnU-Net has none that can.
     """
-    try:
-        if dataset_json is None:
-            kind = determine_reader_writer_from_file_ending(ending, str(example), verbose=False)
-        else:
-            kind = determine_reader_writer_from_dataset_json(dict(dataset_json), str(example), verbose=False)
-    except RuntimeError as error:
-        raise ValueError(f"nnU-Net has no reader for {example}: convert it to .nii.gz") from error
-    return kind()
+    description = None if dataset_json is None else {**dataset_json, "file_ending": ending}
+    for example in examples:
+        # nnU-Net prints a traceback for each reader that it tries in vain
+        with contextlib.suppress(RuntimeError), contextlib.redirect_stderr(io.StringIO()):
+            if description is None:
+                return determine_reader_writer_from_file_ending(ending, str(example), verbose=False)()
+            return determine_reader_writer_from_dataset_json(description, str(example), verbose=False)()
+    raise ValueError(f"nnU-Net has no reader for {examples[0]}: it is damaged, or must be converted to .nii.gz")
 
 
 def _files(folder: Path, ending: str) -> list[Path]:
@@ -227,7 +230,7 @@ class CaseArrays:
         known: voxels that count in all truths.
         probabilities: (K, *image), float32; None if they were not saved.
         maps: name -> map of uncertainty.
-        samples: label map of each kept sample.
+        samples: label map of each kept sample; empty unless they are read.
         numbers: what `predict --uncertainty` wrote; empty without.
     """
 
@@ -240,14 +243,24 @@ class CaseArrays:
     samples: list[NDArray] = field(default_factory=list)
     numbers: dict[str, Any] = field(default_factory=dict)
 
+    def compared(self, classes: Classes) -> tuple[NDArray, NDArray]:
+        """Return prediction and first truth with labels that are not compared as background.
 
-def read_case(case: CasePaths, classes: Classes, reader: Any) -> CaseArrays:
+        Where the truth is not known it is the prediction, so that no border and no error is there.
+        """
+        labels = sorted({label for each in classes.labels.values() for label in each})
+        prediction, truth = (np.where(np.isin(each, labels), each, 0) for each in (self.prediction, self.truths[0]))
+        return prediction, np.where(self.known, truth, prediction)
+
+
+def read_case(case: CasePaths, classes: Classes, reader: Any, with_samples: bool = False) -> CaseArrays:
     """Read a case and check that its files have one grid and known labels.
 
     Args:
         case: its files.
         classes: what is compared.
         reader: instance of one of nnU-Net's readers.
+        with_samples: whether to read kept samples.
 
     Raises:
         ValueError: a file cannot be read, or its geometry, labels or probabilities are wrong. The message names the file, the
@@ -280,7 +293,7 @@ def read_case(case: CasePaths, classes: Classes, reader: Any) -> CaseArrays:
         known,
         probabilities,
         {name: beside("map", path, None) for name, path in case.maps().items()},
-        [beside("sample", path, classes) for path in case.samples()],
+        [beside("sample", path, classes) for path in case.samples()] if with_samples else [],
         numbers,
     )
 
@@ -303,4 +316,4 @@ def _read(what: str, path: Path, classes: Classes | None, reader: Any) -> tuple[
             f"The {what} {path} has label {unknown[0]:g}, which is not in dataset.json ({list(classes.known)}): correct the "
             "file, give another -djfile, or choose labels (-l)."
         )
-    return found[0].astype(np.int32), properties
+    return found[0].astype(np.int16 if np.abs(found).max(initial=0) < 2**15 else np.int32), properties

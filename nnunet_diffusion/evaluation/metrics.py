@@ -90,11 +90,7 @@ def hd95(prediction: ArrayLike, reference: ArrayLike, spacing_mm: Sequence[float
     Raises:
         ValueError: the shapes differ, or `spacing_mm` is not one positive number per axis.
     """
-    predicted, true = masks_of_one_shape(prediction, reference)
-    spacing = _spacing(spacing_mm, predicted.ndim)
-    if not predicted.any() or not true.any():
-        return float("inf") if predicted.any() or true.any() else float("nan")
-    return float(max(np.percentile(each, HD95_PERCENTILE) for each in _surface_distances(predicted, true, spacing)))
+    return surface_metrics(prediction, reference, spacing_mm, 0.0)[0]
 
 
 def surface_dice(
@@ -119,15 +115,7 @@ def surface_dice(
 
     Source: Nikolov et al., Clinically applicable segmentation of head and neck anatomy (2021).
     """
-    if not tolerance_mm >= 0:
-        raise ValueError(f"tolerance_mm is {tolerance_mm}, but must be 0 or more")
-    predicted, true = masks_of_one_shape(prediction, reference)
-    spacing = _spacing(spacing_mm, predicted.ndim)
-    if not predicted.any() or not true.any():
-        return 0.0 if predicted.any() or true.any() else float("nan")
-    distances = np.concatenate(_surface_distances(predicted, true, spacing))
-    # NSD = (|S_p near S_t| + |S_t near S_p|) / (|S_p| + |S_t|)
-    return float(np.count_nonzero(distances <= tolerance_mm) / distances.size)
+    return surface_metrics(prediction, reference, spacing_mm, tolerance_mm)[1]
 
 
 def per_class_metrics(
@@ -224,6 +212,29 @@ def _spacing(spacing_mm: Sequence[float], dimensions: int) -> tuple[float, ...]:
     if len(spacing) != dimensions or not all(0 < size < float("inf") for size in spacing):
         raise ValueError(f"spacing_mm must be {dimensions} positive numbers, one per axis, got {spacing_mm}")
     return spacing
+
+
+def surface_metrics(
+    prediction: ArrayLike, reference: ArrayLike, spacing_mm: Sequence[float], tolerance_mm: float
+) -> tuple[float, float]:
+    """Return `hd95` and `surface_dice`, whose distances are computed once for both; arguments and errors are theirs."""
+    predicted, true, spacing = _checked(prediction, reference, spacing_mm, tolerance_mm)
+    if not predicted.any() or not true.any():
+        return (float("inf"), 0.0) if predicted.any() or true.any() else (float("nan"), float("nan"))
+    distances = _surface_distances(predicted, true, spacing)
+    together = np.concatenate(distances)
+    # NSD = (|S_p near S_t| + |S_t near S_p|) / (|S_p| + |S_t|)
+    near = float(np.count_nonzero(together <= tolerance_mm) / together.size)
+    return float(max(np.percentile(each, HD95_PERCENTILE) for each in distances)), near
+
+
+def _checked(
+    prediction: ArrayLike, reference: ArrayLike, spacing_mm: Sequence[float], tolerance_mm: float
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_], tuple[float, ...]]:
+    if not tolerance_mm >= 0:
+        raise ValueError(f"tolerance_mm is {tolerance_mm}, but must be 0 or more")
+    predicted, true = masks_of_one_shape(prediction, reference)
+    return predicted, true, _spacing(spacing_mm, predicted.ndim)
 
 
 def _surface_distances(

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nnunet_diffusion.evaluation.comparison import number
+
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd; }
@@ -95,16 +97,15 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], note: str = "")
     return f'<div class="wide"><table>{"".join(lines)}</table></div>{below}'
 
 
-def number(value: float | None, digits: int = 4) -> str:
-    """Write a number; a dash for NaN, infinity and None."""
-    return "–" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+def _number(value: float | None, digits: int = 4) -> str:
+    return number(math.nan if value is None or math.isinf(value) else value, digits)
 
 
 def with_interval(spread: Mapping[str, float], digits: int = 4) -> str:
     """Write a mean with its interval."""
     if not math.isfinite(spread["mean"]):
-        return "–"
-    return f"{number(spread['mean'], digits)} ({number(spread['low'], digits)} to {number(spread['high'], digits)})"
+        return "-"
+    return f"{_number(spread['mean'], digits)} ({_number(spread['low'], digits)} to {_number(spread['high'], digits)})"
 
 
 def _overview(summaries: Mapping[str, Mapping[str, Any]]) -> str:
@@ -113,7 +114,7 @@ def _overview(summaries: Mapping[str, Mapping[str, Any]]) -> str:
             name,
             str(each["cases"]),
             with_interval(each["dice"]),
-            number(each["dice"]["median"]),
+            _number(each["dice"]["median"]),
             with_interval(each["nsd"]),
         ]
         for name, each in summaries.items()
@@ -121,8 +122,8 @@ def _overview(summaries: Mapping[str, Mapping[str, Any]]) -> str:
     return _table(
         ["prediction", "cases", "mean Dice (95 % interval)", "median", "surface Dice"],
         rows,
-        "Dice of a case is the mean over its classes; a class that neither truth nor prediction has does not count. The "
-        "interval is a bootstrap over cases.",
+        "Dice of a case is the mean over its classes; a class that neither truth nor prediction has does not count, and a case "
+        "without any counts 1. The interval is a bootstrap over cases.",
     )
 
 
@@ -135,9 +136,9 @@ def _classes(summary: Mapping[str, Any]) -> str:
             str(each["cases"]),
             with_interval(each["dice"]),
             with_interval(each["nsd"]),
-            *(number(each[key]) for key in plain),
+            *(_number(each[key]) for key in plain),
             str(each["missed"]),
-            f"{each['false_alarms']} of {each['normal_cases']}" if each["normal_cases"] else "–",
+            f"{each['false_alarms']} of {each['normal_cases']}" if each["normal_cases"] else "-",
         ]
         for name, each in summary["classes"].items()
     ]
@@ -154,18 +155,33 @@ def _comparison(comparison: Mapping[str, Any]) -> str:
         [
             " ".join([NAMES.get(metric.split()[0], metric.split()[0]), *metric.split()[1:]]),
             str(each["cases"]),
-            number(each["candidate_mean"]),
-            number(each["baseline_mean"]),
-            f"{each['mean_difference']:+.4f}" if math.isfinite(each["mean_difference"]) else "–",
-            f"{number(each['interval'][0])} to {number(each['interval'][1])}",
-            "–" if not math.isfinite(each["p_value"]) else f"{each['p_value']:.2g}",
+            str(each["undefined"] + each["infinite"]),
+            _number(each["candidate_mean"]),
+            _number(each["baseline_mean"]),
+            f"{each['mean_difference']:+.4f}" if math.isfinite(each["mean_difference"]) else "-",
+            f"{_number(each['interval'][0])} to {_number(each['interval'][1])}",
+            "-" if not math.isfinite(each["p_value"]) else f"{each['p_value']:.2g}",
             f"{each['better']} / {each['worse']}",
         ]
         for metric, each in comparison.items()
     ]
-    header = ["metric", "cases", "first", "second", "difference", "95 % interval", "Wilcoxon p", "better / worse"]
+    header = [
+        "metric",
+        "cases",
+        "left out",
+        "first",
+        "second",
+        "difference",
+        "95 % interval",
+        "Wilcoxon p",
+        "better / worse",
+    ]
     return _table(
-        header, rows, "Better and worse count the cases in which the first is better; for Dice by more than one point."
+        header,
+        rows,
+        "Left out of the means are cases in which a value is not defined, or infinite (HD95 of a miss, which the test takes as "
+        "the largest difference). Better and worse count the cases in which the first is better; for Dice by more than one "
+        "point.",
     )
 
 
@@ -179,13 +195,13 @@ def _calibration(summary: Mapping[str, Any]) -> str:
     tempered = ""
     if "pooled_ece_tempered" in found:
         temperatures = " and ".join(f"{each:.2f}" for each in found["temperatures"])
-        ece = number(found["pooled_ece_tempered"])
+        ece = _number(found["pooled_ece_tempered"])
         tempered = f"; with a temperature fitted on the other half of the cases ({temperatures}) {ece}"
     return "<h3>Calibration</h3>" + _table(
         ["", *(NAMES[key] for key in keys)],
         rows,
         "Means over cases. The band is within 5 voxels of a border of truth or prediction, the box 20 voxels around the true "
-        f"foreground. ECE of all cases' bands together: {number(found['pooled_ece'])}{tempered}.",
+        f"foreground. ECE of all cases' bands together: {_number(found['pooled_ece'])}{tempered}.",
     )
 
 
@@ -205,7 +221,7 @@ def _failure(summary: Mapping[str, Any]) -> str:
         return ""
     keys = ("aurc", "random", "optimal", "normalised", "spearman", "pearson")
     rows = [
-        [name, str(each["cases"]), *(number(each.get(key)) for key in keys)]
+        [name, str(each["cases"]), *(_number(each.get(key)) for key in keys)]
         for name, each in summary["failure_detection"].items()
     ]
     return "<h3>Does it find the poor cases?</h3>" + _table(
@@ -220,10 +236,12 @@ def _volumes(summary: Mapping[str, Any]) -> str:
     if not summary.get("volumes"):
         return ""
     rows = [
-        [name, str(each["cases"]), number(each["coverage"], 2), number(each["mean_width_mm3"], 1)]
+        [name, str(each["cases"]), each["interval"], _number(each["coverage"], 2), _number(each["mean_width_mm3"], 1)]
         for name, each in summary["volumes"].items()
     ]
-    return "<h3>Volumes</h3>" + _table(["class", "cases", "true volume in the interval", "mean width (mm³)"], rows)
+    return "<h3>Volumes</h3>" + _table(
+        ["class", "cases", "interval", "share of true volumes in it", "mean width (mm³)"], rows
+    )
 
 
 def _raters(summary: Mapping[str, Any]) -> str:

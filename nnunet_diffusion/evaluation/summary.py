@@ -105,8 +105,8 @@ def tempering_of(sums: Mapping[str, Any]) -> Tempering:
 
 
 def risks(cases: Sequence[Mapping[str, Any]], score: str) -> tuple[list[float], list[float]]:
-    """Return score and risk, 1 - mean Dice, of the cases where both are known."""
-    known = [each for each in cases if score in each["scores"] and math.isfinite(each["dice"])]
+    """Return score and risk, 1 - mean Dice, of the cases that have the score."""
+    known = [each for each in cases if score in each["scores"]]
     return [each["scores"][score] for each in known], [1 - each["dice"] for each in known]
 
 
@@ -122,6 +122,7 @@ def _volumes(cases: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[s
         if found:
             result[name] = {
                 "cases": len(found),
+                "interval": ", ".join(sorted({each["interval"] for each in found})),
                 "coverage": float(np.mean([each["covered"] for each in found])),
                 "mean_width_mm3": float(np.mean([each["width_mm3"] for each in found])),
             }
@@ -157,7 +158,7 @@ def compare(candidate: Cases, baseline: Cases, seed: int = 0) -> dict[str, Any]:
         first, second = (np.array([each[side] for each in values]) for side in (0, 1))
         compared = dataclasses.asdict(compare_paired(first, second, seed=seed))
         gain = (first - second) * (1 if _higher_is_better(metric) else -1)
-        limit = POINT if "dice" in metric else 0.0
+        limit = POINT if metric.startswith("dice") else 0.0
         compared |= {"better": int((gain > limit).sum()), "worse": int((gain < -limit).sum())}
         compared["interval"] = list(compared["interval"])
         result[metric] = compared
@@ -168,10 +169,16 @@ def _higher_is_better(metric: str) -> bool:
     return not metric.startswith(("hd95", "ece", "nll"))
 
 
+def _dice_of(case: Mapping[str, Any], name: str) -> float:
+    dice = case["classes"][name]["dice"]
+    return 1.0 if math.isnan(dice) else dice
+
+
 def _paired_values(pairs: Sequence[tuple[Any, Any]]) -> dict[str, list[tuple[float, float]]]:
     result = {key: [(one[key], two[key]) for one, two in pairs] for key in ("dice", "nsd")}
     for name in pairs[0][0]["classes"] if len(pairs[0][0]["classes"]) > 1 else ():
-        result[f"dice of {name}"] = [tuple(each["classes"][name]["dice"] for each in pair) for pair in pairs]
+        # 1 where neither truth nor prediction has the class, so that a false alarm is a difference
+        result[f"dice of {name}"] = [(_dice_of(one, name), _dice_of(two, name)) for one, two in pairs]
     for name in pairs[0][0]["classes"]:
         result[f"hd95_mm of {name}"] = [tuple(each["classes"][name]["hd95_mm"] for each in pair) for pair in pairs]
     if all("calibration" in each for pair in pairs for each in pair):

@@ -234,12 +234,13 @@ def deciding_settings(predictor: DiffusionPredictor, points: Sequence[Point]) ->
         predictor: predictor with a loaded model of one fold.
         points: of the sweep.
     """
-    values = {key: list(dict.fromkeys(getattr(point, key) for point in points)) for key in ("sampler", "steps", "seed")}
+    values = {key: sorted({getattr(point, key) for point in points}) for key in ("sampler", "steps", "seed")}
     return {
         **predictor.identity,
         "folds": predictor.folds,
         "weights_sha256": [hash_of_weights(weights) for weights in predictor.list_of_parameters],
         "eta": predictor.network.settings.eta,
+        "draw": predictor.network.settings.draw,
         "mirrored_presegmentation": bool(predictor.use_mirroring and predictor.allowed_mirroring_axes),
         "start_steps": {point.start: point.start_step for point in points},
         **values,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +32,11 @@ class Fit:
     cases: list[str]
     nll: tuple[float, float]
     ece: tuple[float, float]
+
+    @property
+    def is_at_an_end(self) -> bool:
+        """Whether the temperature is the lowest or highest candidate."""
+        return self.temperature in (calibration.TEMPERATURES[0], calibration.TEMPERATURES[-1])
 
     def table(self) -> str:
         """Return a markdown table."""
@@ -96,13 +100,8 @@ def sums_of(predictor: DiffusionPredictor, case: PreprocessedCase) -> calibratio
     probabilities = labels.activate(logits[None], regions)[0].numpy()
     truth = np.maximum(case.truth, 0)
     segmentation = np.asarray(manager.convert_probabilities_to_segmentation(probabilities))
-    near = band(segmentation, truth)
-    if manager.has_ignore_label:
-        near &= truth != manager.ignore_label
-    return calibration.tempering(*_problem(probabilities[:, near], one_hot(truth[near], manager), regions))
-
-
-def _problem(probabilities: Any, true: Any, regions: bool) -> tuple[Any, Any]:
-    if regions:
-        return calibration.heads_as_classes(probabilities, true > 0)
-    return probabilities, true.argmax(0)
+    known = truth != manager.ignore_label if manager.has_ignore_label else np.ones(truth.shape, bool)
+    # no border where the truth is not known
+    near = known & band(segmentation, np.where(known, truth, segmentation))
+    masks = one_hot(truth[near], manager) > 0
+    return calibration.tempering(*calibration.problem(probabilities[:, near], masks, regions))

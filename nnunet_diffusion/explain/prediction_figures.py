@@ -11,8 +11,11 @@ from nnunet_diffusion.explain.uncertainty_figure import Case, contact_sheet, unc
 from nnunet_diffusion.files import read_dictionary
 from nnunet_diffusion.inference.output import UNCERTAINTY
 from nnunet_diffusion.inference.reading import without_thickness
+from nnunet_diffusion.training.checkpoints import write_aside
 
 SHEET = "contact_sheet.png"
+MOST = 40  # cases on the sheet
+AGAIN = "Free some space, then give the command again with --continue_prediction."
 
 
 def draw_predictions(
@@ -22,11 +25,11 @@ def draw_predictions(
     reader: Any,
     on_case: Callable[[str], object] = lambda name: None,
 ) -> Path | None:
-    """Draw each case with maps of uncertainty, and a sheet of all, the lowest score first.
+    """Draw each case with maps of uncertainty that is not drawn yet, and a sheet of the cases with the lowest scores.
 
     Args:
         folder: output folder of the prediction. The figures go into its folder `uncertainty`.
-        images: name of each case -> its image files.
+        images: name of each case -> its image files; other cases in the folder are on the sheet if they are drawn.
         ending: file ending of the segmentations.
         reader: instance of the model's reader of nnU-Net.
         on_case: called with the name of each case when it begins.
@@ -37,25 +40,36 @@ def draw_predictions(
     Raises:
         ValueError: a file of uncertainty cannot be read.
     """
-    scores: dict[str, float] = {}
     for name, files in images.items():
         paths = CasePaths(name, folder / f"{name}{ending}", ())
         if not (paths.prediction.is_file() and paths.uncertainty.is_file() and "entropy" in paths.maps()):
             continue  # a case that failed, which the prediction has reported
+        figure = paths.uncertainty.with_suffix(".png")
+        if figure.is_file() and figure.stat().st_mtime >= paths.uncertainty.stat().st_mtime:
+            continue
         on_case(name)
-        numbers = read_dictionary(paths.uncertainty, "predict again", {"volume_mm3": dict})
-        scores[name] = 0.0 if numbers.get("score") is None else float(numbers["score"])
-        uncertainty_figure(_read(paths, files, numbers, reader), _figure(folder, name))
+        case = _read(paths, files, _numbers(paths.uncertainty), reader)
+        write_aside(lambda aside, case=case: uncertainty_figure(case, aside), figure, AGAIN)  # type: ignore[misc]
+    return _draw_sheet(folder / UNCERTAINTY)
+
+
+def _numbers(path: Path) -> dict[str, Any]:
+    return read_dictionary(path, "predict again", {"volume_mm3": dict})
+
+
+def _draw_sheet(folder: Path) -> Path | None:
+    """Draw the sheet of a folder's figures; several parts of one prediction may do so, the last one with all cases."""
+    scores: dict[Path, float] = {}
+    for path in sorted(folder.glob("*.json")):
+        if path.with_suffix(".png").is_file():
+            score = _numbers(path).get("score")
+            scores[path.with_suffix(".png")] = 0.0 if score is None else float(score)
     if not scores:
         return None
-    ranked = sorted(scores, key=lambda name: (scores[name], name))
-    sheet = folder / UNCERTAINTY / SHEET
-    contact_sheet([(f"{name}: score {scores[name]:.3f}", _figure(folder, name)) for name in ranked], sheet)
-    return sheet
-
-
-def _figure(folder: Path, name: str) -> Path:
-    return folder / UNCERTAINTY / f"{name}.png"
+    ranked = sorted(scores, key=lambda path: (scores[path], path.name))[:MOST]
+    titled = [(f"{path.stem}: score {scores[path]:.3f}", path) for path in ranked]
+    write_aside(lambda aside: contact_sheet(titled, aside), folder / SHEET, AGAIN)
+    return folder / SHEET
 
 
 def _read(paths: CasePaths, files: Sequence[str], numbers: Mapping[str, Any], reader: Any) -> Case:

@@ -42,6 +42,7 @@ from nnunet_diffusion.inference.request import Request
 from nnunet_diffusion.inference.staging import not_writable, staging_folders
 from nnunet_diffusion.inference.uncertainty import DEFAULT_SAMPLES
 from nnunet_diffusion.inference.volume_run import VolumeRun
+from nnunet_diffusion.model.drawing import NOTHING
 from nnunet_diffusion.model.segmenter import DiffusionSegmenter
 from nnunet_diffusion.model.settings import DiffusionSettings
 
@@ -214,6 +215,7 @@ class DiffusionPredictor(nnUNetPredictor):
         network = copy.copy(network)  # shares the weights; the caller's network keeps its settings
         network.settings = dataclasses.replace(network.settings, **self._fitting_overrides(network))
         self._check_samples(network.settings)
+        self._tell_about_the_temperature()
         self.plans_manager, self.configuration_manager = plans_manager, configuration_manager
         self.network, self.dataset_json, self.trainer_name = network, dataset_json, trainer_name
         # nnU-Net passes None if the network has its weights already
@@ -246,6 +248,10 @@ class DiffusionPredictor(nnUNetPredictor):
                 f"start_step has {len(self.start_steps)} values, one for each sample in turn, but samples is "
                 f"{settings.samples}: give --samples {len(self.start_steps)} or more"
             )
+        if self.overrides.get("draw", NOTHING) != NOTHING and settings.steps < 2:
+            raise ValueError(
+                f"--draw {settings.draw} draws between two steps, but steps is {settings.steps}: give --steps 2 or more"
+            )
         if self.calibrated and not settings.temperature:
             raise ValueError(
                 "the model has no temperature: run nnunet_diffusion calibrate first, or leave --calibrated out"
@@ -256,6 +262,15 @@ class DiffusionPredictor(nnUNetPredictor):
             raise ValueError(
                 "--uncertainty compares samples, but presegmentation_weight is 1, so none counts: give a "
                 "--presegmentation_weight below 1"
+            )
+
+    def _tell_about_the_temperature(self) -> None:
+        changed = sorted(set(self.overrides) - {"seed", "presence_threshold"})
+        if self.calibrated and changed:
+            print(
+                f"The temperature was fitted with the settings of the plans, but {', '.join(changed)} are given: the "
+                "probabilities may need another one.",
+                flush=True,
             )
 
     # one volume ------------------------------------------------------------------------------------------------------

@@ -225,7 +225,7 @@ class DiffusionSettings:
         "inference",
         NOTHING,
         "What is noised again between two steps. `no`: the clean estimate; `voxels`: a mask whose voxels are drawn from it "
-        "one by one; `level`: one of its level sets. For two steps or more.",
+        "one by one; `level`: one of its level sets. Without effect in a single step.",
         choices=DRAWS,
     )
     samples: int = _setting("inference", 1, "Reverse processes whose probabilities are averaged.", low=1, high=1000)
@@ -302,11 +302,6 @@ class DiffusionSettings:
             raise ValueError(
                 f"diffusion.inference.from_noise is true, so start_step must be timesteps ({self.timesteps}), got "
                 f"{self.start_step}."
-            )
-        if self.draw != NOTHING and self.steps < 2:
-            raise ValueError(
-                f"diffusion.inference.draw is {self.draw!r}, which draws between two steps, but steps is {self.steps}: set it "
-                f"to 2 or more, or draw to {NOTHING!r}."
             )
         self._check_network()
         self._check_training_starts()

@@ -11,6 +11,7 @@ from nnunetv2.evaluation.evaluate_predictions import compute_metrics
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
 from nnunet_diffusion.cli.main import main
+from nnunet_diffusion.evaluation.uncertainty import band
 
 LABELS = {"background": 0, "left": 1, "right": 2}
 SHAPE = (8, 12, 10)
@@ -56,8 +57,8 @@ def evaluate(folders, *words, code=0, predictions=("pred",), truths=("truth",)):
     arguments = [word for name in predictions for word in ("-p", str(folders / name))]
     arguments += [word for name in truths for word in ("-g", str(folders / name))]
     assert main(["evaluate", *arguments, "-np", "0", *map(str, words)]) == code
-    out = folders / predictions[0] / "evaluation"
-    return json.loads((out / "evaluation.json").read_text()) if code < 2 and "-o" not in words else None
+    out = words[words.index("-o") + 1] if "-o" in words else folders / predictions[0] / "evaluation"
+    return json.loads((out / "evaluation.json").read_text()) if code < 2 else None
 
 
 def refused(folders, capsys, message, *words, **settings):
@@ -99,10 +100,17 @@ def test_calibration_errors_and_failures_are_found(folders):
     band = found["calibration"]["band"]
     # the perfect case is right everywhere and says 0.9
     assert band["ece"]["cases"] == 3
-    assert found["calibration"]["pooled_ece"] == pytest.approx(0.1, abs=0.1)
+    voxels = wrong = 0
+    for name in "abc":
+        numbers = json.loads((folders / "pred" / "evaluation" / "cases" / f"{name}.json").read_text())
+        voxels += numbers["calibration"]["band"]["voxels"]
+    # b has two rows of 12 voxels wrong, c misses a block of 48; all say 0.9
+    wrong = 2 * 12 + 48
+    assert found["calibration"]["pooled_ece"] == pytest.approx(abs(0.9 - (voxels - wrong) / voxels), rel=1e-5)
     # one confidence everywhere finds nothing
     assert found["errors"]["entropy of the probabilities"]["mean"] == pytest.approx(0.5)
     assert found["failure_detection"]["confidence"]["cases"] == 3
+    assert numbers["scores"]["confidence"] == pytest.approx(0.9)
 
 
 def test_uncertain_voxels_where_the_prediction_is_wrong_are_found(folders):
@@ -196,21 +204,21 @@ def test_one_empty_case_alone(folders):
     for kind in ("truth", "pred"):
         write(folders / kind / "a.nii.gz", np.zeros(SHAPE))
     found = evaluate(folders)["predictions"]["pred"]
-    assert found["dice"]["mean"] is None
+    assert found["dice"]["mean"] == 1
     assert found["classes"]["left"]["normal_cases"] == 1
 
 
 def test_two_predictions_are_compared(folders):
     for name in "abc":
         write(folders / "better" / f"{name}.nii.gz", blocks())
-    found = evaluate(folders, predictions=("better", "pred"))
+    found = evaluate(folders, "-o", folders / "out", predictions=("better", "pred"))
     assert list(found["predictions"]) == ["better", "pred"]
     dice = found["comparison"]["dice"]
     assert dice["mean_difference"] == pytest.approx((0 + 0.125 + 0.5) / 3)
     assert (dice["better"], dice["worse"]) == (2, 0)
     # the miss counts as the largest difference, but not in the mean
     assert found["comparison"]["hd95_mm of right"]["baseline_infinite"] == 1
-    assert "better against pred" in (folders / "better" / "evaluation" / "report.html").read_text()
+    assert "better against pred" in (folders / "out" / "report.html").read_text()
 
 
 def test_several_raters(folders):
@@ -274,7 +282,7 @@ def test_wrong_arguments_are_named(folders, capsys):
     refused(folders, capsys, "-np is -1", "-np", -1)
     refused(folders, capsys, "--tolerance is -1", "--tolerance", -1)
     refused(folders, capsys, "-djfile is nothing.json", "-djfile", "nothing.json")
-    refused(folders, capsys, "two predictions", predictions=("pred", "truth", "pred"))
+    refused(folders, capsys, "two predictions are compared at most", predictions=("pred", "truth", "pred"))
     (folders / "other").mkdir()
     words = ("-djfile", folders / "pred" / "dataset.json")
     refused(folders, capsys, "no file of the same name", *words, predictions=("other",))
@@ -286,3 +294,84 @@ def test_several_processes_give_the_same(folders):
     for path in (folders / "pred" / "evaluation" / "cases").iterdir():
         path.unlink()
     assert evaluate(folders) == found
+
+
+def test_a_false_alarm_of_one_prediction_is_a_difference(folders):
+    empty = np.zeros(SHAPE)
+    for name in "abc":
+        write(folders / "truth" / f"{name}.nii.gz", empty)
+        write(folders / "silent" / f"{name}.nii.gz", empty)
+    found = evaluate(folders, "-o", folders / "out", predictions=("silent", "pred"))
+    assert found["predictions"]["silent"]["dice"]["mean"] == 1
+    assert found["comparison"]["dice"]["mean_difference"] == 1
+    assert found["comparison"]["dice of left"]["better"] == 3
+    # of c only the class that it has
+    assert found["comparison"]["dice of right"]["better"] == 2
+
+
+def test_signs_of_better_and_worse(folders):
+    for name in "abc":
+        write(folders / "better" / f"{name}.nii.gz", blocks())
+        np.savez_compressed(folders / "better" / f"{name}.npz", probabilities=probabilities_of(blocks(), 0.99))
+    found = evaluate(folders, "-o", folders / "out", predictions=("better", "pred"))["comparison"]
+    for metric in ("hd95_mm of left", "nll in the band", "nsd"):
+        assert found[metric]["better"] > 0, metric
+        assert found[metric]["worse"] == 0, metric
+
+
+def test_intervals_of_volumes_are_compared_with_the_truth(folders):
+    # 48 voxels of 1.5 mm^3
+    true = 4 * 4 * 3 * 1.5
+    for name, low, high in (("a", true - 1, true), ("b", true + 1, true + 9), ("c", 0, 99)):
+        numbers = {
+            "score": 0.5,
+            "volume_mm3": {"left": {"mean": true, "low": low, "high": high, "interval": "90 %"}},
+        }
+        (folders / "pred" / "uncertainty").mkdir(exist_ok=True)
+        (folders / "pred" / "uncertainty" / f"{name}.json").write_text(json.dumps(numbers))
+    found = evaluate(folders)["predictions"]["pred"]
+    assert found["volumes"]["left"]["coverage"] == pytest.approx(2 / 3)
+    assert found["volumes"]["left"]["mean_width_mm3"] == pytest.approx((1 + 8 + 99) / 3)
+    assert found["volumes"]["left"]["interval"] == "90 %"
+    assert found["failure_detection"]["pairwise Dice"]["normalised"] == pytest.approx(0)
+
+
+def test_samples_against_raters(folders):
+    """Two samples that are the two raters: their distributions are equal."""
+    for name in "abc":
+        write(folders / "second" / f"{name}.nii.gz", blocks(2))
+        for number, labels in enumerate((blocks(), blocks(2))):
+            write(folders / "pred" / "samples" / f"fold_0_sample_{number}" / f"{name}.nii.gz", labels)
+    found = evaluate(folders, truths=("truth", "second"))["predictions"]["pred"]["raters"]["left"]
+    assert found["ged"]["mean"] == pytest.approx(0)
+    assert found["hungarian_iou"]["mean"] == pytest.approx(1)
+    # the sum of probabilities of the class: 0.9 inside, 0.05 elsewhere
+    volume = (48 * 0.9 + (8 * 12 * 10 - 48) * 0.05) * 1.5
+    assert found["crps_mm3"]["mean"] == pytest.approx(abs(volume - 72), rel=1e-3)
+
+
+def test_the_ignored_region_has_no_border(folders):
+    labels = {"background": 0, "left": 1, "right": 2, "ignore": 3}
+    (folders / "pred" / "dataset.json").write_text(json.dumps({"labels": labels, "file_ending": ".nii.gz"}))
+    truth = blocks()
+    truth[:, 10:] = 3
+    write(folders / "truth" / "a.nii.gz", truth)
+    evaluate(folders)
+    numbers = json.loads((folders / "pred" / "evaluation" / "cases" / "a.json").read_text())
+    assert numbers["calibration"]["band"]["voxels"] == np.count_nonzero(band(blocks(), blocks())[:, :10])
+
+
+def test_a_hidden_file_a_broken_truth_and_a_broken_image_stop_nothing(folders, capsys):
+    for folder in ("truth", "pred"):
+        (folders / folder / "._a.nii.gz").write_bytes(b"macOS")
+    (folders / "truth" / "a.nii.gz").write_bytes(b"nothing")
+    (folders / "images").mkdir()
+    (folders / "images" / "b_0000.nii.gz").write_bytes(b"nothing")
+    found = evaluate(folders, "--images", folders / "images", code=1)
+    assert found["predictions"]["pred"]["cases"] == 2
+    assert "the picture of b has no image" in capsys.readouterr().out
+
+
+def test_two_predictions_need_a_folder_for_the_result(folders, capsys):
+    (folders / "other").mkdir()
+    refused(folders, capsys, "name its folder with -o", predictions=("pred", "other"))

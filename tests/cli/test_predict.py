@@ -16,7 +16,9 @@ from nnunet_diffusion.inference import DiffusionPredictor
 from nnunet_diffusion.model.settings import DiffusionSettings
 
 
-@pytest.mark.parametrize(("argument", "choices"), [("sampler", predict.SAMPLERS), ("fusion", predict.FUSIONS)])
+@pytest.mark.parametrize(
+    ("argument", "choices"), [("sampler", predict.SAMPLERS), ("fusion", predict.FUSIONS), ("draw", predict.DRAWS)]
+)
 def test_the_predictor_takes_the_commands_choices_and_no_other(argument, choices):
     def take(value):
         predictor = DiffusionPredictor(device=torch.device("cpu"), **{argument: value})
@@ -28,7 +30,7 @@ def test_the_predictor_takes_the_commands_choices_and_no_other(argument, choices
         take("nonsense")
     assert all(choice in str(refused.value) for choice in choices)
     # the message lists no name beside those of the command
-    listed = str(refused.value).replace("`", "").split("legal: " if argument == "sampler" else "known: ")[1]
+    listed = str(refused.value).replace("`", "").split("known: " if argument == "fusion" else "legal: ")[1]
     assert {name.strip(" .") for name in listed.split(",")} == set(choices)
 
 
