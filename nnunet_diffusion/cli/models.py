@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nnunet_diffusion.cli.devices import check_device
+from nnunet_diffusion.cli.devices import DEVICES, check_device
 from nnunet_diffusion.cli.errors import CommandError, named_for_the_user
 from nnunet_diffusion.cli.folders import PREPROCESSED, RESULTS, dataset_prefix, datasets_in, folder_in
+from nnunet_diffusion.cli.trainers_directory import with_trainers
 from nnunet_diffusion.files import read_plans
 
 NAME_PARTS = ("tr", "p", "c")  # arguments that form a model folder's name, in this order
@@ -160,3 +163,61 @@ def with_validation_cases(
         return next(preprocessed_cases(folder, [name], predictor.label_manager))
 
     return predictor, {fold: names for fold, (names, _) in found.items()}, load
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedFolds:
+    """Folds of a trained model, each with the validation cases that it was not trained on.
+
+    Attributes:
+        model: folder of the model.
+        predictor: DiffusionPredictor with all folds.
+        predictor_of: fold -> predictor with that fold alone.
+        cases: (fold, name) of all validation cases.
+        load: returns a case of that name.
+    """
+
+    model: Path
+    predictor: Any
+    predictor_of: dict[str, Any]
+    cases: list[tuple[str, str]]
+    load: Callable[[str], Any]
+
+
+def add_fold_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that `trained_folds` reads to a command."""
+    add_model_arguments(parser)
+    add = parser.add_argument
+    add("-f", nargs="+", metavar="FOLD", help="folds (all that are finished)")
+    add("-device", default="cuda", choices=DEVICES)
+    add(
+        "--cases",
+        type=int,
+        metavar="N",
+        help="number of validation cases of each fold, evenly spaced in their list (all)",
+    )
+
+
+def trained_folds(options: argparse.Namespace, **settings: Any) -> TrainedFolds:
+    """Load the folds of a model whose plans.json will be written. nnU-Net is imported here, with its variables set.
+
+    Args:
+        options: of the command line, see `add_fold_arguments`.
+        settings: further arguments of DiffusionPredictor.
+
+    Raises:
+        CommandError: a number is out of range, or the model cannot be read or written.
+    """
+    if options.cases is not None and options.cases < 1:
+        raise CommandError(f"--cases is {options.cases}, but must be 1 or more")
+    model = model_folder(options, os.environ)
+    if not os.access(model, os.W_OK):
+        raise CommandError(f"{model} cannot be written, but the result belongs into its plans.json: make it writable")
+    folds = options.f or finished_folds(model, options.chk)
+    os.environ.update(with_trainers(os.environ))
+    from nnunet_diffusion.evaluation.tuning import with_fold
+
+    predictor, found, load = with_validation_cases(model, folds, options, os.environ, **settings)
+    cases = [(fold, name) for fold, names in found.items() for name in names]
+    predictors = {fold: with_fold(predictor, place) for place, fold in enumerate(predictor.folds)}
+    return TrainedFolds(model, predictor, predictors, cases, load)

@@ -5,14 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-from nnunet_diffusion.cli.devices import DEVICES
-from nnunet_diffusion.cli.errors import CommandError, named_for_the_user
-from nnunet_diffusion.cli.models import add_model_arguments, finished_folds, model_folder, with_validation_cases
-from nnunet_diffusion.cli.trainers_directory import with_trainers
+from nnunet_diffusion.cli.errors import named_for_the_user
+from nnunet_diffusion.cli.models import add_fold_arguments, trained_folds
 from nnunet_diffusion.files import write_json
 
 FILE = "tuning.json"
@@ -29,16 +26,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "the `inference` settings of the model's plans.json, where prediction reads it, and all figures into "
         f"{FILE} beside it. The preprocessed data must be there.",
     )
+    add_fold_arguments(parser)
     add = parser.add_argument
-    add_model_arguments(parser)
-    add("-f", nargs="+", metavar="FOLD", help="folds (all that are finished)")
-    add("-device", default="cuda", choices=DEVICES)
-    add(
-        "--cases",
-        type=int,
-        metavar="N",
-        help="number of validation cases of each fold, evenly spaced in their list (all)",
-    )
     add("--start_steps", type=int, nargs="+", metavar="T'", help="T' to try (50 100 300 500 700, max_train_step)")
     add("--steps", type=int, nargs="+", metavar="N", help="steps to try (1 2 5)")
     add("--samples", type=int, help="samples of each reverse process (those of the plans)")
@@ -57,25 +46,15 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         CommandError: wrong arguments, or the model or its preprocessed data cannot be read.
     """
-    if options.cases is not None and options.cases < 1:
-        raise CommandError(f"--cases is {options.cases}, but must be 1 or more")
-    model = model_folder(options, os.environ)
-    if not os.access(model, os.W_OK):
-        raise CommandError(
-            f"{model} cannot be written, but tuning writes {FILE} and plans.json there: make it writable"
-        )
-    folds = options.f or finished_folds(model, options.chk)
-    os.environ.update(with_trainers(os.environ))
-    # nnU-Net reads its paths from the environment: import it only now
-    from nnunet_diffusion.evaluation.tuning import tune, with_fold
-
     asked = {"samples": options.samples, "mirror_samples": options.mirror_samples}
-    predictor, found, load = with_validation_cases(model, folds, options, os.environ, **asked)
-    cases = [(fold, name) for fold, names in found.items() for name in names]
-    predictors = {fold: with_fold(predictor, place) for place, fold in enumerate(predictor.folds)}
+    folds = trained_folds(options, **asked)
+    # nnU-Net has been imported with its paths set
+    from nnunet_diffusion.evaluation.tuning import tune
+
+    model, predictor = folds.model, folds.predictor
     with named_for_the_user(FileNotFoundError, ValueError, NotImplementedError, MemoryError):
         tuned = tune(
-            predictors, cases, load, options.start_steps, options.steps,
+            folds.predictor_of, folds.cases, folds.load, options.start_steps, options.steps,
             on_case=lambda name: print(f"{name} ...", flush=True),
         )  # fmt: skip
     used = {key: getattr(predictor.network.settings, key) for key in asked}
