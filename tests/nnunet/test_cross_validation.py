@@ -130,10 +130,14 @@ def test_tuning_on_all_folds_reaches_prediction_and_later_trainings(trained, tmp
     assert tuned["folds"] == [str(fold) for fold in FOLDS] and len(tuned["cases"]) == len(set(tuned["cases"])) == 5
     assert {(row["steps"], row["start_step"]) for row in tuned["found"]} == {(0, 0), (1, 50), (1, 100)}
     assert "(chosen)" in done.stdout and "(--dry_run)" in done.stdout
+    calibrated = json.loads(before)
+    calibrated["configurations"]["2d"]["diffusion"]["inference"]["temperature"] = 1.5
+    (model / "plans.json").write_text(json.dumps(calibrated))
     tune()
     inference = json.loads((model / "plans.json").read_text())["configurations"]["2d"]["diffusion"]["inference"]
     for key in ("presegmentation_weight", "presence_threshold"):
         assert inference[key] == tuned["chosen"][key]
+    assert inference["temperature"] == 0  # it was that of other settings
     # an untuned value beside it, which prediction and a training of another fold must both read
     plans = json.loads((model / "plans.json").read_text())
     plans["configurations"]["2d"]["diffusion"]["inference"] |= {"start_step": 70, "presegmentation_weight": 0.25}
