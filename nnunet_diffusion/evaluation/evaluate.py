@@ -22,6 +22,7 @@ from nnunet_diffusion.evaluation.folders import CasePaths, Classes, read_case
 from nnunet_diffusion.files import write_json
 from nnunet_diffusion.inference.cases import Job, available_cores, reason_of, workers
 from nnunet_diffusion.inference.memory import free_bytes
+from nnunet_diffusion.inference.staging import not_writable
 from nnunet_diffusion.training.checkpoints import write_aside
 
 CASES = "cases"
@@ -69,8 +70,14 @@ def evaluate(task: Task, processes: int, on_case: Callable[[str], object] = lamb
         task: what to evaluate.
         processes: number of further processes; 0 for none.
         on_case: called with the name of each case when it is finished.
+
+    Raises:
+        OSError: nothing can be written to the folder.
     """
-    task.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        task.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise not_writable(task.folder, error) from error
     numbers: dict[str, Numbers] = {}
     failures: dict[str, str] = {}
     running: dict[Future, tuple[str, Job]] = {}
