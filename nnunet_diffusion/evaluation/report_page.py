@@ -12,10 +12,10 @@ from typing import Any
 from nnunet_diffusion.evaluation.comparison import number
 
 STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
+body { font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 80rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd; }
 table { border-collapse: collapse; margin: .8rem 0; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #eee; } th { color: #555; font-weight: 600; }
+th, td { padding: .25rem .55rem; text-align: right; border-bottom: 1px solid #eee; } th { color: #555; font-weight: 600; }
 td { white-space: nowrap; } th:first-child, td:first-child { text-align: left; } .wide { overflow-x: auto; }
 figure { display: inline-block; margin: .5rem 1rem .5rem 0; vertical-align: top; } img { max-width: 100%; }
 figcaption, .note { color: #555; font-size: .85rem; }
