@@ -141,14 +141,40 @@ class Tempering:
         """Return the place of the temperature of smallest loss in `TEMPERATURES`; of 1 without voxels."""
         return int(self.loss.argmin()) if self.reliability[0].voxels.any() else TEMPERATURES.index(1.0)
 
-    def at(self, place: int) -> tuple[float, Reliability]:
-        """Return loss and reliability at a place in `TEMPERATURES`."""
-        return float(self.loss[place]), self.reliability[place]
+
+@dataclass(frozen=True, eq=False)
+class Crossed:
+    """Two halves of the cases, each scaled by the temperature that is best for the other half.
+
+    Attributes:
+        temperatures: best for the first and for the second half.
+        loss: sum over the voxels of both halves of -log p of the true class.
+        reliability: of both halves.
+    """
+
+    temperatures: tuple[float, float]
+    loss: float
+    reliability: Reliability
 
 
 def total(sums: Sequence[Tempering]) -> Tempering:
     """Return the sum of at least one case's sums."""
     return functools.reduce(operator.add, sums)
+
+
+def crossed(sums: Sequence[Tempering]) -> Crossed:
+    """Return what temperature scaling gives on cases that it was not fitted on: every second case is one half.
+
+    Args:
+        sums: of at least two cases.
+    """
+    first, second = total(sums[::2]), total(sums[1::2])
+    own, other = first.best(), second.best()
+    return Crossed(
+        (TEMPERATURES[own], TEMPERATURES[other]),
+        float(first.loss[other] + second.loss[own]),
+        first.reliability[other] + second.reliability[own],
+    )
 
 
 def tempering(probabilities: NDArray, labels: NDArray, bins: int = BINS) -> Tempering:

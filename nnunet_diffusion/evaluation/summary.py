@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_diffusion.evaluation.calibration import TEMPERATURES, Reliability, Tempering, total
+from nnunet_diffusion.evaluation.calibration import TEMPERATURES, Reliability, Tempering, crossed, total
 from nnunet_diffusion.evaluation.comparison import bootstrap_interval, compare_paired
 from nnunet_diffusion.evaluation.failure_detection import failure_detection
 
@@ -88,12 +88,9 @@ def _calibration(cases: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any
     result["pooled_ece"] = pooled.ece()
     result["reliability"] = [pooled.voxels.tolist(), pooled.confidence.tolist(), pooled.right.tolist()]
     if len(sums) > 1:
-        # each half of the cases at the temperature of the other half
-        halves = [total(sums[::2]), total(sums[1::2])]
-        places = [half.best() for half in halves]
-        tempered = halves[0].reliability[places[1]] + halves[1].reliability[places[0]]
-        result["temperatures"] = [TEMPERATURES[place] for place in places]
-        result["pooled_ece_tempered"] = tempered.ece()
+        unseen = crossed(sums)
+        result["temperatures"] = list(unseen.temperatures)
+        result["pooled_ece_tempered"] = unseen.reliability.ece()
     return result
 
 

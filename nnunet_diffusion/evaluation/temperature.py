@@ -77,19 +77,17 @@ def fit(
 
 def fit_sums(sums: Sequence[calibration.Tempering], names: Sequence[str]) -> Fit:
     """Return the fit of cases whose sums are known; see `fit`."""
-    halves = [calibration.total(sums[::2]), calibration.total(sums[1::2])]
-    everything = halves[0] + halves[1]
+    everything = calibration.total(sums)
     voxels = everything.reliability[0].voxels.sum()
     if not voxels:
         raise ValueError("no case has a voxel near a border of truth or segmentation, so there is nothing to calibrate")
     one = calibration.TEMPERATURES.index(1.0)
-    crossed = halves[0].at(halves[1].best()), halves[1].at(halves[0].best())
-    loss, reliability = crossed[0][0] + crossed[1][0], crossed[0][1] + crossed[1][1]
+    unseen = calibration.crossed(sums)
     return Fit(
         calibration.TEMPERATURES[everything.best()],
         list(names),
-        (float(everything.loss[one] / voxels), float(loss / voxels)),
-        (everything.reliability[one].ece(), reliability.ece()),
+        (float(everything.loss[one] / voxels), float(unseen.loss / voxels)),
+        (everything.reliability[one].ece(), unseen.reliability.ece()),
     )
 
 
