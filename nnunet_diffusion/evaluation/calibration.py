@@ -188,9 +188,9 @@ def tempering(probabilities: NDArray, labels: NDArray, bins: int = BINS) -> Temp
         # a temperature changes neither the most likely class nor whether it is right
         right, of_truth = part.argmax(0) == true, _of_truth(logits, true)
         for place, temperature in enumerate(TEMPERATURES):
-            total = np.exp(logits / np.float32(temperature)).sum(0, dtype=np.float64)
-            loss[place] += float((np.log(total) - of_truth / temperature).sum())
-            sums[place] = sums[place] + _binned(1 / total, right, bins)
+            partition = np.exp(logits / np.float32(temperature)).sum(0, dtype=np.float64)
+            loss[place] += float((np.log(partition) - of_truth / temperature).sum())
+            sums[place] = sums[place] + _binned(1 / partition, right, bins)
     return Tempering(loss, sums)
 
 

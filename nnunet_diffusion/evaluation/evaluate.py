@@ -95,8 +95,8 @@ def evaluate(task: Task, processes: int, on_case: Callable[[str], object] = lamb
 
     with workers(processes) as pool:
         for case in task.cases:
-            if is_kept(task, case):
-                numbers[case.name] = read_numbers(task.folder / f"{case.name}.json")
+            if (kept := kept_numbers(task, case)) is not None:
+                numbers[case.name] = kept
                 on_case(case.name)
                 continue
             job = pool.submit(_measure, task.classes, task.reader, task.folder, task.tolerance_mm, case)
@@ -146,16 +146,16 @@ def fingerprint(classes: Classes, tolerance_mm: float | None, case: CasePaths) -
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def is_kept(task: Task, case: CasePaths) -> bool:
-    """Whether the numbers of a case are there, and of just these files."""
+def kept_numbers(task: Task, case: CasePaths) -> Numbers | None:
+    """Return the numbers of a case if they are there, and of just these files; else None."""
     path = task.folder / f"{case.name}.json"
     if not path.is_file():
-        return False
+        return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:  # cut off
-        return False
-    return found.get("fingerprint") == fingerprint(task.classes, task.tolerance_mm, case)
+        found = read_numbers(path)
+    except (KeyError, ValueError):  # damaged
+        return None
+    return found if found.get("fingerprint") == fingerprint(task.classes, task.tolerance_mm, case) else None
 
 
 def read_numbers(path: Path) -> Numbers:
