@@ -173,11 +173,12 @@ def names_of(folders: Sequence[Path]) -> list[str]:
 def _evaluated(tasks: dict[str, Any], processes: int | None) -> dict[str, Any]:
     from tqdm import tqdm
 
-    from nnunet_diffusion.evaluation.evaluate import evaluate, fitting_processes
+    from nnunet_diffusion.evaluation.evaluate import evaluate, needed_bytes
+    from nnunet_diffusion.inference.cases import fitting_processes
 
     cases = sum(len(task.cases) for task in tasks.values())
     if processes is None:
-        processes = fitting_processes([case for task in tasks.values() for case in task.cases])
+        processes = fitting_processes([needed_bytes(case) for task in tasks.values() for case in task.cases])
     with tqdm(total=cases, unit="case", disable=None, leave=False) as bar:
         return {name: evaluate(task, processes, lambda case: bar.update()) for name, task in tasks.items()}
 

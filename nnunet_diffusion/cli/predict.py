@@ -121,7 +121,7 @@ def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--calibrated",
         action="store_true",
-        help="scale the probabilities by the temperature of nnunet_diffusion calibrate",
+        help="use the temperature and the volumes' intervals that nnunet_diffusion calibrate fitted",
     )
     add("--quiet", action="store_true", help="print errors only")
 

@@ -65,8 +65,8 @@ def run(options: argparse.Namespace) -> int:
     if options.dry_run:
         print(f"Chosen: {tuned.chosen}. The plans are as before (--dry_run).")
         return 0
-    # a temperature belongs to the settings that it was fitted with
-    changes = {**tuned.chosen.settings(), **used, "temperature": 0.0}
+    # what calibrate fitted belongs to the settings that it was fitted with
+    changes = {**tuned.chosen.settings(), **used, "temperature": 0.0, "volume_half_widths": ()}
     with named_for_the_user(OSError):
         write_inference(model / "plans.json", predictor.identity["configuration"], predictor.network.settings, changes)
     alone = " (but for the presence threshold, which only nnunet_diffusion predict applies)"

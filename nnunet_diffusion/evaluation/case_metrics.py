@@ -15,6 +15,7 @@ from nnunet_diffusion.evaluation import calibration, raters
 from nnunet_diffusion.evaluation.folders import CaseArrays, Classes
 from nnunet_diffusion.evaluation.metrics import dice, mean_known, surface_metrics
 from nnunet_diffusion.evaluation.uncertainty import auroc, band
+from nnunet_diffusion.inference.level_sets import level_sets
 from nnunet_diffusion.inference.uncertainty import AGREEMENT, entropy
 
 BAND_VOXELS = 5
@@ -33,10 +34,11 @@ def measure_case(arrays: CaseArrays, classes: Classes, tolerance_mm: float | Non
 
     Returns:
         Dictionary with `classes` (name -> metrics), `dice` and `nsd` (means over the classes that are there, 1 if none is),
-        `errors` (AUROC of each map), `scores`, and where the files are there `calibration`, `volumes` and `raters`.
+        `errors` (AUROC of each map), `scores`, and where the files are there `calibration`, `volumes`, `level_sets_mm3` (name
+        -> volumes above the upper and from the lower level on, see `level_sets`) and `raters`.
     """
     tolerance = default_tolerance(arrays.spacing_mm) if tolerance_mm is None else tolerance_mm
-    by_class, volumes, of_raters = {}, {}, {}
+    by_class, volumes, of_raters, sets = {}, {}, {}, {}
     intervals = arrays.numbers.get("volume_mm3", {}) if arrays.known.all() else {}
     # one class at a time: the masks of a hundred classes do not fit into memory together
     for name, labels in classes.labels.items():
@@ -45,6 +47,8 @@ def measure_case(arrays: CaseArrays, classes: Classes, tolerance_mm: float | Non
         by_class[name] = class_numbers(predicted, truths[0], arrays.known, arrays.spacing_mm, tolerance)
         if name in intervals:
             volumes[name] = _interval(intervals[name], by_class[name]["true_mm3"])
+        if arrays.probabilities is not None and labels in classes.heads:
+            sets[name] = _level_sets(arrays, classes.heads.index(labels))
         if len(truths) > 1:
             of_raters[name] = _raters(arrays, classes, labels, predicted, truths)
     result: dict[str, Any] = {"tolerance_mm": tolerance, "classes": by_class}
@@ -52,7 +56,7 @@ def measure_case(arrays: CaseArrays, classes: Classes, tolerance_mm: float | Non
         mean = mean_known([each[key] for each in by_class.values()])
         # nothing is there, and nothing was found
         result[key] = 1.0 if math.isnan(mean) else mean
-    optional = {"volumes": volumes, "raters": of_raters}
+    optional = {"volumes": volumes, "level_sets_mm3": sets, "raters": of_raters}
     return {**result, **_uncertainty(arrays, classes), **{key: each for key, each in optional.items() if each}}
 
 
@@ -203,6 +207,12 @@ def _interval(interval: dict[str, Any], true_mm3: float) -> dict[str, Any]:
     low, high = interval["low"], interval["high"]
     # the ends count: a volume of exactly 0 is often certain
     return {"width_mm3": high - low, "covered": bool(low <= true_mm3 <= high), "interval": interval["interval"]}
+
+
+def _level_sets(arrays: CaseArrays, head: int) -> list[list[float]]:
+    assert arrays.probabilities is not None
+    sets = level_sets(torch.from_numpy(arrays.probabilities[head][arrays.known])[None])[0]
+    return [(each * math.prod(arrays.spacing_mm)).tolist() for each in sets]
 
 
 def _raters(

@@ -8,20 +8,17 @@ import json
 import math
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import SimpleITK as sitk
-import torch
 
 from nnunet_diffusion import __version__
 from nnunet_diffusion.evaluation.case_metrics import measure_case
 from nnunet_diffusion.evaluation.folders import CasePaths, Classes, read_case
 from nnunet_diffusion.files import write_json
-from nnunet_diffusion.inference.cases import Job, available_cores, reason_of, workers
-from nnunet_diffusion.inference.memory import free_bytes
+from nnunet_diffusion.inference.cases import run_each
 from nnunet_diffusion.inference.staging import not_writable
 from nnunet_diffusion.training.checkpoints import write_aside
 
@@ -79,43 +76,22 @@ def evaluate(task: Task, processes: int, on_case: Callable[[str], object] = lamb
     except OSError as error:
         raise not_writable(task.folder, error) from error
     numbers: dict[str, Numbers] = {}
-    failures: dict[str, str] = {}
-    running: dict[Future, tuple[str, Job]] = {}
-
-    def collect(limit: int) -> None:
-        while len(running) > limit:
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                name, job = running.pop(future)
-                try:
-                    job.result()
-                    numbers[name] = read_numbers(task.folder / f"{name}.json")
-                except Exception as error:
-                    failures[name] = reason_of(error)
-                on_case(name)
-
-    with workers(processes) as pool:
-        for case in task.cases:
-            if (kept := kept_numbers(task, case)) is not None:
-                numbers[case.name] = kept
-                on_case(case.name)
-                continue
-            job = pool.submit(_measure, task.classes, task.reader, task.folder, task.tolerance_mm, case)
-            running[job.future] = case.name, job
-            collect(processes)
-        collect(0)
+    for case in task.cases:
+        if (kept := kept_numbers(task, case)) is not None:
+            numbers[case.name] = kept
+            on_case(case.name)
+    jobs = {
+        case.name: (task.classes, task.reader, task.folder, task.tolerance_mm, case)
+        for case in task.cases
+        if case.name not in numbers
+    }
+    failures = run_each(_measure, jobs, processes, on_case)
+    numbers |= {name: read_numbers(task.folder / f"{name}.json") for name in jobs if name not in failures}
     ordered = [case.name for case in task.cases]
     return Evaluated({name: numbers[name] for name in ordered if name in numbers}, failures)
 
 
-def fitting_processes(cases: Sequence[CasePaths]) -> int:
-    """Return the number of processes whose cases fit into the free memory together: at most one per core, 0 for one case."""
-    largest = max(_expected_bytes(case) for case in cases)
-    fit = int(free_bytes(torch.device("cpu")) // max(largest, 1))
-    number = min(available_cores(), len(cases), fit)
-    return number if number > 1 else 0
-
-
-def _expected_bytes(case: CasePaths) -> float:
+def needed_bytes(case: CasePaths) -> float:
     """Return a rough estimate of the memory of a case, from the headers of its files; 0 if they cannot be read."""
     try:
         image = sitk.ImageFileReader()

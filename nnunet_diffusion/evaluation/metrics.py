@@ -1,12 +1,12 @@
 """Dice, HD95, surface Dice and the count of corrected and broken voxels, for arrays of any number of dimensions.
 
-Where the reference has an ignore label, mask its voxels first (`known`), as nnU-Net's evaluation does.
+Where the reference has an ignore label, mask its voxels first, as nnU-Net's evaluation does.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,23 +14,6 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 
 HD95_PERCENTILE = 95.0
-
-
-@dataclass(frozen=True)
-class ClassMetrics:
-    """Agreement of one class in one case.
-
-    Attributes:
-        dice: 0..1, NaN where the class is absent from both label maps.
-        hd95: mm, NaN where the class is absent from both, infinite where it is absent from one.
-        predicted_voxels: voxels of the class in the prediction.
-        reference_voxels: voxels of the class in the reference.
-    """
-
-    dice: float
-    hd95: float
-    predicted_voxels: int
-    reference_voxels: int
 
 
 @dataclass(frozen=True)
@@ -118,54 +101,13 @@ def surface_dice(
     return surface_metrics(prediction, reference, spacing_mm, tolerance_mm)[1]
 
 
-def per_class_metrics(
-    prediction_labels: ArrayLike,
-    reference_labels: ArrayLike,
-    classes: Mapping[int, str],
-    spacing_mm: Sequence[float],
-    known: ArrayLike | None = None,
-) -> dict[str, ClassMetrics]:
-    """Dice and HD95 of each named class of two label maps.
-
-    Args:
-        prediction_labels: integer label map, (*spatial).
-        reference_labels: integer label map, (*spatial).
-        classes: label -> name of the classes to measure; leave the background out.
-        spacing_mm: voxel size in mm along each axis.
-        known: boolean mask, (*spatial), of the evaluated voxels; False where the reference has the ignore label.
-
-    Returns:
-        class name -> metrics, in the order of `classes`.
-
-    Raises:
-        ValueError: the shapes differ, `spacing_mm` does not fit, or two classes have one name.
-    """
-    if len(set(classes.values())) < len(classes):
-        raise ValueError(f"classes must have distinct names, got {list(classes.values())}: rename the doubled one")
-    predicted_labels, true_labels = np.asarray(prediction_labels), np.asarray(reference_labels)
-    counted = _counted(known, true_labels)
-    metrics = {}
-    for label, name in classes.items():
-        predicted, true = (predicted_labels == label) & counted, (true_labels == label) & counted
-        metrics[name] = ClassMetrics(
-            dice=dice(predicted, true),
-            hd95=hd95(predicted, true, spacing_mm),
-            predicted_voxels=int(np.count_nonzero(predicted)),
-            reference_voxels=int(np.count_nonzero(true)),
-        )
-    return metrics
-
-
-def voxels_corrected_and_broken(
-    start: ArrayLike, result: ArrayLike, reference: ArrayLike, known: ArrayLike | None = None
-) -> VoxelChanges:
+def voxels_corrected_and_broken(start: ArrayLike, result: ArrayLike, reference: ArrayLike) -> VoxelChanges:
     """Count the voxels that a refinement corrected and those that it broke.
 
     Args:
         start: integer label map that the refinement began with, (*spatial).
         result: integer label map that it ended with, (*spatial).
         reference: true label map, (*spatial).
-        known: as for `per_class_metrics`.
 
     Returns:
         The two counts. A voxel that changes from one wrong class to another is in neither.
@@ -176,19 +118,11 @@ def voxels_corrected_and_broken(
     before, after, true = np.asarray(start), np.asarray(result), np.asarray(reference)
     _same_shape(before, true, "start")
     _same_shape(after, true, "result")
-    right_before, right_after, counted = before == true, after == true, _counted(known, true)
+    right_before, right_after = before == true, after == true
     return VoxelChanges(
-        corrected=int(np.count_nonzero(~right_before & right_after & counted)),
-        broken=int(np.count_nonzero(right_before & ~right_after & counted)),
+        corrected=int(np.count_nonzero(~right_before & right_after)),
+        broken=int(np.count_nonzero(right_before & ~right_after)),
     )
-
-
-def _counted(known: ArrayLike | None, reference: NDArray) -> NDArray[np.bool_]:
-    if known is None:
-        return np.ones(reference.shape, dtype=bool)
-    mask = np.asarray(known, dtype=bool)
-    _same_shape(mask, reference, "known")
-    return mask
 
 
 def masks_of_one_shape(prediction: ArrayLike, reference: ArrayLike) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:

@@ -12,6 +12,7 @@ import numpy as np
 from nnunet_diffusion.evaluation.calibration import TEMPERATURES, Reliability, Tempering, crossed, total
 from nnunet_diffusion.evaluation.comparison import bootstrap_interval, compare_paired
 from nnunet_diffusion.evaluation.failure_detection import failure_detection
+from nnunet_diffusion.inference.level_sets import COVERAGE, conformal, fewest_cases, needed
 
 Cases = Mapping[str, Mapping[str, Any]]
 """Name of each case -> what `measure_case` returned, with NaN where JSON has null."""
@@ -44,6 +45,9 @@ def summarise(cases: Cases, seed: int = 0) -> dict[str, Any]:
         summary["failure_detection"] = {name: _failure(ordered, name) for name in scores}
     if any("volumes" in each for each in ordered):
         summary["volumes"] = _volumes(ordered, names)
+    with_sets = [each for each in ordered if "level_sets_mm3" in each]
+    if len(with_sets) >= 2 * fewest_cases():
+        summary["volumes_of_level_sets"] = {name: _crossed_volumes(with_sets, name) for name in names}
     if "raters" in ordered[0]:
         summary["raters"] = {name: _raters([each["raters"][name] for each in ordered], seed) for name in names}
     return summary
@@ -115,15 +119,33 @@ def _failure(cases: Sequence[Mapping[str, Any]], score: str) -> dict[str, Any]:
 def _volumes(cases: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
     result = {}
     for name in names:
-        found = [each["volumes"][name] for each in cases if name in each.get("volumes", {})]
+        there = [each for each in cases if name in each.get("volumes", {})]
+        found = [each["volumes"][name] for each in there]
         if found:
             result[name] = {
                 "cases": len(found),
                 "interval": ", ".join(sorted({each["interval"] for each in found})),
                 "coverage": float(np.mean([each["covered"] for each in found])),
                 "mean_width_mm3": float(np.mean([each["width_mm3"] for each in found])),
+                "mean_true_mm3": float(np.mean([each["classes"][name]["true_mm3"] for each in there])),
             }
     return result
+
+
+def _crossed_volumes(cases: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
+    """Return the intervals between level sets, each half of the cases with the half width that the other half needs."""
+    sets = [np.array(each["level_sets_mm3"][name]) for each in cases]
+    true = [each["classes"][name]["true_mm3"] for each in cases]
+    places = [needed(each, volume) for each, volume in zip(sets, true, strict=True)]
+    chosen = conformal(places[1::2]), conformal(places[::2])
+    intervals = [sets[number][:, chosen[number % 2]] for number in range(len(cases))]
+    return {
+        "cases": len(cases),
+        "interval": f"{round(100 * COVERAGE)} %, fitted to the other half",
+        "coverage": float(np.mean([low <= each <= high for (low, high), each in zip(intervals, true, strict=True)])),
+        "mean_width_mm3": float(np.mean([high - low for low, high in intervals])),
+        "mean_true_mm3": float(np.mean(true)),
+    }
 
 
 def _raters(cases: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:

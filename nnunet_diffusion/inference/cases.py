@@ -393,6 +393,53 @@ def run_cases(
     return results
 
 
+def run_each(
+    function: Callable, arguments: Mapping[str, Sequence[Any]], processes: int, on_case: Callable[[str], object]
+) -> dict[str, str]:
+    """Call a function once for each case, in other processes. A case that fails does not stop the others.
+
+    Args:
+        function: what is called.
+        arguments: name of each case -> its arguments.
+        processes: number of further processes; 0 for none.
+        on_case: called with the name of each case when it has ended.
+
+    Returns:
+        name of each case that failed -> why.
+    """
+    failures: dict[str, str] = {}
+    running: dict[Future, tuple[str, Job]] = {}
+
+    def collect(limit: int) -> None:
+        while len(running) > limit:
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                name, job = running.pop(future)
+                try:
+                    job.result()
+                except Exception as error:
+                    failures[name] = reason_of(error)
+                on_case(name)
+
+    with workers(processes) as pool:
+        for name, each in arguments.items():
+            job = pool.submit(function, *each)
+            running[job.future] = name, job
+            collect(processes)
+        collect(0)
+    return failures
+
+
+def fitting_processes(needed: Sequence[float]) -> int:
+    """Return the number of processes whose cases fit into the free memory together: at most one per core, 0 for one case.
+
+    Args:
+        needed: memory of each case in bytes.
+    """
+    fit = int(free_bytes(torch.device("cpu")) // max([*needed, 1]))
+    number = min(available_cores(), len(needed), fit)
+    return number if number > 1 else 0
+
+
 def reason_of(error: Exception) -> str:
     """Return an exception's message for the user, with the type's name unless the message is one for users."""
     if str(error) and isinstance(error, (ValueError, OSError, RuntimeError, MemoryError)):

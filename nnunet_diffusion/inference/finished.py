@@ -38,7 +38,7 @@ def is_finished(target: str, managers: Managers, save_probabilities: bool) -> bo
     return True
 
 
-ADDED = {"mirror_samples": False, "uncertainty": False, "temperature": 1.0, "draw": "no"}
+ADDED = {"mirror_samples": False, "uncertainty": False, "temperature": 1.0, "draw": "no", "volume_half_widths": []}
 """Settings that reports of earlier versions do not have, and what was done then."""
 
 

@@ -24,16 +24,20 @@ def map_ending(ending: str) -> str:
     return ending if ending.lower() in FLOAT_ENDINGS else ".tif"
 
 
-def writer_of(reader: type) -> Writer:
+def writer_of(reader: type, cure: str = "leave --uncertainty out") -> Writer:
     """Return the function that writes a map (*image) to a path, with the properties that one of nnU-Net's readers gave.
+
+    Args:
+        reader: class of the reader.
+        cure: end of the message of the error.
 
     Raises:
         NotImplementedError: the reader is unknown.
     """
     if reader.__name__ not in WRITERS:
         raise NotImplementedError(
-            f"the model's images are read with {reader.__name__}, for which maps of uncertainty cannot be written (known: "
-            f"{', '.join(WRITERS)}): leave --uncertainty out"
+            f"the images are read with {reader.__name__}, for which maps of uncertainty cannot be written (known: "
+            f"{', '.join(WRITERS)}): {cure}"
         )
     return WRITERS[reader.__name__]
 

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -125,21 +125,38 @@ def write_case(case: PredictedCase, managers: Managers, save_probabilities: bool
     """
     if case.target is None:
         return _converted(case, managers, save_probabilities)
-    target = Path(case.target)
+    ending = managers[2]["file_ending"]
+    with written_at_once(Path(case.target), ending, stages, "run again with --continue_prediction") as stage:
+        _write_all(case, stage, managers, save_probabilities)
+    return None
+
+
+@contextlib.contextmanager
+def written_at_once(target: Path, ending: str, stages: Mapping[Path, Path], again: str) -> Iterator[Path]:
+    """Provide a folder for the files of a case in a `with` block, after which they are moved to the output folder.
+
+    Args:
+        target: path of the segmentation without its file ending.
+        ending: of the segmentation, which is moved last.
+        stages: as for `write_case`.
+        again: how to continue, for the error message.
+
+    Raises:
+        OSError: a file cannot be written. The message names it and what to do.
+    """
     try:
         stage = stages[target.parent] / target.name
         stage.mkdir(exist_ok=True)  # it exists if a process was killed while it wrote this case
         try:
-            _write_all(case, stage, managers, save_probabilities)
-            _publish(stage, target, managers[2]["file_ending"])
+            yield stage
+            _publish(stage, target, ending)
         finally:
             shutil.rmtree(stage, ignore_errors=True)
     except OSError as error:
         raise OSError(
-            f"{target}{managers[2]['file_ending']} could not be written ({error.strerror or error}): free some space or make "
-            "the folder writable, then run again with --continue_prediction"
+            f"{target}{ending} could not be written ({error.strerror or error}): free some space or make the folder writable, "
+            f"then {again}"
         ) from error
-    return None
 
 
 def _publish(stage: Path, target: Path, ending: str) -> None:

@@ -36,7 +36,13 @@ from nnunet_diffusion.inference.maps import writer_of
 from nnunet_diffusion.inference.output import Managers, PredictedCase, mask_of, remove_case, write_case
 from nnunet_diffusion.inference.presegmentation import Presegmentation
 from nnunet_diffusion.inference.progress import Progress
-from nnunet_diffusion.inference.report import case_report, case_uncertainty, deciding_settings, write_description
+from nnunet_diffusion.inference.report import (
+    case_report,
+    case_uncertainty,
+    deciding_settings,
+    foreground_names,
+    write_description,
+)
 from nnunet_diffusion.inference.reproducible import ask_cublas, threads_of
 from nnunet_diffusion.inference.request import Request
 from nnunet_diffusion.inference.staging import not_writable, staging_folders
@@ -84,7 +90,8 @@ class DiffusionPredictor(nnUNetPredictor):
         keep_samples: keep the result of each sample.
         uncertainty: write maps of uncertainty, and volumes and agreement of the samples, to `uncertainty` in the output folder;
             at least two samples, by default five.
-        calibrated: scale the probabilities by the temperature that `nnunet_diffusion calibrate` fitted.
+        calibrated: scale the probabilities by the temperature that `nnunet_diffusion calibrate` fitted, and take its intervals
+            for the volumes.
         trust_checkpoint: also load files that may run code.
         state_memory_gb: limit of the device memory for a volume's state and its tiles' conditions, in GiB; None for the free
             memory.
@@ -222,6 +229,7 @@ class DiffusionPredictor(nnUNetPredictor):
         self.list_of_parameters = parameters if parameters is not None else [network.state_dict()]
         self.allowed_mirroring_axes = inference_allowed_mirroring_axes
         self.label_manager = plans_manager.get_label_manager(dataset_json)
+        self._check_half_widths()
         self.folds = [str(number) for number in range(len(self.list_of_parameters))]
         self.identity = {"trainer": trainer_name, "plans": plans_manager.plans_name}
         self.weight_hashes = []
@@ -264,12 +272,20 @@ class DiffusionPredictor(nnUNetPredictor):
                 "--presegmentation_weight below 1"
             )
 
+    def _check_half_widths(self) -> None:
+        found, needed = len(self.volume_half_widths), len(foreground_names(self.label_manager))
+        if found not in (0, needed):
+            raise ValueError(
+                f"diffusion.inference.volume_half_widths of the model's plans has {found} numbers for {needed} foreground "
+                "classes: run nnunet_diffusion calibrate again"
+            )
+
     def _tell_about_the_temperature(self) -> None:
         changed = sorted(set(self.overrides) - {"seed", "presence_threshold"})
         if self.calibrated and changed:
             print(
-                f"The temperature was fitted with the settings of the plans, but {', '.join(changed)} are given: the "
-                "probabilities may need another one.",
+                f"The model was calibrated with the settings of the plans, but {', '.join(changed)} are given: the "
+                "probabilities may need another temperature, and the volumes other intervals.",
                 flush=True,
             )
 
@@ -426,6 +442,11 @@ class DiffusionPredictor(nnUNetPredictor):
     def temperature(self) -> float:
         """Temperature of the probabilities; 1 unless they are calibrated."""
         return self.network.settings.temperature if self.calibrated else 1.0
+
+    @property
+    def volume_half_widths(self) -> tuple[float, ...]:
+        """Half widths of the volumes' intervals, one for each foreground class; empty unless they are calibrated."""
+        return self.network.settings.volume_half_widths if self.calibrated else ()
 
     @property
     def _managers(self) -> Managers:

@@ -167,19 +167,22 @@ def read_probabilities(
             f"The {what} {path} is not an .npz of nnUNetv2_predict --save_probabilities: {error}"
         ) from error
     if len(probabilities) != heads:
-        raise ValueError(f"The {what} {path} has {len(probabilities)} channels, but must have {heads}, one per class.")
+        raise ValueError(
+            f"The {what} {path} has {len(probabilities)} channels, but must have {heads}, one per class: "
+            "give probabilities of the same dataset."
+        )
     check_shape(what, path, probabilities.shape[1:], image_shape, reference)
     probabilities = probabilities.astype(np.float32)
     if not np.isfinite(probabilities).all() or probabilities.min() < -1e-3 or probabilities.max() > 1 + 1e-3:
         raise ValueError(
             f"The {what} {path} holds values from {probabilities.min()} to {probabilities.max()}, which are not "
-            "probabilities."
+            "probabilities: predict it again."
         )
     total = probabilities.sum(0)
     if not regions and np.abs(total - 1).max() > SUM_TOLERANCE:
         raise ValueError(
             f"The {what} {path} has probabilities whose sum over the classes is {total.min():.3f} to "
-            f"{total.max():.3f} instead of 1."
+            f"{total.max():.3f} instead of 1: predict it again."
         )
     return probabilities.clip(0, 1)
 

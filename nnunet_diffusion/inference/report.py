@@ -51,6 +51,7 @@ def deciding_settings(predictor: DiffusionPredictor, case: CaseFiles, save_proba
         "keep_samples": predictor.keep_samples,
         "uncertainty": predictor.uncertainty,
         "temperature": predictor.temperature,
+        "volume_half_widths": predictor.volume_half_widths,
         "weights_sha256": predictor.weight_hashes,
         "plans_sha256": hash_of_json(predictor.plans_manager.plans),
     }
@@ -88,7 +89,8 @@ def case_uncertainty(
     if found is None:
         return {}, {}
     names = foreground_names(predictor.label_manager)
-    numbers = numbers_of(found, names, voxel_mm3(prepared.properties, prepared.data.shape[1:]))
+    each = voxel_mm3(prepared.properties, prepared.data.shape[1:])
+    numbers = numbers_of(found, names, each, predictor.volume_half_widths)
     deciding = ("steps", "sampler", "draw", "samples", "mirror_samples", "seed", "presegmentation_weight")
     settings = {key: getattr(predictor.network.settings, key) for key in deciding}
     numbers["settings"] = {"start_step": _one_or_all(_start_steps(predictor)), **settings, "folds": predictor.folds}

@@ -11,10 +11,13 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from nnunet_diffusion.inference.level_sets import COVERAGE, bounds, level_sets
+
 AGREEMENT = "agreement"
 MAPS = ("entropy", "aleatoric", "epistemic", "variance", AGREEMENT)
 DEFAULT_SAMPLES = 5  # number of samples where neither the user nor the plans ask for several
-INTERVAL, SAMPLES_FOR_INTERVAL = 90, 20  # percent; with fewer samples its ends would be the extremes
+INTERVAL = round(100 * COVERAGE)  # percent
+SAMPLES_FOR_INTERVAL = 20  # with fewer its ends would be the extremes
 VOXELS_AT_ONCE = 2**20  # counts of voxels in float32 are exact below 2**24
 
 
@@ -26,11 +29,13 @@ class CaseUncertainty:
         maps: each name of `MAPS` -> (*volume), float32.
         shared: (K, N, N), number of voxels that two of the N samples both give to a head; each sample's own on the diagonal.
         members: number of members of the ensemble.
+        level_sets: voxels of the level sets of the mean, (K, 2, candidates), see `level_sets`.
     """
 
     maps: dict[str, Tensor]
     shared: NDArray[np.int64]
     members: int
+    level_sets: NDArray[np.int64]
 
 
 @dataclass
@@ -91,7 +96,7 @@ class Uncertainty:
         found = (whole, aleatoric, (whole - aleatoric).clamp(min=0), variance.clamp(min=0), agreement.clamp(max=1))
         maps = {name: values.contiguous() for name, values in zip(MAPS, found, strict=True)}
         kept = [labels[each_head if self.regions else inside] for labels in self.samples]
-        return CaseUncertainty(maps, shared_voxels(kept, len(mean), self.regions), self.members)
+        return CaseUncertainty(maps, shared_voxels(kept, len(mean), self.regions), self.members, level_sets(mean))
 
 
 def entropy(probabilities: Tensor, regions: bool = False) -> Tensor:
@@ -167,20 +172,29 @@ def interval(values: ArrayLike) -> dict[str, Any]:
     return {"mean": float(values.mean()), "low": float(low), "high": float(high), "interval": text}
 
 
-def numbers_of(uncertainty: CaseUncertainty, names: Sequence[str], voxel_mm3: float) -> dict[str, Any]:
+def numbers_of(
+    uncertainty: CaseUncertainty, names: Sequence[str], voxel_mm3: float, half_widths: Sequence[float] = ()
+) -> dict[str, Any]:
     """Return what is written of a case: volume and agreement of each class in the samples, JSON-serialisable.
 
     Args:
         uncertainty: of the case, with two samples or more.
         names: of the foreground classes or regions, in the order of the heads.
         voxel_mm3: volume of a voxel of the network's grid.
+        half_widths: of each class, as `nnunet_diffusion calibrate` fitted them: the volumes' intervals are those of the level
+            sets; empty for intervals of the samples.
     """
     foreground = dict(zip(names, uncertainty.shared[-len(names) :], strict=True))
     scores = {name: pairwise_dice(shared) for name, shared in foreground.items()}
+    volumes = {name: interval(shared.diagonal() * voxel_mm3) for name, shared in foreground.items()}
+    if half_widths:
+        for name, sets, half_width in zip(names, uncertainty.level_sets[-len(names) :], half_widths, strict=True):
+            low, high = bounds(sets * voxel_mm3, half_width)
+            volumes[name] |= {"low": low, "high": high, "interval": f"{INTERVAL} %, fitted to validation cases"}
     return {
         "samples": uncertainty.shared.shape[1],
         "members": uncertainty.members,
         "score": float(np.mean(list(scores.values()))),
         "scores": scores,
-        "volume_mm3": {name: interval(shared.diagonal() * voxel_mm3) for name, shared in foreground.items()},
+        "volume_mm3": volumes,
     }

@@ -31,6 +31,7 @@ SPECIAL = {
     "attention_stages": ("all: `[]`", "ascending integers, 1 to the number of stages - 1"),
     "presegmentor_architecture": ("`{}`", "as `architecture` in the plans"),
     "raters": ("none: `[]`", "names of folders, without `labelsTr_`"),
+    "volume_half_widths": ("not fitted: `[]`", "numbers, one per foreground class, 0 to 100"),
     "starts": ('`{"truth": 0.5, "corrupted": 0.5}`', "shares with the sum 1"),
 }
 """Settings of no plain type: default and legal values as text."""
@@ -258,6 +259,14 @@ class DiffusionSettings:
         low=0,
         high=100,
     )
+    volume_half_widths: tuple[float, ...] = field(
+        default=(),
+        metadata={
+            "section": "inference",
+            "doc": "Half widths in log-odds of the volumes' 90 % intervals, one for each foreground class, fitted by "
+            "`nnunet_diffusion calibrate`. `nnunet_diffusion predict --uncertainty --calibrated` only.",
+        },
+    )
     start_from: str = _setting(
         "presegmentor",
         "presegmentor",
@@ -290,6 +299,7 @@ class DiffusionSettings:
         object.__setattr__(self, "features_per_stage", _positive_integers(self.features_per_stage))
         object.__setattr__(self, "attention_stages", _stages(self.attention_stages, len(self.features_per_stage)))
         object.__setattr__(self, "raters", _names(self.raters))
+        object.__setattr__(self, "volume_half_widths", _half_widths(self.volume_half_widths))
         _check_architecture(self.presegmentor_architecture)
         for entry in dataclasses.fields(self):
             if entry.name not in SPECIAL:
@@ -679,6 +689,16 @@ def _names(value: Any) -> tuple[str, ...]:
             f"for the folder labelsTr_second_rater, got {value!r}."
         )
     return tuple(value)
+
+
+def _half_widths(value: Any) -> tuple[float, ...]:
+    numbers = isinstance(value, (list, tuple)) and all(type(each) in (int, float) for each in value)
+    if not numbers or not all(0 <= each <= 100 for each in value):
+        raise ValueError(
+            "diffusion.inference.volume_half_widths must be a list of numbers from 0 to 100, one for each foreground class, as "
+            f"nnunet_diffusion calibrate writes it, or empty, got {value!r}."
+        )
+    return tuple(float(each) for each in value)
 
 
 def _check_architecture(value: Any) -> None:

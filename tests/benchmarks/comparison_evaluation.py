@@ -25,8 +25,9 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from nnunet_diffusion.evaluation.case_metrics import class_numbers, default_tolerance
 from nnunet_diffusion.evaluation.corruptions import dilate, erase_half, erode
-from nnunet_diffusion.evaluation.metrics import per_class_metrics, voxels_corrected_and_broken
+from nnunet_diffusion.evaluation.metrics import voxels_corrected_and_broken
 from nnunet_diffusion.evaluation.tubular import centreline_dice, thin_vessel_recall
 from nnunet_diffusion.model import labels
 from nnunet_diffusion.model.segmenter import DiffusionSegmenter
@@ -360,12 +361,14 @@ def measured_rows(
         evaluations: of the pre-segmentor and of the denoiser.
         vessels: measure centrelines too.
     """
-    before = per_class_metrics(start, case.truth, classes, case.spacing_mm)
-    after = per_class_metrics(result, case.truth, classes, case.spacing_mm)
-    rows = []
+    everywhere, rows = np.ones(case.truth.shape, bool), []
     for label, name in classes.items():
-        found, true = result == label, case.truth == label
-        changes = voxels_corrected_and_broken(start == label, found, true)
+        begun, found, true = (each == label for each in (start, result, case.truth))
+        before, after = (
+            class_numbers(mask, true, everywhere, case.spacing_mm, default_tolerance(case.spacing_mm))
+            for mask in (begun, found)
+        )
+        changes = voxels_corrected_and_broken(begun, found, true)
         cldice, thin_recall = math.nan, math.nan
         if vessels:
             cldice, thin_recall = centreline_dice(found, true), thin_vessel_recall(found, true)
@@ -374,12 +377,12 @@ def measured_rows(
                 *key,
                 case=case.name,
                 label=name,
-                dice=after[name].dice,
-                hd95=after[name].hd95,
-                start_dice=before[name].dice,
-                start_hd95=before[name].hd95,
-                reference_voxels=after[name].reference_voxels,
-                predicted_voxels=after[name].predicted_voxels,
+                dice=after["dice"],
+                hd95=after["hd95_mm"],
+                start_dice=before["dice"],
+                start_hd95=before["hd95_mm"],
+                reference_voxels=int(np.count_nonzero(true)),
+                predicted_voxels=int(np.count_nonzero(found)),
                 corrected=changes.corrected,
                 broken=changes.broken,
                 seconds=round(seconds, 4),

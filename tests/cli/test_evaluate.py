@@ -375,3 +375,33 @@ def test_a_hidden_file_a_broken_truth_and_a_broken_image_stop_nothing(folders, c
 def test_two_predictions_need_a_folder_for_the_result(folders, capsys):
     (folders / "other").mkdir()
     refused(folders, capsys, "name its folder with -o", predictions=("pred", "other"))
+
+
+def test_intervals_of_level_sets_are_fitted_to_the_other_half(tmp_path):
+    """Probabilities that fall by one in log-odds with each ring around a square; truths that are 0 to 2 rings larger."""
+    axis = np.abs(np.arange(16) - 7.5)
+    log_odds = 4.2 - np.maximum(axis[:, None], axis)[None]
+    soft = (1 / (1 + np.exp(-log_odds)))[None]
+    rings = [0, 1] * 9
+    rings[4] = 2  # one of the first half needs more than nine of ten others
+    for number, ring in enumerate(rings):
+        name = f"case_{number:02}"
+        write(tmp_path / "pred" / f"{name}.nii.gz", log_odds > 0)
+        write(tmp_path / "truth" / f"{name}.nii.gz", log_odds > -ring)
+        np.savez_compressed(tmp_path / "pred" / f"{name}.npz", probabilities=np.concatenate((1 - soft, soft)))
+    description = {"labels": {"background": 0, "lesion": 1}, "file_ending": ".nii.gz"}
+    (tmp_path / "pred" / "dataset.json").write_text(json.dumps(description))
+    found = evaluate(tmp_path)["predictions"]["pred"]["volumes_of_level_sets"]["lesion"]
+
+    def volume(above):
+        return 1.5 * np.count_nonzero(log_odds > above)
+
+    # the first half, every second case, has the interval that the second half needs, one ring at log-odds -0.3
+    narrow, wide = volume(-0.375) - volume(0.375), volume(-1.375) - volume(1.375)
+    assert found["coverage"] == pytest.approx(17 / 18)
+    assert found["mean_width_mm3"] == pytest.approx((9 * narrow + 9 * wide) / 18)
+    assert "fitted to the other half" in (tmp_path / "pred" / "evaluation" / "report.html").read_text()
+    # with fewer cases there is none
+    for path in sorted((tmp_path / "truth").iterdir())[:1]:
+        path.unlink()
+    assert "volumes_of_level_sets" not in evaluate(tmp_path)["predictions"]["pred"]

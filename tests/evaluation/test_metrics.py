@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 
+from nnunet_diffusion.evaluation.case_metrics import class_numbers
 from nnunet_diffusion.evaluation.metrics import (
     dice,
     hd95,
-    per_class_metrics,
     surface_dice,
     voxels_corrected_and_broken,
 )
@@ -124,31 +124,31 @@ def test_changes_balance_the_number_of_wrong_voxels() -> None:
     assert changes.broken - changes.corrected == np.sum(result != reference) - np.sum(start != reference)
 
 
-def test_per_class_metrics_name_every_class() -> None:
-    reference = np.zeros((10, 10), int)
-    reference[2:4, 2:4], reference[6:8, 6:8] = 1, 3
-    prediction = reference.copy()
-    prediction[prediction == 3] = 0
-    metrics = per_class_metrics(prediction, reference, {1: "front", 2: "absent", 3: "missed"}, (1.0, 1.0))
-    assert list(metrics) == ["front", "absent", "missed"]
-    assert (metrics["front"].dice, metrics["front"].hd95) == (1.0, 0.0)
-    assert math.isnan(metrics["absent"].dice) and math.isnan(metrics["absent"].hd95)
-    assert (metrics["missed"].dice, metrics["missed"].hd95) == (0.0, math.inf)
-    assert (metrics["missed"].predicted_voxels, metrics["missed"].reference_voxels) == (0, 4)
+def numbers(prediction: np.ndarray, reference: np.ndarray, known: np.ndarray | None = None) -> dict[str, float]:
+    known = np.ones(reference.shape, bool) if known is None else known
+    return class_numbers(prediction & known, reference & known, known, (1.0, 1.0), 1.0)
+
+
+def test_a_class_that_is_absent_or_missed_has_its_own_rule() -> None:
+    reference, empty = np.zeros((10, 10), bool), np.zeros((10, 10), bool)
+    reference[2:4, 2:4] = True
+    found = numbers(reference, reference)
+    assert (found["dice"], found["hd95_mm"]) == (1.0, 0.0)
+    absent = numbers(empty, empty)
+    assert math.isnan(absent["dice"]) and math.isnan(absent["hd95_mm"])
+    missed = numbers(empty, reference)
+    assert (missed["dice"], missed["hd95_mm"], missed["predicted_mm3"], missed["true_mm3"]) == (0.0, math.inf, 0, 4)
 
 
 def test_what_the_reference_ignores_counts_for_nothing() -> None:
-    reference = np.zeros((8, 8), int)
-    reference[1:4, 1:4] = 1
+    reference = np.zeros((8, 8), bool)
+    reference[1:4, 1:4] = True
     prediction, known = reference.copy(), np.ones((8, 8), bool)
-    prediction[6:] = 1
+    prediction[6:] = True
     known[6:] = False
-    (found,) = per_class_metrics(prediction, reference, {1: "front"}, (1.0, 1.0), known).values()
-    assert (found.dice, found.hd95, found.predicted_voxels, found.reference_voxels) == (1.0, 0.0, 9, 9)
-    (found,) = per_class_metrics(prediction, reference, {1: "front"}, (1.0, 1.0)).values()
-    assert found.dice < 0.6
-    assert voxels_corrected_and_broken(reference, prediction, reference, known).broken == 0
-    assert voxels_corrected_and_broken(reference, prediction, reference).broken == 16
+    found = numbers(prediction, reference, known)
+    assert (found["dice"], found["hd95_mm"], found["predicted_mm3"], found["true_mm3"]) == (1.0, 0.0, 9, 9)
+    assert numbers(prediction, reference)["dice"] < 0.6
 
 
 def test_bad_arguments_are_named() -> None:
@@ -160,10 +160,6 @@ def test_bad_arguments_are_named() -> None:
         hd95(np.ones((3, 3)), np.ones((3, 3)), (0, 1))
     with pytest.raises(ValueError, match="start has shape"):
         voxels_corrected_and_broken(np.zeros(3), np.zeros(4), np.zeros(4))
-    with pytest.raises(ValueError, match="known has shape"):
-        voxels_corrected_and_broken(np.zeros(3), np.zeros(3), np.zeros(3), np.ones(4))
-    with pytest.raises(ValueError, match="distinct names"):
-        per_class_metrics(np.zeros((2, 2)), np.zeros((2, 2)), {1: "a", 2: "a"}, (1, 1))
 
 
 @pytest.mark.parametrize("tolerance", [0.0, 1.0, 1.5, 3.0])

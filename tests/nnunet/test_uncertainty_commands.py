@@ -53,11 +53,16 @@ def test_calibrated_probabilities_are_the_others_at_the_temperature(place, model
     predict(place, model, tmp_path / "refused", "--calibrated", code=2)
     assert "run nnunet_diffusion calibrate first" in capsys.readouterr().err
     assert main(["calibrate", "-m", str(model), "-f", "0", "-device", "cpu", "--cases", "2"]) == 0
-    temperature = json.loads((model / "plans.json").read_text())["configurations"]["2d"]["diffusion"]["inference"][
-        "temperature"
-    ]
-    assert f"{temperature:.3f}" in capsys.readouterr().out
-    for name, words in (("before", []), ("after", ["--calibrated"])):
+    plans = json.loads((model / "plans.json").read_text())
+    inference = plans["configurations"]["2d"]["diffusion"]["inference"]
+    temperature = inference["temperature"]
+    printed = capsys.readouterr().out
+    assert f"{temperature:.3f}" in printed
+    assert "Intervals of the volumes need 9 cases" in printed and inference["volume_half_widths"] == []
+    classes = [name for name in json.loads((model / "dataset.json").read_text())["labels"] if name != "background"]
+    inference["volume_half_widths"] = [100.0] * len(classes)  # as fitted to cases that no level holds
+    (model / "plans.json").write_text(json.dumps(plans))
+    for name, words in (("before", ["--uncertainty"]), ("after", ["--uncertainty", "--calibrated"])):
         cases = predict(place, model, tmp_path / name, "--save_probabilities", *words)
     for case in cases:
         before, after = probabilities(tmp_path / "before", case), probabilities(tmp_path / "after", case)
@@ -65,6 +70,18 @@ def test_calibrated_probabilities_are_the_others_at_the_temperature(place, model
         # both are stored in half precision, and resampled as logits
         assert np.abs(wanted / wanted.sum(0) - after).max() < 0.01
         assert json.loads((tmp_path / "after" / "reports" / f"{case}.json").read_text())["temperature"] == temperature
+        volumes = [
+            json.loads((tmp_path / name / "uncertainty" / f"{case}.json").read_text())["volume_mm3"]
+            for name in ("before", "after")
+        ]
+        for name in classes:
+            assert volumes[0][name]["interval"] == "range of 5 samples"
+            assert volumes[1][name]["interval"] == "90 %, fitted to validation cases"
+            assert volumes[1][name]["low"] == 0 <= volumes[0][name]["high"] < volumes[1][name]["high"]
+    inference["volume_half_widths"] = [1.0] * (len(classes) + 1)
+    (model / "plans.json").write_text(json.dumps(plans))
+    predict(place, model, tmp_path / "refused", "--calibrated", code=2)
+    assert "run nnunet_diffusion calibrate again" in capsys.readouterr().err
 
 
 def test_figures_and_report_of_several_samples(place, model, tmp_path):
@@ -90,6 +107,16 @@ def test_figures_and_report_of_several_samples(place, model, tmp_path):
     assert set(found["failure_detection"]) == {"confidence", "pairwise Dice"}
     assert set(found["volumes"]) == set(found["classes"])
     assert found["dice"]["mean"] in (None, 1)
+    # two predictions against two raters, who are the first two samples
+    predict(place, model, tmp_path / "plain")
+    samples = sorted((out / "samples").iterdir())[:2]
+    words = ["-p", out, "-p", tmp_path / "plain", "-g", samples[0], "-g", samples[1], "-o", tmp_path / "both", "-np", 0]
+    assert main(["evaluate", *map(str, words), "-djfile", str(out / "dataset.json")]) == 0
+    both = json.loads((tmp_path / "both" / "evaluation.json").read_text())
+    assert both["comparison"]["dice"]["cases"] == len(cases)
+    for name in found["classes"]:
+        raters = both["predictions"]["out"]["raters"][name]
+        assert raters["hungarian_iou"]["mean"] > both["predictions"]["plain"]["raters"][name]["hungarian_iou"]["mean"]
 
 
 def test_draws_change_the_samples(place, model, tmp_path):

@@ -1,4 +1,4 @@
-"""Temperature scaling of a model's probabilities, fitted on the validation cases of its folds (Guo et al. 2017)."""
+"""Calibration of a model on the validation cases of its folds: temperature (Guo et al. 2017), and intervals of volumes."""
 
 from __future__ import annotations
 
@@ -12,26 +12,43 @@ from nnunet_diffusion.evaluation import calibration
 from nnunet_diffusion.evaluation.comparison import markdown_table
 from nnunet_diffusion.evaluation.preprocessed import PreprocessedCase
 from nnunet_diffusion.evaluation.uncertainty import band
+from nnunet_diffusion.inference.level_sets import HALF_WIDTHS, conformal, fewest_cases, level_sets, needed
 from nnunet_diffusion.inference.predictor import DiffusionPredictor
 from nnunet_diffusion.inference.presegmentation import one_hot
+from nnunet_diffusion.inference.report import foreground_names
 from nnunet_diffusion.model import labels
+
+
+@dataclass(frozen=True, eq=False)
+class CaseSums:
+    """What the fit needs of one case.
+
+    Attributes:
+        tempering: sums over its voxels near borders at each temperature.
+        half_widths: for each foreground class the place of the level sets that its true volume needs.
+    """
+
+    tempering: calibration.Tempering
+    half_widths: list[int]
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Calibration of voxels near borders, without and with a temperature.
+    """Calibration of voxels near borders, without and with a temperature, and of the volumes.
 
     Attributes:
         temperature: that of least negative log-likelihood over all cases.
         cases: names of the cases.
         nll: negative log-likelihood in nats, as it was, and with the temperature of the other half of the cases.
         ece: expected calibration error, likewise.
+        half_widths: of the level sets of each foreground class, in log-odds; empty with too few cases.
     """
 
     temperature: float
     cases: list[str]
     nll: tuple[float, float]
     ece: tuple[float, float]
+    half_widths: tuple[float, ...]
 
     @property
     def is_at_an_end(self) -> bool:
@@ -45,6 +62,29 @@ class Fit:
             for place, name in enumerate(("as it was", "temperature of the other half of the cases"))
         ]
         return markdown_table(["probabilities", "NLL", "ECE"], rows)
+
+    def about_volumes(self, names: Sequence[str]) -> str:
+        """Return a sentence on the intervals of the volumes.
+
+        Args:
+            names: of the foreground classes.
+        """
+        if not self.half_widths:
+            return (
+                f"Intervals of the volumes need {fewest_cases()} cases, and there are {len(self.cases)}: they stay those of "
+                "the samples."
+            )
+        # the levels are 1 - 1 / (1 + exp(-x)) and 1 / (1 + exp(-x))
+        found = [
+            f"{name} the whole image (no level holds it)"
+            if each == HALF_WIDTHS[-1]
+            else f"{name} {1 / (1 + np.exp(each)):.3g} and {1 / (1 + np.exp(-each)):.3g}"
+            for name, each in zip(names, self.half_widths, strict=True)
+        ]
+        return (
+            "The true volume of nine in ten new cases lies between those of the level sets at these probabilities: "
+            f"{', '.join(found)}."
+        )
 
 
 def fit(
@@ -68,31 +108,35 @@ def fit(
         raise ValueError(
             f"calibration got {len(cases)} cases, but needs two: one half of them measures the other's fit"
         )
-    sums = []
+    found = []
     for fold, name in cases:
         on_case(name)
-        sums.append(sums_of(predictor_of[fold], load(name)))
-    return fit_sums(sums, [name for _, name in cases])
+        found.append(sums_of(predictor_of[fold], load(name)))
+    return fit_sums(found, [name for _, name in cases])
 
 
-def fit_sums(sums: Sequence[calibration.Tempering], names: Sequence[str]) -> Fit:
+def fit_sums(cases: Sequence[CaseSums], names: Sequence[str]) -> Fit:
     """Return the fit of cases whose sums are known; see `fit`."""
+    sums = [case.tempering for case in cases]
     everything = calibration.total(sums)
     voxels = everything.reliability[0].voxels.sum()
     if not voxels:
         raise ValueError("no case has a voxel near a border of truth or segmentation, so there is nothing to calibrate")
     one = calibration.TEMPERATURES.index(1.0)
     unseen = calibration.crossed(sums)
+    of_classes = zip(*(case.half_widths for case in cases), strict=True)
+    enough = len(cases) >= fewest_cases()
     return Fit(
         calibration.TEMPERATURES[everything.best()],
         list(names),
         (float(everything.loss[one] / voxels), float(unseen.loss / voxels)),
         (everything.reliability[one].ece(), unseen.reliability.ece()),
+        tuple(HALF_WIDTHS[conformal(places)] for places in of_classes) if enough else (),
     )
 
 
-def sums_of(predictor: DiffusionPredictor, case: PreprocessedCase) -> calibration.Tempering:
-    """Return the sums of one case over its voxels near borders, on the network's grid."""
+def sums_of(predictor: DiffusionPredictor, case: PreprocessedCase) -> CaseSums:
+    """Return the sums of one case, on the network's grid."""
     regions, manager = predictor.network.settings.regions, predictor.label_manager
     logits = predictor.predict_volume(torch.from_numpy(case.image)).logits
     probabilities = labels.activate(logits[None], regions)[0].numpy()
@@ -102,4 +146,8 @@ def sums_of(predictor: DiffusionPredictor, case: PreprocessedCase) -> calibratio
     # no border where the truth is not known
     near = known & band(segmentation, np.where(known, truth, segmentation))
     masks = one_hot(truth[near], manager) > 0
-    return calibration.tempering(*calibration.problem(probabilities[:, near], masks, regions))
+    tempering = calibration.tempering(*calibration.problem(probabilities[:, near], masks, regions))
+    classes = len(foreground_names(manager))
+    sets = level_sets(torch.from_numpy(probabilities[-classes:][:, known]))
+    volumes = one_hot(truth[known], manager)[-classes:].sum(1, dtype=np.float64)
+    return CaseSums(tempering, [needed(each, volume) for each, volume in zip(sets, volumes, strict=True)])

@@ -1,12 +1,13 @@
-"""The temperature undoes over- and underconfidence, measured on cases that did not choose it."""
+"""Temperature and intervals of volumes, fitted to cases whose truth is known."""
 
 import numpy as np
 import pytest
 import torch
 
 from nnunet_diffusion.evaluation import calibration
+from nnunet_diffusion.evaluation.calibrate import CaseSums, fit, fit_sums, sums_of
 from nnunet_diffusion.evaluation.preprocessed import PreprocessedCase
-from nnunet_diffusion.evaluation.temperature import fit, fit_sums, sums_of
+from nnunet_diffusion.inference.level_sets import HALF_WIDTHS
 
 
 def cases_of(temperature, number=4, voxels=20_000):
@@ -16,7 +17,7 @@ def cases_of(temperature, number=4, voxels=20_000):
         generator = np.random.default_rng(seed)
         true = generator.dirichlet((1.0, 1.0), voxels).T
         labels = (generator.random(voxels) > true[0]).astype(int)
-        sums.append(calibration.tempering(calibration.tempered(true, temperature), labels))
+        sums.append(CaseSums(calibration.tempering(calibration.tempered(true, temperature), labels), [seed]))
     return sums
 
 
@@ -32,11 +33,23 @@ def test_the_fit_is_the_inverse_and_calibrates_unseen_cases(temperature):
 
 
 def test_cases_without_a_border_or_a_partner_are_refused():
-    empty = calibration.tempering(np.zeros((2, 0)), np.zeros(0, int))
+    empty = CaseSums(calibration.tempering(np.zeros((2, 0)), np.zeros(0, int)), [0])
     with pytest.raises(ValueError, match="nothing to calibrate"):
         fit_sums([empty, empty], ["a", "b"])
     with pytest.raises(ValueError, match="got 1 cases"):
         fit({}, [("0", "a")], lambda name: None)
+
+
+def test_half_widths_need_nine_cases_and_are_each_class_its_own():
+    few = fit_sums(cases_of(1.0, 8, 100), list("abcdefgh"))
+    assert few.half_widths == ()
+    assert "need 9 cases, and there are 8" in few.about_volumes(["lesion"])
+    cases = [CaseSums(each.tempering, [place, 8 - place // 2, 81]) for place, each in enumerate(cases_of(1.0, 9, 100))]
+    found = fit_sums(cases, list("abcdefghi"))
+    # the ninth of nine, in steps of 1/8
+    assert found.half_widths == (1.0, 1.0, 100.0)
+    text = found.about_volumes(["lesion", "organ", "vessel"])
+    assert "lesion 0.269 and 0.731, organ 0.269 and 0.731, vessel the whole image" in text
 
 
 @pytest.mark.nnunet
@@ -47,10 +60,14 @@ def test_sums_are_those_of_the_prediction_near_borders(loaded):
     logits = predictor.predict_volume(torch.from_numpy(case.image)).logits
     one = calibration.TEMPERATURES.index(1.0)
     everywhere = calibration.reliability(logits.softmax(0).numpy().reshape(3, -1), np.maximum(case.truth, 0).ravel())
-    assert 0 < found.reliability[one].voxels.sum() <= everywhere.voxels.sum()
+    assert 0 < found.tempering.reliability[one].voxels.sum() <= everywhere.voxels.sum()
+    for head, place in enumerate(found.half_widths, 1):
+        upper, true = 1 / (1 + np.exp(-HALF_WIDTHS[place])), (case.truth == head).sum()
+        probability = logits.softmax(0)[head].numpy()
+        assert (probability > upper).sum() <= true <= (probability >= 1 - upper).sum() or place == len(HALF_WIDTHS) - 1
     # with nothing but borders all voxels count
     stripes = np.zeros(case.truth.shape, case.truth.dtype)
     stripes[..., ::2] = 1
     found = sums_of(predictor, PreprocessedCase(case.name, case.image, stripes))
     expected = calibration.tempering(logits.softmax(0).numpy().reshape(3, -1), stripes.ravel())
-    assert found.loss == pytest.approx(expected.loss, rel=1e-4)
+    assert found.tempering.loss == pytest.approx(expected.loss, rel=1e-4)
