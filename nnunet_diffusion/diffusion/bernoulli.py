@@ -7,7 +7,7 @@ segmentor's probability: the chain ends at the segmentor's own distribution, not
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,16 @@ from nnunet_diffusion.diffusion.schedules import NoiseSchedule, cast_like
 
 LEAST = 1e-6
 """Smallest prior probability of either value: at p = y_0 = 0 the posterior of y_t = 1 would be 0 / 0."""
+
+
+Uniform = Callable[[Sequence[int], torch.Generator | None], Tensor]
+"""Shape (B, K, *spatial) and generator -> noise, uniform in [0, 1) in each voxel, float32, on the generator's device."""
+
+
+def independent(shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
+    """Return noise that each voxel draws by itself; see `Uniform`."""
+    device = None if generator is None else generator.device
+    return torch.rand(tuple(shape), generator=generator, device=device, dtype=torch.float32)
 
 
 @dataclass(frozen=True)
@@ -44,18 +54,20 @@ class BernoulliProcess:
         schedule: alpha_bar is the share of voxels that noise has not replaced.
         prior: the segmentor's probabilities p, (B, K, *spatial), of the states that the process is given; None until `towards`
             names them.
+        uniform: source of its noise. Voxels of one image may share their noise: the probability of each alone is the same.
     """
 
     schedule: NoiseSchedule
     prior: Tensor | None = None
+    uniform: Uniform = independent
 
     def towards(self, prior: Tensor | None) -> BernoulliProcess:
         """Return the process with this prior, (B, K, *spatial) or broadcast against it."""
         return dataclasses.replace(self, prior=prior)
 
     def draw_noise(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-        """Return uniform noise in [0, 1), float32, drawn on the generator's device."""
-        return torch.rand(tuple(shape), generator=generator, device=generator.device)
+        """Return uniform noise in [0, 1), (B, K, *spatial), float32, drawn on the generator's device."""
+        return self.uniform(shape, generator)
 
     def to_state(self, masks: Tensor) -> Tensor:
         """Return masks or probabilities as they are: a fresh tensor of the same shape."""
@@ -173,7 +185,7 @@ class BernoulliProcess:
         if eta > 0:
             # both have the marginals of q, and so has their mixture
             probability = torch.lerp(probability, self.posterior(clean, noisy, timestep, previous).probability, eta)
-        return bernoulli(probability, uniform_like(probability, generator))
+        return bernoulli(probability, uniform_like(probability, generator, self.uniform))
 
     def step_mean(self, clean: Tensor, noisy: Tensor, timestep: int, previous: int) -> Tensor:
         """Return the probability of 1 of the non-Markov step (as DDIM's, Song et al. 2021, appendix A); see `step`."""
@@ -196,9 +208,15 @@ def bernoulli(probability: Tensor, noise: Tensor) -> Tensor:
     return (noise < probability).to(probability.dtype)
 
 
-def uniform_like(state: Tensor, generator: Random) -> Tensor:
-    """Return uniform noise in [0, 1) of a state's shape and device, drawn in float32 on the generator's device."""
+def uniform_like(state: Tensor, generator: Random, uniform: Uniform = independent) -> Tensor:
+    """Return uniform noise in [0, 1) of a state's shape (B, K, *spatial) and device, float32.
+
+    Args:
+        state: whose shape and device it has.
+        generator: also one for each entry of the batch; drawn on its device.
+        uniform: source of the noise.
+    """
     if isinstance(generator, Sequence):
-        return torch.stack([uniform_like(entry, source) for entry, source in zip(state, generator, strict=True)])
-    device = state.device if generator is None else generator.device
-    return torch.rand(state.shape, generator=generator, device=device, dtype=torch.float32).to(state.device)
+        pairs = zip(state.split(1), generator, strict=True)
+        return torch.cat([uniform_like(entry, source, uniform) for entry, source in pairs])
+    return uniform(state.shape, generator).to(state.device)

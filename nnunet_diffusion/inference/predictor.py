@@ -256,7 +256,7 @@ class DiffusionPredictor(nnUNetPredictor):
                 f"start_step has {len(self.start_steps)} values, one for each sample in turn, but samples is "
                 f"{settings.samples}: give --samples {len(self.start_steps)} or more"
             )
-        if self.overrides.get("draw", NOTHING) != NOTHING and settings.steps < 2:
+        if self.overrides.get("draw", NOTHING) != NOTHING and settings.steps < 2 and not settings.is_hidiff:
             raise ValueError(
                 f"--draw {settings.draw} draws between two steps, but steps is {settings.steps}: give --steps 2 or more"
             )

@@ -12,7 +12,7 @@ from torch import Tensor
 from nnunet_diffusion.diffusion.process import Process
 from nnunet_diffusion.diffusion.samplers import Estimate, sample, timestep_grid
 from nnunet_diffusion.model import labels
-from nnunet_diffusion.model.drawing import deciding
+from nnunet_diffusion.model.drawing import LEVEL, deciding
 from nnunet_diffusion.model.segmenter import Conditions, DiffusionSegmenter
 
 Tile = tuple[slice | int, ...]
@@ -128,7 +128,7 @@ class VolumeProcess:
         Args:
             samples: numbers of the samples, from 0; they share the condition flow.
         """
-        process = self.segmenter.process.towards(_batch_of_one(self.presegmentation))
+        process = self.segmenter.reverse_process.towards(_batch_of_one(self.presegmentation))
         return self._sample(process, self._evaluate, self._starts(samples), [(number,) for number in samples])
 
     def run_tile_wise(self, samples: Sequence[int]) -> Tensor:
@@ -142,8 +142,10 @@ class VolumeProcess:
                 return self._clean_of_tiles([tile], noisy[None], timestep)[0]
 
             prior = None if self.presegmentation is None else self.presegmentation[tile].to(start.device)
-            process = self.segmenter.process.towards(_batch_of_one(prior))
-            probabilities = self._sample(process, evaluate, start, [(each, number + 1) for each in samples])
+            process = self.segmenter.reverse_process.towards(_batch_of_one(prior))
+            # the levels of all tiles are those of one volume
+            own = () if self.segmenter.settings.draw == LEVEL else (number + 1,)
+            probabilities = self._sample(process, evaluate, start, [(each, *own) for each in samples])
             total[_all_samples(tile)] += (probabilities * self.tiling.weight).to(self.state_device)
         return total / self._total
 
@@ -155,7 +157,7 @@ class VolumeProcess:
         with torch.no_grad():
             clean = sample(
                 settings.sampler,
-                deciding(evaluate, settings.draw, last, process, settings.regions, generators),
+                deciding(evaluate, settings.estimate_draw, last, process, settings.regions, generators),
                 start,
                 settings.start_step,
                 settings.steps,
@@ -178,12 +180,13 @@ class VolumeProcess:
         settings, shape = self.segmenter.settings, (self._heads, *self.image.shape[1:])
         states = torch.empty((len(samples), *shape), device=self.state_device)
         for state, number in zip(states, samples, strict=True):
-            state.copy_(self.segmenter.process.draw_noise(shape, self._generator(number, NOISE_OF_START)))
+            generator = self._generator(number, NOISE_OF_START)
+            state.copy_(self.segmenter.reverse_process.draw_noise((1, *shape), generator)[0])
         if settings.from_noise or self.presegmentation is None:
             return states
         # in place, because a large volume fills the memory: one more volume instead of four
         presegmentation = self.presegmentation[None]
-        process = self.segmenter.process.towards(presegmentation)
+        process = self.segmenter.reverse_process.towards(presegmentation)
         return process.start(presegmentation, settings.start_step, states, in_place=True)
 
     def _evaluate(self, noisy: Tensor, timestep: int) -> Tensor:

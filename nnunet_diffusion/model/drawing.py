@@ -6,10 +6,12 @@ that chains of one image end at differing masks (CCDM, Zbinden et al. 2023, whos
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from nnunet_diffusion.diffusion.bernoulli import uniform_like
+from nnunet_diffusion.diffusion.bernoulli import Uniform, uniform_like
 from nnunet_diffusion.diffusion.process import Process, Random
 from nnunet_diffusion.diffusion.samplers import Estimate
 from nnunet_diffusion.model import labels
@@ -66,3 +68,24 @@ def draw(probabilities: Tensor, kind: str, regions: bool, generator: Random = No
     # inverse of the cumulative distribution over the classes, the background first
     below = (probabilities.cumsum(1)[:, :-1] <= uniform).sum(1, keepdim=True)
     return torch.zeros_like(probabilities).scatter_(1, below, 1.0)
+
+
+def level_noise(regions: bool) -> Uniform:
+    """Return a source of noise for a Bernoulli process whose draws are level sets: all voxels of an image share one number u.
+
+    Args:
+        regions: whether the heads are regions, which share u. Of classes the background has 1 - u, so that of two classes each
+            voxel has one, as in `draw`.
+    """
+
+    def noise(shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
+        batch, _, *spatial = shape
+        device = None if generator is None else generator.device
+        one = torch.rand((batch, 1, *[1] * len(spatial)), generator=generator, device=device, dtype=torch.float32)
+        shared = one.expand(tuple(shape)).clone()
+        if not regions:
+            # 1 - u of a u of 0 would be 1, which no probability exceeds
+            shared[:, :1] = (1 - one).clamp(max=1 - torch.finfo(torch.float32).eps)
+        return shared
+
+    return noise

@@ -17,9 +17,10 @@ from torch import Generator, Tensor, nn
 from nnunet_diffusion.diffusion.bernoulli import BernoulliProcess
 from nnunet_diffusion.diffusion.gaussian import GaussianProcess
 from nnunet_diffusion.diffusion.predictions import prediction_of
+from nnunet_diffusion.diffusion.process import Process
 from nnunet_diffusion.diffusion.samplers import OnStep, sample, timestep_grid
 from nnunet_diffusion.model import labels
-from nnunet_diffusion.model.drawing import deciding
+from nnunet_diffusion.model.drawing import LEVEL, deciding, level_noise
 from nnunet_diffusion.model.precision import all_finite, inference_precision, outside_inference_mode, refuse_nan
 from nnunet_diffusion.model.settings import DiffusionSettings
 from nnunet_diffusion.networks import unet
@@ -43,7 +44,7 @@ class Presegmentation:
 
 @dataclass(frozen=True)
 class _StartNoise:
-    key: tuple[tuple[int, ...], int, torch.device]
+    key: tuple[tuple[int, ...], int, str, torch.device]
     field: Tensor
     generator_state: Tensor
 
@@ -208,8 +209,8 @@ class DiffusionSegmenter(nn.Module):
                     return member
             presegmentation = self.own_start(image, None if own is None else own.probabilities) if needed else None
         shape = (len(image) * settings.samples, self.denoiser.state_channels, *image.shape[2:])
-        start, generator = self._start_noise(shape, image.device)
-        process = self.process
+        process = self.reverse_process
+        start, generator = self._start_noise(process, shape, image.device)
         if not settings.from_noise and presegmentation is not None:
             repeated = presegmentation.float().repeat_interleave(settings.samples, 0)
             process = process.towards(repeated)
@@ -227,7 +228,7 @@ class DiffusionSegmenter(nn.Module):
         with torch.no_grad():
             clean = sample(
                 settings.sampler,
-                deciding(estimate, settings.draw, last, process, settings.regions, generator),
+                deciding(estimate, settings.estimate_draw, last, process, settings.regions, generator),
                 start,
                 settings.start_step,
                 settings.steps,
@@ -287,16 +288,23 @@ class DiffusionSegmenter(nn.Module):
             return image
         return torch.cat((image, self.process.to_state(presegmentation).to(image)), 1)
 
-    def _start_noise(self, shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Generator]:
+    @property
+    def reverse_process(self) -> Process:
+        """The process that sampling reverses: HiDiff's draws level sets where `settings.draw` says so."""
+        if self.settings.is_hidiff and self.settings.draw == LEVEL:
+            return dataclasses.replace(cast(Any, self.process), uniform=level_noise(self.settings.regions))
+        return self.process
+
+    def _start_noise(self, process: Process, shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Generator]:
         """Return the start's noise and the generator that continues after it, both from the settings' seed.
 
         Every tile and mirror of a volume has the same shape and seed, so the noise is drawn once and kept. It is drawn
         on the CPU: the same on every device.
         """
-        key = (shape, self.settings.seed, device)
+        key = (shape, self.settings.seed, self.settings.draw, device)
         if self._noise is None or self._noise.key != key:
             generator = torch.Generator().manual_seed(self.settings.seed)
-            field = self.process.draw_noise(shape, generator).to(device)
+            field = process.draw_noise(shape, generator).to(device)
             self._noise = _StartNoise(key, field, generator.get_state())
         generator = torch.Generator()
         generator.set_state(self._noise.generator_state)

@@ -226,7 +226,8 @@ class DiffusionSettings:
         "inference",
         NOTHING,
         "What is noised again between two steps. `no`: the clean estimate; `voxels`: a mask whose voxels are drawn from it "
-        "one by one; `level`: one of its level sets. Without effect in a single step.",
+        "one by one; `level`: one of its level sets. Without effect in a single step. HiDiff draws its states in any case: "
+        "their voxels one by one, with `level` whole level sets, the first state too.",
         choices=DRAWS,
     )
     samples: int = _setting("inference", 1, "Reverse processes whose probabilities are averaged.", low=1, high=1000)
@@ -323,6 +324,11 @@ class DiffusionSettings:
         return self.denoiser == HIDIFF
 
     @property
+    def estimate_draw(self) -> str:
+        """What is drawn from the estimates between two steps: nothing with HiDiff, which draws its states themselves."""
+        return NOTHING if self.is_hidiff else self.draw
+
+    @property
     def method(self) -> str:
         """Name of the method, for messages."""
         return "HiDiff" if self.is_hidiff else "PD-DDPM"
@@ -383,11 +389,6 @@ class DiffusionSettings:
             if getattr(self, name) != value:
                 found = getattr(self, name)
                 raise ValueError(f"diffusion.{path_of(name)} is {found!r}, but must be {value!r} with HiDiff: {why}.")
-        if self.draw != NOTHING:
-            raise NotImplementedError(
-                f"diffusion.inference.draw {self.draw!r} is not supported with HiDiff, whose states are drawn in each step "
-                f"already: set it to {NOTHING!r}."
-            )
         if self.sampler in SOLVERS:
             raise ValueError(
                 f"diffusion.inference.sampler {self.sampler!r} is for Gaussian processes: with HiDiff take 'ddim' or 'ddpm'."

@@ -18,6 +18,7 @@ from nnunet_diffusion.inference.out_of_memory import run_group
 from nnunet_diffusion.inference.volume import NOISE_OF_START, NOISE_OF_STEPS, Tiling, VolumeProcess
 from nnunet_diffusion.inference.volume_run import VolumeRun
 from nnunet_diffusion.model import labels
+from nnunet_diffusion.model.drawing import level_noise
 from nnunet_diffusion.model.segmenter import DiffusionSegmenter
 from nnunet_diffusion.model.settings import HIDIFF_DENOISER, DiffusionSettings
 
@@ -208,6 +209,32 @@ def test_hidiff_finds_the_truth_of_a_volume_from_draws_of_its_prior(sampler, mir
     start = run._starts([0, 1])
     assert torch.equal(start[:, :, :4], prior[None, :, :4].expand(2, -1, -1, -1))
     assert not torch.equal(start[0], start[1])
+
+
+def test_level_draws_of_a_volume_are_the_same_level_in_all_tiles(monkeypatch):
+    monkeypatch.setattr(DiffusionSegmenter, "features", lambda self, image: ())
+    hidiff = dataclasses.replace(HIDIFF, draw="level")
+    truth = torch.randint(0, 3, (1, 12, 10))
+    prior = torch.rand(3, 12, 10)
+    run = process(KnowsTheFlips(), truth.float(), tiling((12, 10), (8, 8), 0.5), hidiff, presegmentation=prior)
+    start = run._starts([0, 1, 2])
+    for state, probability in zip(start[:, 1].bool(), prior[1].expand(3, -1, -1), strict=True):
+        if state.any() and not state.all():
+            assert probability[state].min() >= probability[~state].max()
+    assert len(start[:, 1].flatten(1).sum(1).unique()) > 1
+    for found in (run.run([0, 1]), run.run_tile_wise([0, 1])):
+        assert (found - labels.labels_to_masks(truth[None], 3)).abs().max() < 1e-4
+    # in each step all tiles of a sample draw with the same number
+    drawn = []
+    source = level_noise(False)
+    monkeypatch.setattr(
+        "nnunet_diffusion.model.segmenter.level_noise",
+        lambda regions: lambda shape, generator: drawn.append(source(shape, generator)) or drawn[-1],
+    )
+    run.run_tile_wise([0])
+    levels = [round(float(noise.flatten()[-1]), 6) for noise in drawn[1:]]  # the first is the start of the volume
+    per_tile = len(levels) // len(run.tiling.tiles)
+    assert per_tile > 1 and levels == levels[:per_tile] * len(run.tiling.tiles)
 
 
 def test_one_tile_is_the_same_jointly_and_tile_wise():

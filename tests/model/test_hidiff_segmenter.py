@@ -53,6 +53,25 @@ def test_a_perfect_refiner_finds_the_truth_from_a_draw_of_p(steps, sampler):
     assert [each.shape[1] for each in network.denoiser.features] == [4, 6, 8]
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+def test_level_draws_start_from_level_sets_of_p_and_find_the_truth(steps):
+    network, image, clean = known(steps=steps, samples=4, draw="level")
+    assert torch.allclose(network.sample(image), clean, atol=1e-4)
+    probabilities = network.presegment(image).probabilities.repeat_interleave(4, 0)
+    _, start = network.denoiser.seen[0]
+    sizes = set()
+    for state, probability in zip(start[:, 1], probabilities[:, 1], strict=True):
+        inside = state.bool()
+        sizes.add(int(inside.sum()))
+        if inside.any() and not inside.all():
+            assert probability[inside].min() >= probability[~inside].max()
+    assert len(sizes) > 1  # each sample has a level of its own
+    plain, _, _ = known(steps=steps, samples=4)
+    plain.presegmentor = network.presegmentor
+    plain.sample(image)
+    assert not torch.equal(plain.denoiser.seen[0][1], start)
+
+
 def test_the_start_has_the_segmentors_probabilities_as_mean():
     network, image, _ = known(steps=1, samples=500)
     network.sample(image[:1].expand(2, -1, -1, -1))

@@ -17,12 +17,12 @@ from nnunet_diffusion.model.settings import (
 )
 
 
-def test_draws_need_a_gaussian_process():
+def test_hidiff_draws_states_and_no_estimates():
     # training validates with one step, whatever the plans draw
     assert DiffusionSettings(features_per_stage=(8, 16), draw="level", steps=1).draw == "level"
     hidiff = {"denoiser": "hidiff", "prediction_type": "flip", "timesteps": 10, "max_train_step": 10, "start_step": 10}
-    with pytest.raises(NotImplementedError, match="not supported with HiDiff"):
-        DiffusionSettings(features_per_stage=(8, 16), draw="level", steps=2, starts={"truth": 1.0}, **hidiff)
+    found = DiffusionSettings(features_per_stage=(8, 16), draw="level", steps=2, starts={"truth": 1.0}, **hidiff)
+    assert (found.draw, found.estimate_draw) == ("level", "no")
 
 
 def configuration(**section):
