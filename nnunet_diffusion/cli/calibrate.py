@@ -20,6 +20,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "Tune first: other settings of prediction need another calibration.",
     )
     add_fold_arguments(parser)
+    parser.add_argument(
+        "--samples", type=int, help="number of reverse processes, written into the plans too (as they say)"
+    )
     parser.set_defaults(run=run)
 
 
@@ -29,7 +32,7 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         CommandError: wrong arguments, or the model or its preprocessed data cannot be read.
     """
-    folds = trained_folds(options)
+    folds = trained_folds(options, samples=options.samples)
     # nnU-Net has been imported with its paths set
     from nnunet_diffusion.evaluation.calibrate import fit
     from nnunet_diffusion.inference.report import foreground_names
@@ -39,7 +42,8 @@ def run(options: argparse.Namespace) -> int:
     predictor = folds.predictor
     plans = folds.model / "plans.json"
     with named_for_the_user(OSError):
-        changes = {"temperature": fitted.temperature, "volume_half_widths": fitted.half_widths}
+        used = {} if options.samples is None else {"samples": options.samples}
+        changes = {**used, "temperature": fitted.temperature, "volume_half_widths": fitted.half_widths}
         write_inference(plans, predictor.identity["configuration"], predictor.network.settings, changes)
     if fitted.is_at_an_end:
         print("The temperature is at the end of the range that is searched: the probabilities are far from calibrated.")
@@ -47,6 +51,6 @@ def run(options: argparse.Namespace) -> int:
         f"\nVoxels within 5 voxels of a border, {len(folds.cases)} validation cases:\n\n{fitted.table()}\n"
         f"The temperature of all cases is {fitted.temperature:.3f}. "
         f"{fitted.about_volumes(foreground_names(predictor.label_manager))}\n"
-        f"Both are in {plans}; nnunet_diffusion predict --calibrated uses them."
+        f"The calibration is in {plans}; nnunet_diffusion predict --calibrated uses it."
     )
     return 0

@@ -100,7 +100,8 @@ def needed_bytes(case: CasePaths) -> float:
     except RuntimeError:  # reported when the case is read
         return 0
     heads = 0
-    with contextlib.suppress(OSError, ValueError, KeyError), zipfile.ZipFile(case.probabilities) as archive:
+    unreadable = (OSError, ValueError, KeyError, zipfile.BadZipFile)
+    with contextlib.suppress(*unreadable), zipfile.ZipFile(case.probabilities) as archive:
         # float32, and the float16 of the file; uncompressed size of its array
         heads = 3 * archive.getinfo("probabilities.npy").file_size
     maps = 4 * len(case.maps())

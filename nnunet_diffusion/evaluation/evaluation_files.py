@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from nnunet_diffusion import __version__
+from nnunet_diffusion.evaluation.case_metrics import ENTROPY
 from nnunet_diffusion.evaluation.comparison import markdown_table, number
 from nnunet_diffusion.evaluation.evaluate import Numbers, Task
 from nnunet_diffusion.evaluation.folders import CasePaths, read_case
@@ -25,6 +26,8 @@ from nnunet_diffusion.inference.uncertainty import entropy
 SUMMARY, TABLE, PAGE = "evaluation.json", "cases.csv", "report.html"
 WORST, BEST = 4, 2
 """Cases on the page."""
+FEW_CASES = 10
+SHORT = ("AUROC of the entropy", "normalised AURC")
 
 
 def write_evaluation(
@@ -60,6 +63,7 @@ def write_evaluation(
         if not common:
             raise ValueError("the two predictions have no case in common: compare predictions of the same cases")
         comparison = compare({case: first[case] for case in common}, {case: second[case] for case in common})
+    notes = [*notes, *remarks(tasks, numbers)]
     folder.mkdir(parents=True, exist_ok=True)
     content = {"version": __version__, "notes": list(notes), "predictions": summaries, "comparison": comparison}
     write_json(content, folder / SUMMARY)
@@ -72,11 +76,42 @@ def write_evaluation(
         ),
         encoding="utf-8",
     )
-    rows = [
-        [name, str(each["cases"]), with_interval(each["dice"]), number(each["nsd"]["mean"])]
-        for name, each in summaries.items()
-    ]
-    return markdown_table(["prediction", "cases", "mean Dice (95 % interval)", "surface Dice"], rows)
+    return overview(summaries)
+
+
+def overview(summaries: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return a table for the terminal; a column that no prediction has is left out."""
+    header = ["prediction", "cases", "mean Dice (95 % interval)", "surface Dice", "ECE", *SHORT]
+    rows = []
+    for name, each in summaries.items():
+        row = [name, str(each["cases"]), with_interval(each["dice"]), number(each["nsd"]["mean"])]
+        row.append(number(each["calibration"]["pooled_ece"]) if "calibration" in each else "")
+        errors, scores = each.get("errors", {}), each.get("failure_detection", {})
+        auroc = (errors.get(ENTROPY) or errors.get("entropy") or {}).get("mean", math.nan)
+        aurc = (scores.get("pairwise Dice") or scores.get("confidence") or {}).get("normalised", math.nan)
+        row += [number(value) if math.isfinite(value) else "" for value in (auroc, aurc)]
+        rows.append(row)
+    kept = [place for place in range(len(header)) if any(row[place] for row in rows)]
+    return markdown_table([header[place] for place in kept], [[row[place] for place in kept] for row in rows])
+
+
+def remarks(tasks: Mapping[str, Task], numbers: Mapping[str, Mapping[str, Numbers]]) -> list[str]:
+    """Return what a reader of the summary must know: raters, tolerance, missing probabilities, few cases."""
+    found = []
+    raters = [str(path.parent) for path in next(iter(tasks.values())).cases[0].truths]
+    if len(raters) > 1:
+        found.append("Raters in this order, the first is the reference: " + ", ".join(raters))
+    tolerances = sorted({f"{case['tolerance_mm']:g}" for cases in numbers.values() for case in cases.values()})
+    found.append(f"Surface Dice at a tolerance of {', '.join(tolerances)} mm.")
+    for name, cases in numbers.items():
+        without = sum("calibration" not in case for case in cases.values())
+        if 0 < without < len(cases):
+            found.append(f"{name}: {without} of {len(cases)} cases have no .npz; calibration is that of the others.")
+        if len(cases) < FEW_CASES:
+            found.append(
+                f"{name}: {len(cases)} cases are too few for intervals, tests and scores of cases to say much."
+            )
+    return found
 
 
 def write_table(path: Path, numbers: Mapping[str, Mapping[str, Numbers]]) -> None:

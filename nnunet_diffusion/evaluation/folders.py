@@ -280,6 +280,7 @@ def read_case(case: CasePaths, classes: Classes, reader: Any, with_samples: bool
     known = np.ones(first.shape, bool)
     for truth in truths if classes.ignore is not None else ():
         known &= truth != classes.ignore
+    prediction = beside(PREDICTION, case.prediction, classes)
     probabilities = None
     if case.probabilities.is_file() and classes.heads:
         probabilities = read_probabilities(
@@ -288,7 +289,7 @@ def read_case(case: CasePaths, classes: Classes, reader: Any, with_samples: bool
     numbers = read_dictionary(case.uncertainty, "predict again") if case.uncertainty.is_file() else {}
     return CaseArrays(
         without_thickness(properties["spacing"]),
-        beside(PREDICTION, case.prediction, classes),
+        prediction,
         truths,
         known,
         probabilities,

@@ -28,6 +28,10 @@ NAMES = {
     "crps_curvas_mm3": "CRPS, CURVAS (mm³)", "ged": "GED", "hungarian_iou": "matched IoU", "auroc": "AUROC",
 }  # fmt: skip
 """Key -> heading."""
+LEVEL_SETS = (
+    "Level sets: the volumes where the probability is above a high and above a low level. The two are as far apart as the "
+    "other half of the cases needs, so that nine of ten true volumes lie between them (split conformal prediction)."
+)
 
 
 @dataclass(frozen=True)
@@ -190,7 +194,12 @@ def _calibration(summary: Mapping[str, Any]) -> str:
         return ""
     found, keys = summary["calibration"], ("ece", "ace", "brier", "nll")
     rows = [
-        [f"voxels of the {where}", *(with_interval(found[where][key]) for key in keys)] for where in ("band", "box")
+        [
+            f"voxels of the {where}",
+            str(found[where]["ece"]["cases"]),
+            *(with_interval(found[where][key]) for key in keys),
+        ]
+        for where in ("band", "box")
     ]
     tempered = ""
     if "pooled_ece_tempered" in found:
@@ -198,7 +207,7 @@ def _calibration(summary: Mapping[str, Any]) -> str:
         ece = _number(found["pooled_ece_tempered"])
         tempered = f"; with a temperature fitted on the other half of the cases ({temperatures}) {ece}"
     return "<h3>Calibration</h3>" + _table(
-        ["", *(NAMES[key] for key in keys)],
+        ["", "cases", *(NAMES[key] for key in keys)],
         rows,
         "Means over cases. The band is within 5 voxels of a border of truth or prediction, the box 20 voxels around the true "
         f"foreground. ECE of all cases' bands together: {_number(found['pooled_ece'])}{tempered}.",
@@ -212,7 +221,8 @@ def _errors(summary: Mapping[str, Any]) -> str:
     return "<h3>Does it find the wrong voxels?</h3>" + _table(
         ["map", "cases", "AUROC in the band"],
         rows,
-        "0.5 knows nothing, 1 ranks every wrong voxel above every right one.",
+        "0.5 knows nothing, 1 ranks every wrong voxel above every right one. The entropy of the probabilities is that of the "
+        ".npz; the others are the maps beside the segmentations, which a temperature does not change.",
     )
 
 
@@ -227,8 +237,8 @@ def _failure(summary: Mapping[str, Any]) -> str:
     return "<h3>Does it find the poor cases?</h3>" + _table(
         ["score", "cases", "AURC", "at random", "best possible", "normalised", "Spearman", "Pearson"],
         rows,
-        "AURC is the area under the mean risk (1 - Dice) of the most trusted cases; normalised, 1 is the best possible and 0 "
-        "knows nothing.",
+        "AURC is the area under the mean risk (1 - Dice) of the most trusted cases; normalised, 1 is the best possible, 0 "
+        "knows nothing, and below 0 is worse than chance.",
     )
 
 
@@ -255,13 +265,12 @@ def _volumes(summary: Mapping[str, Any]) -> str:
         "interval",
         "share of true volumes in it",
         "mean width (mm³)",
-        "mean volume (mm³)",
+        "mean true volume (mm³)",
     ]
     return "<h3>Volumes</h3>" + _table(
         header,
         rows,
-        "Level sets: the volumes where the probability is above a high and above a low level. The two are as far apart as the "
-        "other half of the cases needs, so that nine of ten true volumes lie between them (split conformal prediction).",
+        LEVEL_SETS if "volumes_of_level_sets" in summary else "",
     )
 
 
@@ -271,6 +280,10 @@ def _raters(summary: Mapping[str, Any]) -> str:
     parts = []
     for name, each in summary["raters"].items():
         rows = [[f"Dice against rater {place + 1}", with_interval(found)] for place, found in enumerate(each["dice"])]
-        rows += [[NAMES[key], with_interval(found)] for key, found in each.items() if key != "dice"]
+        rows += [
+            [NAMES[key], with_interval(found, 1 if key.startswith("crps") else 4)]
+            for key, found in each.items()
+            if key != "dice"
+        ]
         parts.append(_table([name, "mean (95 % interval)"], rows))
     return "<h3>Several raters</h3>" + "".join(parts)

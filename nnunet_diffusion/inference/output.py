@@ -24,6 +24,8 @@ from nnunet_diffusion.inference.maps import map_ending, to_image, writer_of
 from nnunet_diffusion.inference.uncertainty import AGREEMENT, MAPS
 
 SAMPLES, REPORTS, UNCERTAINTY = "samples", "reports", "uncertainty"
+CONTACT_SHEET = "contact_sheet.png"
+"""Picture of all cases in `UNCERTAINTY`."""
 Managers = tuple[PlansManager, ConfigurationManager, dict[str, Any]]
 """Plans, configuration and dataset.json of a model."""
 
@@ -89,6 +91,8 @@ def remove_case(target: str | Path, ending: str) -> None:
     others = (Path(f"{target}.npz"), Path(f"{target}.pkl"), report_of(target), numbers_file_of(target), figure, *maps)
     for path in (mask, *others):
         path.unlink(missing_ok=True)
+    # it has pictures of this case as it was
+    (target.parent / UNCERTAINTY / CONTACT_SHEET).unlink(missing_ok=True)
     _remove_if_empty(target.parent / UNCERTAINTY)
     samples = target.parent / SAMPLES
     for folder in samples.iterdir() if samples.is_dir() else ():

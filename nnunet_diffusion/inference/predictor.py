@@ -30,7 +30,7 @@ from nnunet_diffusion.inference.cases import (
 )
 from nnunet_diffusion.inference.ensemble import VolumePrediction
 from nnunet_diffusion.inference.finished import is_finished, why_not_kept
-from nnunet_diffusion.inference.fusion import FUSIONS
+from nnunet_diffusion.inference.fusion import FUSIONS, needs_votes
 from nnunet_diffusion.inference.loading import build_network, read_model
 from nnunet_diffusion.inference.maps import writer_of
 from nnunet_diffusion.inference.output import Managers, PredictedCase, mask_of, remove_case, write_case
@@ -57,6 +57,7 @@ OVERRIDES = (
     "sampler", "steps", "start_step", "draw", "samples",
     "mirror_samples", "seed", "presegmentation_weight", "presence_threshold",
 )  # fmt: skip
+FEWEST_VOTES = 3
 
 
 class DiffusionPredictor(nnUNetPredictor):
@@ -220,9 +221,10 @@ class DiffusionPredictor(nnUNetPredictor):
                 f"DiffusionPredictor predicts with a DiffusionSegmenter, got {type(network).__name__} of {trainer_name}."
             )
         network = copy.copy(network)  # shares the weights; the caller's network keeps its settings
-        network.settings = dataclasses.replace(network.settings, **self._fitting_overrides(network))
+        planned = network.settings
+        network.settings = dataclasses.replace(planned, **self._fitting_overrides(network))
         self._check_samples(network.settings)
-        self._tell_about_the_temperature()
+        self._tell_what_was_not_calibrated(planned, network.settings)
         self.plans_manager, self.configuration_manager = plans_manager, configuration_manager
         self.network, self.dataset_json, self.trainer_name = network, dataset_json, trainer_name
         # nnU-Net passes None if the network has its weights already
@@ -230,6 +232,7 @@ class DiffusionPredictor(nnUNetPredictor):
         self.allowed_mirroring_axes = inference_allowed_mirroring_axes
         self.label_manager = plans_manager.get_label_manager(dataset_json)
         self._check_half_widths()
+        self._check_members()
         self.folds = [str(number) for number in range(len(self.list_of_parameters))]
         self.identity = {"trainer": trainer_name, "plans": plans_manager.plans_name}
         self.weight_hashes = []
@@ -280,12 +283,24 @@ class DiffusionPredictor(nnUNetPredictor):
                 "classes: run nnunet_diffusion calibrate again"
             )
 
-    def _tell_about_the_temperature(self) -> None:
-        changed = sorted(set(self.overrides) - {"seed", "presence_threshold"})
+    def _check_members(self) -> None:
+        settings = self.network.settings
+        samples = 0 if settings.presegmentation_weight == 1 else settings.samples
+        members = len(self.list_of_parameters) * (samples + (settings.presegmentation_weight > 0))
+        if needs_votes(self.fusion) and members < FEWEST_VOTES:
+            raise ValueError(
+                f"--fusion {self.fusion} needs {FEWEST_VOTES} segmentations or more (samples and, with a "
+                f"presegmentation_weight, nnU-Net's own, of each fold), but there are {members}: give --samples {FEWEST_VOTES}"
+            )
+
+    def _tell_what_was_not_calibrated(self, planned: DiffusionSettings, used: DiffusionSettings) -> None:
+        harmless = ("seed", "presence_threshold")
+        changed = [key for key in OVERRIDES if key not in harmless and getattr(planned, key) != getattr(used, key)]
         if self.calibrated and changed:
+            found = ", ".join(f"{key} {getattr(used, key)} instead of {getattr(planned, key)}" for key in changed)
             print(
-                f"The model was calibrated with the settings of the plans, but {', '.join(changed)} are given: the "
-                "probabilities may need another temperature, and the volumes other intervals.",
+                f"The model was calibrated with the settings of its plans, but now has {found}: the probabilities may need "
+                "another temperature, and the volumes other intervals.",
                 flush=True,
             )
 

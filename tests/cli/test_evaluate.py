@@ -405,3 +405,28 @@ def test_intervals_of_level_sets_are_fitted_to_the_other_half(tmp_path):
     for path in sorted((tmp_path / "truth").iterdir())[:1]:
         path.unlink()
     assert "volumes_of_level_sets" not in evaluate(tmp_path)["predictions"]["pred"]
+
+
+def test_a_truncated_npz_is_named_and_the_other_cases_are_measured(folders, capsys):
+    (folders / "pred" / "b.npz").write_bytes(b"PK")
+    assert main(["evaluate", "-p", str(folders / "pred"), "-g", str(folders / "truth")]) == 1
+    assert re.search(r"b failed: .*b\.npz is not an \.npz", capsys.readouterr().err)
+    found = json.loads((folders / "pred" / "evaluation" / "evaluation.json").read_text())
+    assert found["predictions"]["pred"]["cases"] == 2
+
+
+def test_the_summary_says_what_a_reader_must_know(folders, capsys):
+    (folders / "pred" / "b.npz").unlink()
+    for name in "abc":
+        write(folders / "other" / f"{name}.nii.gz", blocks())
+    notes = " ".join(evaluate(folders, truths=("truth", "other"))["notes"])
+    assert f"{folders / 'truth'}, {folders / 'other'}" in notes
+    assert "tolerance of 1 mm" in notes
+    assert "pred: 1 of 3 cases have no .npz" in notes
+    assert "3 cases are too few" in notes
+    printed = capsys.readouterr().out
+    assert "| ECE | AUROC of the entropy | normalised AURC |" in printed
+    for name in "ac":
+        (folders / "pred" / f"{name}.npz").unlink()
+    evaluate(folders)
+    assert "ECE" not in capsys.readouterr().out

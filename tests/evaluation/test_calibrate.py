@@ -49,7 +49,7 @@ def test_half_widths_need_nine_cases_and_are_each_class_its_own():
     # the ninth of nine, in steps of 1/8
     assert found.half_widths == (1.0, 1.0, 100.0)
     text = found.about_volumes(["lesion", "organ", "vessel"])
-    assert "lesion 0.269 and 0.731, organ 0.269 and 0.731, vessel the whole image" in text
+    assert "lesion 0.731 and 0.269, organ 0.731 and 0.269, vessel the whole image" in text
 
 
 @pytest.mark.nnunet

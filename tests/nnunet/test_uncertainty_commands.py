@@ -52,10 +52,12 @@ def probabilities(out, case):
 def test_calibrated_probabilities_are_the_others_at_the_temperature(place, model, tmp_path, capsys):
     predict(place, model, tmp_path / "refused", "--calibrated", code=2)
     assert "run nnunet_diffusion calibrate first" in capsys.readouterr().err
-    assert main(["calibrate", "-m", str(model), "-f", "0", "-device", "cpu", "--cases", "2"]) == 0
+    words = ["-m", str(model), "-f", "0", "-device", "cpu", "--cases", "2", "--samples", "2"]
+    assert main(["calibrate", *words]) == 0
     plans = json.loads((model / "plans.json").read_text())
     inference = plans["configurations"]["2d"]["diffusion"]["inference"]
     temperature = inference["temperature"]
+    assert inference["samples"] == 2
     printed = capsys.readouterr().out
     assert f"{temperature:.3f}" in printed
     assert "Intervals of the volumes need 9 cases" in printed and inference["volume_half_widths"] == []
@@ -64,6 +66,7 @@ def test_calibrated_probabilities_are_the_others_at_the_temperature(place, model
     (model / "plans.json").write_text(json.dumps(plans))
     for name, words in (("before", ["--uncertainty"]), ("after", ["--uncertainty", "--calibrated"])):
         cases = predict(place, model, tmp_path / name, "--save_probabilities", *words)
+    assert "was calibrated with" not in capsys.readouterr().out
     for case in cases:
         before, after = probabilities(tmp_path / "before", case), probabilities(tmp_path / "after", case)
         wanted = np.maximum(before, 1e-6) ** (1 / temperature)
@@ -75,9 +78,11 @@ def test_calibrated_probabilities_are_the_others_at_the_temperature(place, model
             for name in ("before", "after")
         ]
         for name in classes:
-            assert volumes[0][name]["interval"] == "range of 5 samples"
+            assert volumes[0][name]["interval"] == "range of 2 samples"
             assert volumes[1][name]["interval"] == "90 %, fitted to validation cases"
             assert volumes[1][name]["low"] == 0 <= volumes[0][name]["high"] < volumes[1][name]["high"]
+    predict(place, model, tmp_path / "others", "--uncertainty", "--calibrated", "--samples", 3)
+    assert "but now has samples 3 instead of 2" in capsys.readouterr().out
     inference["volume_half_widths"] = [1.0] * (len(classes) + 1)
     (model / "plans.json").write_text(json.dumps(plans))
     predict(place, model, tmp_path / "refused", "--calibrated", code=2)
@@ -117,6 +122,14 @@ def test_figures_and_report_of_several_samples(place, model, tmp_path):
     for name in found["classes"]:
         raters = both["predictions"]["out"]["raters"][name]
         assert raters["hungarian_iou"]["mean"] > both["predictions"]["plain"]["raters"][name]["hungarian_iou"]["mean"]
+
+
+def test_a_vote_needs_three_segmentations(place, model, tmp_path, capsys):
+    predict(place, model, tmp_path / "refused", "--fusion", "dice", code=2)
+    assert "--fusion dice needs 3 segmentations" in capsys.readouterr().err
+    assert not (tmp_path / "refused").exists()
+    # two samples and nnU-Net
+    assert predict(place, model, tmp_path / "voted", "--fusion", "dice", "--samples", 2)
 
 
 def test_draws_change_the_samples(place, model, tmp_path):
