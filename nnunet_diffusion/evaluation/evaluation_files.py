@@ -19,6 +19,7 @@ from nnunet_diffusion.evaluation.folders import CasePaths, read_case
 from nnunet_diffusion.evaluation.report_page import Picture, page, with_interval
 from nnunet_diffusion.evaluation.summary import compare, risks, summarise
 from nnunet_diffusion.explain import evaluation_figures as figures
+from nnunet_diffusion.explain.uncertainty_figure import highest_entropy
 from nnunet_diffusion.files import write_json
 from nnunet_diffusion.inference.reading import one_line
 from nnunet_diffusion.inference.uncertainty import entropy
@@ -162,8 +163,9 @@ def diagrams(summaries: Mapping[str, Any], numbers: Mapping[str, Mapping[str, Nu
         series = {name: risks(list(cases.values()), score) for name, cases in numbers.items()}
         series = {name: each for name, each in series.items() if len(each[0]) > 1}
         if series:
-            pictures.append(Picture(f"Score: {score}", figures.png(figures.risk_coverage_figure(series))))
-            pictures.append(Picture(f"Score: {score}", figures.png(figures.score_figure(series))))
+            curves = figures.png(figures.risk_coverage_figure(series))
+            pictures.append(Picture(f"Risk of the most trusted cases by the score {score}", curves))
+            pictures.append(Picture(f"Dice against the score {score}", figures.png(figures.score_figure(series))))
     return pictures
 
 
@@ -182,7 +184,8 @@ def _picture(case: CasePaths, task: Task, images: Path | None) -> bytes:
         uncertainty = entropy(torch.from_numpy(arrays.probabilities), task.classes.regions).numpy()
     prediction, truth = arrays.compared(task.classes)
     image = None if images is None else _image(case, images, task.reader, truth.shape)
-    return figures.png(figures.case_figure(image, truth, prediction, uncertainty, arrays.spacing_mm))
+    highest = highest_entropy(len(task.classes.heads), task.classes.regions)
+    return figures.png(figures.case_figure(image, truth, prediction, uncertainty, arrays.spacing_mm, highest))
 
 
 def _image(case: CasePaths, images: Path, reader: Any, shape: tuple[int, ...]) -> NDArray | None:

@@ -76,7 +76,10 @@ def page(
         parts = [_calibration(summary), _errors(summary), _failure(summary), _volumes(summary), _raters(summary)]
         if any(parts):
             sections += [f"<h2>Uncertainty: {html.escape(name)}</h2>", *(part for part in parts if part)]
-    for heading, pictures in (("Diagrams", curves), ("Cases", cases)):
+    for heading, pictures in (
+        ("Diagrams", curves),
+        ("Cases of lowest and highest Dice, the slice with most errors", cases),
+    ):
         if pictures:
             sections += [f"<h2>{heading}</h2>", *(_figure(each) for each in pictures)]
     body = "\n".join(sections)

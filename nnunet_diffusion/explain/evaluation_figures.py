@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import BinaryIO
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -14,9 +15,16 @@ from numpy.typing import NDArray
 
 from nnunet_diffusion.evaluation.failure_detection import risk_coverage
 from nnunet_diffusion.explain.figures import ERROR_COLOURS, error_map
+from nnunet_diffusion.explain.uncertainty_figure import contour_width, draw_entropy_bar, plane_name
 
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:brown", "tab:pink")
 PANEL_INCHES = 2.6
+FEWEST_VOXELS = 50
+"""Of a bin in the line of a reliability diagram; the share of right ones among fewer is mostly chance."""
+CONTOUR_COLOURS = {"truth": "#3ddc84", "prediction": "#ff9f1c"}
+ERROR_NAMES = {
+    "correct (A∩B)": "right", "missed (A−B)": "missed", "over-segmented (B−A)": "too much", "wrong class": "wrong class",
+}  # fmt: skip
 
 
 def png(figure: Figure) -> bytes:
@@ -31,6 +39,8 @@ def png(figure: Figure) -> bytes:
 def reliability_diagram(series: Mapping[str, Sequence[Sequence[float]]]) -> Figure:
     """Draw accuracy against confidence, and below it the number of voxels of each bin.
 
+    The line leaves out bins of fewer than `FEWEST_VOXELS`, unless all are.
+
     Args:
         series: name -> voxels, sums of confidence, and numbers of right voxels, each (bins,).
     """
@@ -40,14 +50,15 @@ def reliability_diagram(series: Mapping[str, Sequence[Sequence[float]]]) -> Figu
     start = 1.0
     for colour, (name, sums) in zip(COLOURS, series.items(), strict=False):
         voxels, confidence, right = (np.array(each, dtype=np.float64) for each in sums)
-        there = voxels > 0
-        mean = confidence[there] / voxels[there]
-        start = min(start, float(mean.min())) if there.any() else start
-        upper.plot(
-            mean, right[there] / voxels[there], color=colour, marker="o", markersize=3, linewidth=1.2, label=name
-        )
+        enough = voxels >= FEWEST_VOXELS
+        there = enough if enough.any() else voxels > 0
+        mean, share = confidence[there] / voxels[there], right[there] / voxels[there]
+        upper.plot(mean, share, color=colour, marker="o", markersize=3, linewidth=1.2, label=name)
         edges = np.linspace(0, 1, len(voxels) + 1)
+        start = min([start, *edges[:-1][voxels > 0]])
         lower.stairs(voxels, edges, color=colour, linewidth=1.2)
+    lower.axhline(FEWEST_VOXELS, color="0.5", linewidth=1, linestyle=":", label="fewest for a point above")
+    lower.legend(fontsize=6, frameon=False, loc="upper left")
     upper.set(ylabel="share of right voxels", ylim=(0, 1.02), xlim=(max(0.0, start - 0.05), 1.0))
     upper.legend(fontsize=7, frameon=False, loc="upper left")
     lower.set(xlabel="probability of the most likely class", ylabel="voxels", yscale="log")
@@ -93,47 +104,65 @@ def score_figure(series: Mapping[str, tuple[Sequence[float], Sequence[float]]]) 
 
 
 def case_figure(
-    image: NDArray | None, truth: NDArray, prediction: NDArray, uncertainty: NDArray | None, spacing_mm: Sequence[float]
+    image: NDArray | None,
+    truth: NDArray,
+    prediction: NDArray,
+    uncertainty: NDArray | None,
+    spacing_mm: Sequence[float],
+    highest: float | None = None,
 ) -> Figure:
-    """Draw the slice of a case with most errors: image, contours of truth and prediction, errors, and uncertainty.
+    """Draw the slice of a case with most errors: image, contours of truth and prediction, errors, and entropy.
 
     Args:
         image: intensities (*image), 2D as (1, H, W); None if it is not at hand.
         truth: label map (*image).
         prediction: label map (*image).
-        uncertainty: map (*image); None if it is not at hand.
+        uncertainty: entropy in nats (*image); None if it is not at hand.
         spacing_mm: voxel size along each axis.
+        highest: entropy at the top of the scale; None for the largest of this slice.
     """
     number = worst_slice(truth, prediction)
     true, predicted = truth[number], prediction[number]
     background = np.zeros(true.shape) if image is None else image[number].astype(np.float64)
-    panels = ["image and contours", "errors"] + ["uncertainty"] * (uncertainty is not None)
+    where = f" ({plane_name(0, number)})" if len(truth) > 1 else ""
+    panels = [f"image and contours{where}", "errors"] + ["uncertainty"] * (uncertainty is not None)
     height, width = true.shape[0] * spacing_mm[1], true.shape[1] * spacing_mm[2]
     aspect = min(max(height / width, 0.4), 2.5)
-    figure = Figure(figsize=(PANEL_INCHES * len(panels), PANEL_INCHES * aspect + 0.45), layout="constrained")
+    figure = Figure(figsize=(PANEL_INCHES * len(panels), PANEL_INCHES * aspect + 0.6), layout="constrained")
     axes = np.atleast_1d(figure.subplots(1, len(panels)))
+    pixel = spacing_mm[1] / spacing_mm[2]
     low, high = np.percentile(background, (1, 99))
-    axes[0].imshow(background, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), aspect=spacing_mm[1] / spacing_mm[2])
-    for labels, colour in ((true, "#3ddc84"), (predicted, "#ff9f1c")):
-        for label in np.unique(labels[labels > 0]):
-            axes[0].contour(labels == label, levels=[0.5], colors=[colour], linewidths=1.0)
-    axes[1].imshow(error_map(predicted, true), aspect=spacing_mm[1] / spacing_mm[2], interpolation="nearest")
+    axes[0].imshow(background, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), aspect=pixel)
+    _draw_contours(axes[0], {"truth": true, "prediction": predicted})
+    errors = error_map(predicted, true)
+    axes[1].imshow(errors, aspect=pixel, interpolation="nearest")
+    there = [key for key in ERROR_NAMES if (errors == ERROR_COLOURS[key]).all(-1).any()]
+    _draw_legend(axes[1], {ERROR_NAMES[key]: "#{:02x}{:02x}{:02x}".format(*ERROR_COLOURS[key]) for key in there})
     if uncertainty is not None:
-        shown = axes[2].imshow(uncertainty[number], cmap="magma", vmin=0, aspect=spacing_mm[1] / spacing_mm[2])
-        figure.colorbar(shown, ax=axes[2], fraction=0.046, pad=0.02).ax.tick_params(labelsize=6)
+        shown = axes[2].imshow(uncertainty[number], cmap="magma", vmin=0, vmax=highest, aspect=pixel)
+        draw_entropy_bar(figure, shown, axes[2])
     for axis, title in zip(axes, panels, strict=True):
         axis.set_title(title, fontsize=8)
         axis.set(xticks=[], yticks=[])
-    handles = [Patch(color="#3ddc84", label="truth"), Patch(color="#ff9f1c", label="prediction")]
-    axes[0].legend(handles=handles, fontsize=6, loc="lower left", framealpha=0.6, handlelength=1)
-    names = {"missed (A−B)": "missed", "over-segmented (B−A)": "too much", "wrong class": "wrong class"}
-    if len(np.unique(truth[truth > 0])) < 2:
-        del names["wrong class"]
-    handles = [
-        Patch(color="#{:02x}{:02x}{:02x}".format(*ERROR_COLOURS[key]), label=text) for key, text in names.items()
-    ]
-    axes[1].legend(handles=handles, fontsize=6, loc="lower left", framealpha=0.6, handlelength=1)
     return figure
+
+
+def _draw_contours(axes: Axes, label_maps: Mapping[str, NDArray]) -> None:
+    for name, labels in label_maps.items():
+        for label in np.unique(labels[labels > 0]):
+            width = contour_width(labels.shape)
+            axes.contour(labels == label, levels=[0.5], colors=[CONTOUR_COLOURS[name]], linewidths=width)
+    _draw_legend(axes, {name: CONTOUR_COLOURS[name] for name, labels in label_maps.items() if labels.any()})
+
+
+def _draw_legend(axes: Axes, colours: Mapping[str, str]) -> None:
+    """Draw a legend below the panel: name -> colour."""
+    handles = [Patch(facecolor=colour, edgecolor="0.4", linewidth=0.5, label=name) for name, colour in colours.items()]
+    if handles:
+        axes.legend(
+            handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=4, fontsize=6, frameon=False,
+            handlelength=1, columnspacing=1, handletextpad=0.5,
+        )  # fmt: skip
 
 
 def worst_slice(truth: NDArray, prediction: NDArray) -> int:

@@ -45,14 +45,12 @@ def sweep_figure(summaries: Sequence[Summary], title: str, path: str | Path) -> 
     samplers = list(dict.fromkeys(each.sampler for each in denoised))
     figure = Figure(figsize=(1.6 + 4.2 * len(starts), 6.6), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    # the means from noise span much more than those from nnU-Net
-    axes = figure.subplots(2, len(starts), sharex="col", squeeze=False)
+    axes = figure.subplots(2, len(starts), sharex="col", sharey="row", squeeze=False)
     for column, start in enumerate(starts):
         here = [each for each in denoised if each.start == start]
         _draw_column(axes[0, column], axes[1, column], here, samplers)
-        axes[0, column].axhline(nnunet, color=NNUNET_COLOUR, linestyle="--", linewidth=1.4, label="nnU-Net")
+        axes[0, column].axhline(nnunet, color=NNUNET_COLOUR, linestyle="--", linewidth=1.4, label="nnU-Net", zorder=3)
         axes[0, column].set_title(f"{TITLES[start]} (T′ = {here[0].start_step})", fontsize=10)
-        axes[1, column].sharey(axes[1, 0])
     axes[0, 0].set_ylabel("Dice, mean over seeds", fontsize=9)
     axes[1, 0].set_ylabel("variance over seeds", fontsize=9)
     _scale_variance(axes[1, 0], [each.variance for each in denoised])
@@ -67,11 +65,12 @@ def sweep_figure(summaries: Sequence[Summary], title: str, path: str | Path) -> 
 
 def _draw_column(mean: Axes, variance: Axes, summaries: Sequence[Summary], samplers: Sequence[str]) -> None:
     for place, sampler in enumerate(samplers):
+        below = len(samplers) - 1 - place  # a curve below equal ones is wider, so that its rim shows
         own = sorted((each for each in summaries if each.sampler == sampler), key=lambda each: each.evaluations)
         for axis, values in ((mean, [each.mean for each in own]), (variance, [each.variance for each in own])):
             axis.plot(
-                [each.evaluations for each in own], values, color=f"C{place}", marker=MARKERS[place % len(MARKERS)],
-                markersize=4, linewidth=1.2, alpha=0.85, label=sampler,
+                [each.evaluations for each in own], values, color=f"C{place}", label=sampler,
+                marker=MARKERS[place % len(MARKERS)], markersize=4 + 2 * below, linewidth=1.2 + 0.9 * below,
             )  # fmt: skip
     counts = _apart({each.evaluations for each in summaries})
     for axis in (mean, variance):

@@ -35,6 +35,15 @@ def test_each_start_is_a_column_and_each_sampler_a_line(tmp_path: Path) -> None:
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["ddpm", "ddim", "unipc", "nnU-Net"]
 
 
+def test_starts_share_the_dice_axis_and_equal_curves_show_as_rims(tmp_path: Path) -> None:
+    figure = sweep_figure(summaries((NOISE, PRESEGMENTATION)), "title", tmp_path / "sweep.png")
+    left, right = figure.axes[:2]
+    assert left.get_shared_y_axes().joined(left, right) and left.get_ylim() == right.get_ylim()
+    samplers = left.lines[:3]
+    for sizes in ([line.get_linewidth() for line in samplers], [line.get_markersize() for line in samplers]):
+        assert sizes == sorted(set(sizes), reverse=True), "each curve is thinner than those below it"
+
+
 def test_one_start_is_one_column_and_no_variance_is_said(tmp_path: Path) -> None:
     figure = sweep_figure(summaries((PRESEGMENTATION,), (math.nan,) * 3), "title", tmp_path / "one.png")
     assert len(figure.axes) == 2 and figure.axes[1].texts[0].get_text() == "one seed: no variance"
