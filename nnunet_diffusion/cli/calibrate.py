@@ -14,15 +14,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "calibrate",
         help="fit the temperature and the volumes' intervals that predict --calibrated uses",
-        description="Predicts the validation cases of the folds with the settings of the plans and fits one temperature by "
+        description="Predicts the validation cases of the folds as predict --uncertainty does and fits one temperature by "
         "negative log-likelihood to the voxels near borders, and for each class the level sets of the probabilities between "
         "which nine of ten true volumes lie. Writes them into the model's plans.json. The preprocessed data must be there. "
         "Tune first: other settings of prediction need another calibration.",
     )
     add_fold_arguments(parser)
-    parser.add_argument(
-        "--samples", type=int, help="number of reverse processes, written into the plans too (as they say)"
-    )
     parser.set_defaults(run=run)
 
 
@@ -32,7 +29,7 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         CommandError: wrong arguments, or the model or its preprocessed data cannot be read.
     """
-    folds = trained_folds(options, samples=options.samples)
+    folds = trained_folds(options, uncertainty=True)
     # nnU-Net has been imported with its paths set
     from nnunet_diffusion.evaluation.calibrate import fit
     from nnunet_diffusion.inference.report import foreground_names
@@ -42,8 +39,7 @@ def run(options: argparse.Namespace) -> int:
     predictor = folds.predictor
     plans = folds.model / "plans.json"
     with named_for_the_user(OSError):
-        used = {} if options.samples is None else {"samples": options.samples}
-        changes = {**used, "temperature": fitted.temperature, "volume_half_widths": fitted.half_widths}
+        changes = {"temperature": fitted.temperature, "volume_half_widths": fitted.half_widths}
         write_inference(plans, predictor.identity["configuration"], predictor.network.settings, changes)
     if fitted.is_at_an_end:
         print("The temperature is at the end of the range that is searched: the probabilities are far from calibrated.")

@@ -46,7 +46,7 @@ from nnunet_diffusion.inference.report import (
 from nnunet_diffusion.inference.reproducible import ask_cublas, threads_of
 from nnunet_diffusion.inference.request import Request
 from nnunet_diffusion.inference.staging import not_writable, staging_folders
-from nnunet_diffusion.inference.uncertainty import DEFAULT_SAMPLES
+from nnunet_diffusion.inference.uncertainty import DEFAULT_SAMPLES, default_sampling
 from nnunet_diffusion.inference.volume_run import VolumeRun
 from nnunet_diffusion.model.drawing import NOTHING
 from nnunet_diffusion.model.segmenter import DiffusionSegmenter
@@ -90,7 +90,7 @@ class DiffusionPredictor(nnUNetPredictor):
         joint: True for one reverse process per volume; False for one per tile, as in nnU-Net's own prediction.
         keep_samples: keep the result of each sample.
         uncertainty: write maps of uncertainty, and volumes and agreement of the samples, to `uncertainty` in the output folder;
-            at least two samples, by default five.
+            at least two samples, by default those of `default_sampling`.
         calibrated: scale the probabilities by the temperature that `nnunet_diffusion calibrate` fitted, and take its intervals
             for the volumes.
         trust_checkpoint: also load files that may run code.
@@ -153,7 +153,7 @@ class DiffusionPredictor(nnUNetPredictor):
         starts = [] if start_step is None else [start_step] if isinstance(start_step, int) else list(start_step)
         if start_step is not None and not starts:
             raise ValueError("start_step has no value: give one or more")
-        self.start_steps = tuple(starts) if len(starts) > 1 else ()
+        self.given_start_steps = self.start_steps = tuple(starts) if len(starts) > 1 else ()
         given = (
             sampler, steps, max(starts, default=None), draw, samples,
             mirror_samples, seed, presegmentation_weight, presence_threshold,
@@ -222,7 +222,8 @@ class DiffusionPredictor(nnUNetPredictor):
             )
         network = copy.copy(network)  # shares the weights; the caller's network keeps its settings
         planned = network.settings
-        network.settings = dataclasses.replace(planned, **self._fitting_overrides(network))
+        changes, self.start_steps = self._fitting_overrides(planned)
+        network.settings = dataclasses.replace(planned, **changes)
         self._check_samples(network.settings)
         self._tell_what_was_not_calibrated(planned, network.settings)
         self.plans_manager, self.configuration_manager = plans_manager, configuration_manager
@@ -237,18 +238,27 @@ class DiffusionPredictor(nnUNetPredictor):
         self.identity = {"trainer": trainer_name, "plans": plans_manager.plans_name}
         self.weight_hashes = []
 
-    def _fitting_overrides(self, network: DiffusionSegmenter) -> dict[str, Any]:
-        """Return the given settings. If `start_step` is given but `steps` is not, limit the model's steps to it."""
-        changes = dict(self.overrides)
+    def _fitting_overrides(self, planned: DiffusionSettings) -> tuple[dict[str, Any], tuple[int, ...]]:
+        """Return the given settings and start steps, and the defaults of uncertainty where none of them is given.
+
+        If `start_step` is given but `steps` is not, the model's steps are limited to it.
+        """
+        changes, starts = dict(self.overrides), self.given_start_steps
         if self.start_snr is not None:
-            changes["start_step"] = network.settings.start_step_at(self.start_snr)
+            changes["start_step"] = planned.start_step_at(self.start_snr)
         if "start_step" in changes:
-            changes.setdefault("steps", min(network.settings.steps, changes["start_step"]))
+            changes.setdefault("steps", min(planned.steps, changes["start_step"]))
             changes["from_noise"] = False
-        if self.uncertainty and "samples" not in changes and network.settings.samples == 1:
-            print(f"Uncertainty needs several samples: {DEFAULT_SAMPLES} are drawn.", flush=True)
-            changes["samples"] = DEFAULT_SAMPLES
-        return changes
+        if self.uncertainty:
+            default, in_turn = default_sampling(planned)
+            if {"start_step", "steps", "draw"} & set(changes):
+                default, in_turn = ({"samples": DEFAULT_SAMPLES} if planned.samples == 1 else {}), ()
+            if "samples" in default and "samples" not in changes:
+                how = f", from T' {', '.join(map(str, in_turn))} in turn" if in_turn else ""
+                print(f"Uncertainty needs several samples: {default['samples']} are drawn{how}.", flush=True)
+            changes = default | changes
+            starts = starts or in_turn[: changes.get("samples", planned.samples)]
+        return changes, starts
 
     def _check_samples(self, settings: DiffusionSettings) -> None:
         """Raise ValueError if the settings contradict several start steps, uncertainty, or calibration."""
@@ -294,12 +304,16 @@ class DiffusionPredictor(nnUNetPredictor):
             )
 
     def _tell_what_was_not_calibrated(self, planned: DiffusionSettings, used: DiffusionSettings) -> None:
-        harmless = ("seed", "presence_threshold")
-        changed = [key for key in OVERRIDES if key not in harmless and getattr(planned, key) != getattr(used, key)]
-        if self.calibrated and changed:
-            found = ", ".join(f"{key} {getattr(used, key)} instead of {getattr(planned, key)}" for key in changed)
+        changes, starts = default_sampling(planned)
+        keys = [key for key in OVERRIDES if key not in ("seed", "presence_threshold")]
+        expected = {key: getattr(dataclasses.replace(planned, **changes), key) for key in keys}
+        found = {key: getattr(used, key) for key in keys}
+        for each, in_turn in ((expected, starts), (found, self.start_steps)):
+            each["start_step"] = list(in_turn) or each["start_step"]
+        differing = [f"{key} {found[key]} instead of {expected[key]}" for key in keys if found[key] != expected[key]]
+        if self.calibrated and differing:
             print(
-                f"The model was calibrated with the settings of its plans, but now has {found}: the probabilities may need "
+                f"The model was calibrated for --uncertainty, but now has {', '.join(differing)}: the probabilities may need "
                 "another temperature, and the volumes other intervals.",
                 flush=True,
             )

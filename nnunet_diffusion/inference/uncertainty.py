@@ -12,13 +12,35 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from nnunet_diffusion.inference.level_sets import COVERAGE, bounds, level_sets
+from nnunet_diffusion.model.drawing import LEVEL
+from nnunet_diffusion.model.settings import DiffusionSettings
 
 AGREEMENT = "agreement"
 MAPS = ("entropy", "aleatoric", "epistemic", "variance", AGREEMENT)
-DEFAULT_SAMPLES = 5  # number of samples where neither the user nor the plans ask for several
+DEFAULT_SAMPLES = 5  # where neither the user nor the plans ask for several
+START_FACTORS = (1, 3, 6)  # T' of the samples in turn, in units of the model's
 INTERVAL = round(100 * COVERAGE)  # percent
 SAMPLES_FOR_INTERVAL = 20  # with fewer its ends would be the extremes
 VOXELS_AT_ONCE = 2**20  # counts of voxels in float32 are exact below 2**24
+
+
+def default_sampling(settings: DiffusionSettings) -> tuple[dict[str, Any], tuple[int, ...]]:
+    """Return the settings and start steps with which samples differ; nothing where the plans ask for several samples.
+
+    Chosen by documentation/experiments/uncertainty.md.
+
+    Args:
+        settings: of the plans.
+    """
+    if settings.samples > 1:
+        return {}, ()
+    if settings.is_hidiff:
+        return {"samples": DEFAULT_SAMPLES, "draw": LEVEL, "steps": max(2, settings.steps)}, ()
+    starts = sorted({min(factor * settings.start_step, settings.max_train_step) for factor in START_FACTORS})
+    if settings.from_noise or len(starts) == 1:
+        return {"samples": DEFAULT_SAMPLES}, ()
+    # two of each
+    return {"samples": 2 * len(starts), "start_step": starts[-1]}, tuple(starts)
 
 
 @dataclass(frozen=True, eq=False)

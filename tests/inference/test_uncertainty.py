@@ -17,7 +17,14 @@ from nnunet_diffusion.inference import DiffusionPredictor
 from nnunet_diffusion.inference.ensemble import Members
 from nnunet_diffusion.inference.finished import why_not_kept
 from nnunet_diffusion.inference.report import foreground_names, voxel_mm3
-from nnunet_diffusion.inference.uncertainty import MAPS, Uncertainty, interval, pairwise_dice, shared_voxels
+from nnunet_diffusion.inference.uncertainty import (
+    MAPS,
+    Uncertainty,
+    default_sampling,
+    interval,
+    pairwise_dice,
+    shared_voxels,
+)
 from nnunet_diffusion.model.segmenter import DiffusionSegmenter
 from nnunet_diffusion.model.settings import DiffusionSettings
 
@@ -234,7 +241,7 @@ def test_files_agree_with_the_samples_and_the_probabilities(predictor_of, images
 
     numbers = json.loads((out / "uncertainty" / "a.json").read_text())
     assert (numbers["samples"], numbers["members"]) == (4, 4)
-    assert numbers["settings"]["start_step"] == 600 and numbers["settings"]["seed"] == 1234
+    assert numbers["settings"]["start_step"] == [600, 1000] and numbers["settings"]["seed"] == 1234
     assert set(numbers["scores"]) == set(numbers["volume_mm3"]) == {"class 1", "class 2"}
     for label in (1, 2):
         found = numbers["volume_mm3"][f"class {label}"]
@@ -248,8 +255,9 @@ def test_files_agree_with_the_samples_and_the_probabilities(predictor_of, images
 
 def test_predicting_again_without_uncertainty_leaves_none(predictor_of, images, tmp_path):
     out = tmp_path / "out"
-    predictor_of(samples=2, uncertainty=True).predict_from_files_sequential(str(images), str(out))
-    plain = predictor_of(samples=2)
+    settings = {"samples": 2, "start_step": 600}
+    predictor_of(uncertainty=True, **settings).predict_from_files_sequential(str(images), str(out))
+    plain = predictor_of(**settings)
     with pytest.raises(ValueError, match="was predicted with uncertainty True, which is False now"):
         plain.predict_from_files_sequential(str(images), str(out), overwrite=False)
     kept = (out / "a.nii.gz").read_bytes()
@@ -266,8 +274,14 @@ def test_reports_of_earlier_versions_had_no_uncertainty(tmp_path):
 
 
 def test_several_samples_are_drawn_unless_the_user_wants_one(predictor_of, capsys):
-    assert predictor_of(uncertainty=True).network.settings.samples == 5
-    assert "several samples: 5 are drawn" in capsys.readouterr().out
+    plans = {**SETTINGS, "start_step": 100}
+    found = predictor_of(plans, uncertainty=True)
+    assert (found.network.settings.samples, found.start_steps) == (6, (100, 300, 600))
+    assert "several samples: 6 are drawn, from T' 100, 300, 600 in turn" in capsys.readouterr().out
+    found = predictor_of(plans, uncertainty=True, samples=2)
+    assert (found.network.settings.samples, found.start_steps) == (2, (100, 300))
+    assert predictor_of(uncertainty=True, start_step=200).start_steps == ()
+    assert "several samples: 5 are drawn." in capsys.readouterr().out
     assert predictor_of({**SETTINGS, "samples": 3}, uncertainty=True).network.settings.samples == 3
     assert "drawn" not in capsys.readouterr().out
     with pytest.raises(ValueError, match="--uncertainty compares samples: give --samples 2 or more"):
@@ -369,3 +383,16 @@ def test_mirrored_samples_take_start_steps_too_and_the_bar_is_filled(predictor_o
     predictor.use_mirroring, predictor.allowed_mirroring_axes = True, (1, 2)
     assert set(samples_of(predictor)) == {f"fold_0_sample_{number}" for number in range(samples)}
     assert bars[0].done == bars[0].total
+
+
+def test_default_samples_differ_as_far_as_the_model_was_trained():
+    network = {"features_per_stage": (8, 16)}
+    assert default_sampling(DiffusionSettings(**network)) == ({"samples": 6, "start_step": 600}, (100, 300, 600))
+    near = DiffusionSettings(max_train_step=250, **network)
+    assert default_sampling(near) == ({"samples": 4, "start_step": 250}, (100, 250))
+    assert default_sampling(DiffusionSettings(samples=4, **network)) == ({}, ())
+    noise = DiffusionSettings(from_noise=True, start_step=1000, **network)
+    assert default_sampling(noise) == ({"samples": 5}, ())
+    hidiff = DiffusionSettings(denoiser="hidiff", prediction_type="flip", timesteps=10, max_train_step=10, start_step=10,
+                               starts={"truth": 1.0}, **network)  # fmt: skip
+    assert default_sampling(hidiff) == ({"samples": 5, "draw": "level", "steps": 2}, ())

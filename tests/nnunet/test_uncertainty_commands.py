@@ -52,12 +52,10 @@ def probabilities(out, case):
 def test_calibrated_probabilities_are_the_others_at_the_temperature(place, model, tmp_path, capsys):
     predict(place, model, tmp_path / "refused", "--calibrated", code=2)
     assert "run nnunet_diffusion calibrate first" in capsys.readouterr().err
-    words = ["-m", str(model), "-f", "0", "-device", "cpu", "--cases", "2", "--samples", "2"]
-    assert main(["calibrate", *words]) == 0
+    assert main(["calibrate", "-m", str(model), "-f", "0", "-device", "cpu", "--cases", "2"]) == 0
     plans = json.loads((model / "plans.json").read_text())
     inference = plans["configurations"]["2d"]["diffusion"]["inference"]
     temperature = inference["temperature"]
-    assert inference["samples"] == 2
     printed = capsys.readouterr().out
     assert f"{temperature:.3f}" in printed
     assert "Intervals of the volumes need 9 cases" in printed and inference["volume_half_widths"] == []
@@ -78,11 +76,11 @@ def test_calibrated_probabilities_are_the_others_at_the_temperature(place, model
             for name in ("before", "after")
         ]
         for name in classes:
-            assert volumes[0][name]["interval"] == "range of 2 samples"
+            assert volumes[0][name]["interval"] == "range of 6 samples"
             assert volumes[1][name]["interval"] == "90 %, fitted to validation cases"
             assert volumes[1][name]["low"] == 0 <= volumes[0][name]["high"] < volumes[1][name]["high"]
     predict(place, model, tmp_path / "others", "--uncertainty", "--calibrated", "--samples", 3)
-    assert "but now has samples 3 instead of 2" in capsys.readouterr().out
+    assert "but now has samples 3 instead of 6" in capsys.readouterr().out
     inference["volume_half_widths"] = [1.0] * (len(classes) + 1)
     (model / "plans.json").write_text(json.dumps(plans))
     predict(place, model, tmp_path / "refused", "--calibrated", code=2)
