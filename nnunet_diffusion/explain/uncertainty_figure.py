@@ -76,7 +76,7 @@ def plane_name(axis: int, number: int) -> str:
 
 def contour_width(shape: Sequence[int]) -> float:
     """Return the width of contours in points: thin in planes of many pixels, so that they do not cover fine structures."""
-    return min(max(80 / max(shape), 0.6), 1.8)
+    return min(max(80 / max(shape), 0.9), 1.8)
 
 
 def highest_entropy(heads: int, regions: bool) -> float | None:
@@ -204,7 +204,7 @@ def _draw_image(axes: Axes, case: Case, axis: int, place: Sequence[int]) -> None
 
 def _draw_contours(axes: Axes, case: Case, axis: int, number: int) -> None:
     width = contour_width(_plane(case.image, axis, number).shape)
-    drawn = [(sample, "dashed", 0.6 * width) for sample in case.samples] + [(case.segmentation, "solid", width)]
+    drawn = [(sample, "dashed", 0.65 * width) for sample in case.samples] + [(case.segmentation, "solid", width)]
     for label_map, style, width in drawn:
         plane = _plane(label_map, axis, number)
         for colour, labels in zip(cycle(COLOURS), case.classes.values()):
