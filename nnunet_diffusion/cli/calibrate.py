@@ -40,7 +40,8 @@ def run(options: argparse.Namespace) -> int:
     plans = folds.model / "plans.json"
     with named_for_the_user(OSError):
         changes = {"temperature": fitted.temperature, "volume_half_widths": fitted.half_widths}
-        write_inference(plans, predictor.identity["configuration"], predictor.network.settings, changes)
+        # not the settings that uncertainty samples with: plain prediction stays as it was
+        write_inference(plans, predictor.identity["configuration"], predictor.planned, changes)
     if fitted.is_at_an_end:
         print("The temperature is at the end of the range that is searched: the probabilities are far from calibrated.")
     print(

@@ -102,6 +102,7 @@ class DiffusionPredictor(nnUNetPredictor):
 
     Attributes:
         progress: progress of the last call of `predict_from_files`; None before its first case begins.
+        planned: settings of the model's plans, without those given to the predictor; known when a model is loaded.
 
     Raises:
         ValueError: the fusion is unknown, `start_step` is empty, or `threads` is not positive. The settings are checked when a
@@ -109,6 +110,7 @@ class DiffusionPredictor(nnUNetPredictor):
     """
 
     progress: Progress | None = None
+    planned: DiffusionSettings
 
     def __init__(
         self,
@@ -221,7 +223,7 @@ class DiffusionPredictor(nnUNetPredictor):
                 f"DiffusionPredictor predicts with a DiffusionSegmenter, got {type(network).__name__} of {trainer_name}."
             )
         network = copy.copy(network)  # shares the weights; the caller's network keeps its settings
-        planned = network.settings
+        self.planned = planned = network.settings
         changes, self.start_steps = self._fitting_overrides(planned)
         network.settings = dataclasses.replace(planned, **changes)
         self._check_samples(network.settings)

@@ -8,6 +8,7 @@ import pytest
 
 from nnunet_diffusion.cli.main import main
 from nnunet_diffusion.inference.uncertainty import MAPS
+from nnunet_diffusion.model.settings import DiffusionSettings
 
 pytestmark = [pytest.mark.nnunet, pytest.mark.slow]
 MODEL = "TinyDiffusionTrainer__Tiny__2d"
@@ -52,9 +53,13 @@ def probabilities(out, case):
 def test_calibrated_probabilities_are_the_others_at_the_temperature(place, model, tmp_path, capsys):
     predict(place, model, tmp_path / "refused", "--calibrated", code=2)
     assert "run nnunet_diffusion calibrate first" in capsys.readouterr().err
+    before = DiffusionSettings.from_plans(json.loads((model / "plans.json").read_text())["configurations"]["2d"])
     assert main(["calibrate", "-m", str(model), "-f", "0", "-device", "cpu", "--cases", "2"]) == 0
     plans = json.loads((model / "plans.json").read_text())
     inference = plans["configurations"]["2d"]["diffusion"]["inference"]
+    # nothing else changes: uncertainty samples in another way than plain prediction
+    for key in ("samples", "start_step", "steps", "draw"):
+        assert inference[key] == getattr(before, key)
     temperature = inference["temperature"]
     printed = capsys.readouterr().out
     assert f"{temperature:.3f}" in printed
