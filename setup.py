@@ -59,6 +59,7 @@ if __name__ == "__main__":
             "solvers": SOLVERS,
             "dev": [
                 "build",
+                "captum",
                 "mypy>=1.10",
                 "pytest>=8",
                 "pytest-timeout",

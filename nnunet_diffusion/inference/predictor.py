@@ -392,7 +392,7 @@ class DiffusionPredictor(nnUNetPredictor):
         for case in cases:
             if case.target is None or not mask_of(case.target, ending).is_file():
                 continue
-            if is_finished(case.target, self._managers, save_probabilities):
+            if is_finished(case.target, self.managers, save_probabilities):
                 reason = why_not_kept(case.target, ending, deciding_settings(self, case, save_probabilities))
                 if reason:
                     raise ValueError(reason)
@@ -450,7 +450,7 @@ class DiffusionPredictor(nnUNetPredictor):
             prepared = PreparedCase(np.asarray(data), item["data_properties"], None)
             predicted = self._predict_case(CaseFiles(name, (), target), prepared, save_probabilities)
             with staging_folders([] if target is None else [Path(target).parent]) as stages:
-                results.append(write_case(predicted, self._managers, save_probabilities, stages))
+                results.append(write_case(predicted, self.managers, save_probabilities, stages))
         return results
 
     def predict_single_npy_array(
@@ -480,7 +480,7 @@ class DiffusionPredictor(nnUNetPredictor):
         return self.network.settings.volume_half_widths if self.calibrated else ()
 
     @property
-    def _managers(self) -> Managers:
+    def managers(self) -> Managers:
         return self.plans_manager, self.configuration_manager, self.dataset_json
 
     def _run_cases(
@@ -498,7 +498,7 @@ class DiffusionPredictor(nnUNetPredictor):
 
         try:
             return run_cases(
-                cases, predict, self._managers, save_probabilities, preparing, writing, self.progress.count
+                cases, predict, self.managers, save_probabilities, preparing, writing, self.progress.count
             )
         finally:
             self.progress.close()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nnunet_diffusion.diffusion.process import Process
-from nnunet_diffusion.diffusion.samplers import Estimate, sample, timestep_grid
+from nnunet_diffusion.diffusion.samplers import Estimate, OnStep, sample, timestep_grid
 from nnunet_diffusion.model import labels
 from nnunet_diffusion.model.drawing import LEVEL, deciding
 from nnunet_diffusion.model.segmenter import Conditions, DiffusionSegmenter
@@ -95,6 +95,7 @@ class VolumeProcess:
         fold: fold of the weights. Each fold has its own noise, so that an ensemble also averages over noise.
         mirrored: spatial axes along which the networks see the volume mirrored.
         condition_bytes: memory of the tiling's device in which the conditions of tiles are kept for the next steps and samples.
+        on_step: called as (timestep, noisy, clean) after each evaluation of the whole state, (S, K, *volume).
     """
 
     segmenter: DiffusionSegmenter
@@ -108,6 +109,7 @@ class VolumeProcess:
     fold: int = 0
     mirrored: tuple[int, ...] = ()
     condition_bytes: float = 0
+    on_step: OnStep | None = None
 
     def __post_init__(self) -> None:
         """Prepare the data shared by all samples."""
@@ -117,7 +119,7 @@ class VolumeProcess:
             self.presegmentation = self.presegmentation.to(self.state_device)
         volume = self.image.shape[1:]
         self._heads = self.segmenter.denoiser.state_channels
-        self._total = self.tiling.total_weight(volume, self.state_device)
+        self.total_weight = self.tiling.total_weight(volume, self.state_device)
         self._kept: dict[str, Conditions] = {}
         self._last: tuple[str, Conditions] | None = None
         self._room = self.condition_bytes
@@ -147,7 +149,7 @@ class VolumeProcess:
             own = () if self.segmenter.settings.draw == LEVEL else (number + 1,)
             probabilities = self._sample(process, evaluate, start, [(each, *own) for each in samples])
             total[_all_samples(tile)] += (probabilities * self.tiling.weight).to(self.state_device)
-        return total / self._total
+        return total / self.total_weight
 
     def _sample(self, process: Process, evaluate: Estimate, start: Tensor, names: Sequence[tuple[int, ...]]) -> Tensor:
         """Run reverse processes from `start`; `names` are numbers that seed the noise of each."""
@@ -164,6 +166,7 @@ class VolumeProcess:
                 process,
                 generator=generators,
                 eta=settings.eta,
+                on_step=self.on_step,
             )
         # in place, because the samples of a large volume fill the memory
         found = process.to_probabilities(clean, in_place=True)
@@ -198,7 +201,7 @@ class VolumeProcess:
             weighted = (clean * self.tiling.weight).to(total.device)
             for tile, estimate in zip(tiles, weighted, strict=True):
                 total[_all_samples(tile)] += estimate
-        return total.div_(self._total)
+        return total.div_(self.total_weight)
 
     def _clean_of_tiles(self, tiles: Sequence[Tile], states: Tensor, timestep: int) -> Tensor:
         """Return the clean estimates of noisy tiles (B, S, K, *patch); all samples of a tile share its condition."""
@@ -225,14 +228,17 @@ class VolumeProcess:
             return self._kept[key]
         if self._last is None or self._last[0] != key:
             self._last = None  # not both in memory at once
-            device = self.tiling.device
-            image = torch.stack([self.image[tile] for tile in tiles]).to(device)
-            given = None
-            if self.presegmentation is not None and self.segmenter.settings.shows_presegmentation:
-                given = torch.stack([self.presegmentation[tile] for tile in tiles]).to(device)
-            seen = self.segmenter.condition_image(image, given)
-            self._last = key, Conditions(self.segmenter, self._mirror(seen))
+            self._last = key, Conditions(self.segmenter, self._mirror(self.seen(tiles)))
         return self._last[1]
+
+    def seen(self, tiles: Sequence[Tile]) -> Tensor:
+        """Return what the condition flow sees of these tiles, (B, C, *patch), not mirrored."""
+        device = self.tiling.device
+        image = torch.stack([self.image[tile] for tile in tiles]).to(device)
+        given = None
+        if self.presegmentation is not None and self.segmenter.settings.shows_presegmentation:
+            given = torch.stack([self.presegmentation[tile] for tile in tiles]).to(device)
+        return self.segmenter.condition_image(image, given)
 
     def forget_conditions(self) -> bool:
         """Free the conditions that are kept, and keep none from now on. Return whether there were any."""

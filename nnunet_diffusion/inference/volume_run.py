@@ -45,6 +45,9 @@ class VolumeRun:
 
     Attributes:
         presegmented: these probabilities, of the last fold; None if they were not needed.
+        data: the image, padded to at least one patch, (C, *padded volume).
+        unpad: slices of `data` in which the image lies.
+        tiling: tiles of `data`.
 
     Raises:
         ValueError: the image is not finite, or `presegmented` is given for several folds.
@@ -69,7 +72,7 @@ class VolumeRun:
         self.settings, self.given, self._known = self.network.settings, given, presegmented
         self.presegmented: Tensor | None = None
         self._padding = (predictor.configuration_manager.patch_size, "constant", {"value": 0})
-        self.data, self._unpad = pad_nd_image(data, *self._padding, return_slicer=True)
+        self.data, self.unpad = pad_nd_image(data, *self._padding, return_slicer=True)
         self._given_start = None if given is None else self._padded(given)
         self.tiling = self._tiling()
         self.members = Members(self.settings.regions, needs_votes(predictor.fusion), predictor.keep_samples)
@@ -135,13 +138,13 @@ class VolumeRun:
     def _add_fold(self, fold: str) -> None:
         """Add one fold's members to the ensemble: its pre-segmentation and its samples."""
         weight = self.settings.presegmentation_weight
-        start, member = self._start()
+        start, member = self.start()
         if member is not None:
             self.members.add(member, weight)
         if weight < 1 or member is None or self.predictor.keep_samples:
             self._add_samples(fold, start, 1.0 if member is None else 1 - weight)
 
-    def _start(self) -> tuple[Tensor | None, Tensor | None]:
+    def start(self) -> tuple[Tensor | None, Tensor | None]:
         """Return the probabilities to start from, and those that count as a member of the ensemble."""
         settings = self.settings
         if self.given is not None:
@@ -271,7 +274,7 @@ class VolumeRun:
 
     def _ensemble(self, begin: float) -> VolumePrediction:
         predictor, members, regions = self.predictor, self.members, self.settings.regions
-        inner: Sequence[slice] = (slice(None), *self._unpad[1:])
+        inner: Sequence[slice] = (slice(None), *self.unpad[1:])
         mean = members.mean()[inner]
         refuse_nan(mean)
         fused, threshold = mean, self.settings.presence_threshold

@@ -119,6 +119,19 @@ class ParameterSharedAttention(nn.Module):
         # Eq. 5: x = eta X + x
         return self.eta[flow] * mixed + features
 
+    def row(self, features: Tensor, voxel: Sequence[int], seen: Tensor | None = None) -> Tensor:
+        """Return how much a voxel attends to each (pooled) voxel, (B, *pooled), sum 1: one row of Softmax(q^T k), Eq. 3-4.
+
+        Args:
+            features: (B, C, *spatial), what `forward` got.
+            voxel: index of the voxel in `spatial`.
+            seen: as for `forward`.
+        """
+        key = self.key(pool_tokens(features if seen is None else seen, self.tokens))
+        query = self.query(features)[(slice(None), slice(None), *voxel)]
+        weights = torch.einsum("bd,bdm->bm", query, key.flatten(2)) * query.shape[1] ** -0.5
+        return weights.softmax(1).reshape(len(features), *key.shape[2:])
+
 
 class SelfAttention(nn.Module):
     """Self-attention with a residual connection between the residual blocks of the bottleneck; PGDiffSeg, Fig. 12b."""

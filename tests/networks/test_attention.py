@@ -167,3 +167,18 @@ def test_memory_is_linear_on_the_gpu(dtype, channels):
             used = torch.cuda.max_memory_allocated() - start
         peak.append(used / (edge**2 * channels * 4))
     assert max(peak) < 20
+
+
+@pytest.mark.parametrize("tokens", [1000, 16])
+def test_row_is_that_of_the_whole_attention(tokens):
+    """The row times the values is what attention gives the voxel."""
+    torch.manual_seed(0)
+    attention = ParameterSharedAttention(16, nn.Conv2d, tokens)
+    features, voxel = torch.randn(2, 16, 6, 8), (4, 3)
+    with torch.no_grad():
+        attention.eta["denoising"].fill_(1)
+        row = attention.row(features, voxel)
+        values = attention.value["denoising"](pool_tokens(features, tokens))
+        mixed = (attention(features, "denoising") - features)[(..., *voxel)]
+    assert torch.allclose(row.flatten(1).sum(1), torch.ones(2), atol=1e-5)
+    assert torch.allclose(torch.einsum("bm,bcm->bc", row.flatten(1), values.flatten(2)), mixed, atol=1e-5)

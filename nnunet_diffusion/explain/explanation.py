@@ -1,0 +1,327 @@
+"""Why a trained model segments a case as it does: heat maps of its units, attention of a voxel, the prior branch, ablations."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from nnunet_diffusion.evaluation.metrics import dice
+from nnunet_diffusion.explain.grad_cam import Key, evaluated, heat_maps
+from nnunet_diffusion.explain.units import ablated, ablations_of, units_of
+from nnunet_diffusion.inference.cases import PreparedCase
+from nnunet_diffusion.inference.memory import free_bytes, readable_size
+from nnunet_diffusion.inference.predictor import DiffusionPredictor
+from nnunet_diffusion.inference.volume import Tile, VolumeProcess
+from nnunet_diffusion.inference.volume_run import VolumeRun
+from nnunet_diffusion.model import labels
+from nnunet_diffusion.networks.pgdiffseg import PGDiffSeg
+
+CLASS, CHANGED = "class", "changed"
+TARGETS = (CLASS, CHANGED)
+OTHER_IMAGE, FROM_NOISE = "image of another case", "from noise"
+
+
+class NothingToExplain(ValueError):
+    """The result has no voxel of the class, or none that differs from nnU-Net's."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked about a case.
+
+    Attributes:
+        head: index of the class among the network's outputs.
+        name: its name, for messages.
+        target: CLASS explains the voxels that the result gives the class; CHANGED those in which it differs from nnU-Net's
+            segmentation: their scores count where the class was added, and against it where it was taken away.
+        voxel: whose attention is shown, on the network's grid; None for no voxel.
+    """
+
+    head: int
+    name: str
+    target: str = CLASS
+    voxel: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class PriorBranch:
+    """What the prior branch says of a class.
+
+    Attributes:
+        presence: probability that the image shows it; of several tiles the largest.
+        location: where, as probabilities (*volume).
+    """
+
+    presence: float
+    location: NDArray
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """All arrays are on the network's grid, (*volume).
+
+    Attributes:
+        timesteps: of the evaluations, from T' - 1 downwards.
+        presegmentation: masks of each class in nnU-Net's segmentation, (K, *volume).
+        result: masks of the reverse process's, (K, *volume).
+        heat: unit -> map at each timestep, (steps, *volume), 0 to 1: each divided by its largest value.
+        prior: what the prior branch says; None without one.
+        rows: flow and stage -> attention of the voxel at T', (*volume), sum 1.
+        ablations: name -> masks (K, *volume) of the same reverse process without that part.
+        notes: remarks for the user.
+    """
+
+    timesteps: Sequence[int]
+    presegmentation: NDArray
+    result: NDArray
+    heat: Mapping[Key, NDArray]
+    prior: PriorBranch | None
+    rows: Mapping[tuple[str, int], NDArray]
+    ablations: Mapping[str, NDArray]
+    notes: list[str] = field(default_factory=list)
+
+
+def explain(
+    predictor: DiffusionPredictor,
+    case: PreparedCase,
+    question: Question,
+    other: Tensor | None = None,
+    on_step: Callable[[str], object] = lambda what: None,
+) -> Explanation:
+    """Run one reverse process on a case and explain it.
+
+    Args:
+        predictor: with one fold of a model; its settings decide the steps and T'. One sample is run, nothing of it is
+            averaged with nnU-Net's output or mirrored.
+        case: the case.
+        question: what is asked.
+        other: image of another case, (C, *any size), for an ablation; None: the case's own, reversed along all axes.
+        on_step: called with what has been finished.
+
+    Raises:
+        MemoryError: the maps do not fit into memory.
+        NotImplementedError: the network is unknown.
+        NothingToExplain: there is nothing of that class.
+        ValueError: the output of a network is not finite, or the voxel is outside.
+    """
+    run = VolumeRun(predictor, torch.from_numpy(case.data))
+    network, settings = predictor.network, predictor.network.settings
+    units = units_of(network.denoiser)
+    _check_memory(run, len(units), settings.steps)
+    network.to(run.device).eval()
+    network.load_state_dict(predictor.list_of_parameters[0])
+    with torch.inference_mode():
+        start, _ = run.start()
+        own = start if start is not None else run._presegment()
+    # tensors of inference mode cannot be part of a graph
+    start, own = (None if each is None else each.clone() for each in (start, own))
+    states: list[tuple[int, Tensor]] = []
+    process = VolumeProcess(
+        network, run.data, run.tiling, start, settings.seed, torch.device("cpu"),
+        fold=int(predictor.folds[0]) if predictor.folds[0].isdecimal() else 0,
+        on_step=lambda timestep, noisy, clean: states.append((timestep, noisy.clone())),
+    )  # fmt: skip
+    before = _masks(own, settings.regions)
+    result = _masks(process.run([0])[0], settings.regions)
+    on_step("reverse process")
+    target = _target(result[question.head], before[question.head], question)
+    quiet = dataclasses.replace(process, on_step=None)
+    heat: dict[Key, list[Tensor]] = {unit.key: [] for unit in units}
+    for timestep, noisy in states:
+        for key, found in heat_maps(quiet, units, question.head, target, noisy, timestep).items():
+            heat[key].append((found / found.max().clamp_min(1e-30)).half())
+        on_step(f"T = {timestep + 1}")
+    inner = tuple(run.unpad[1:])
+    cut = (slice(None), *inner)
+    return Explanation(
+        [timestep for timestep, _ in states],
+        before[cut].numpy(),
+        result[cut].numpy(),
+        {key: torch.stack(maps)[cut].float().numpy() for key, maps in heat.items()},
+        _prior(quiet, question.head, inner),
+        _rows(quiet, units, question, states[0], inner),
+        {name: masks[cut].numpy() for name, masks in _ablations(quiet, other, on_step)},
+    )
+
+
+def _check_memory(run: VolumeRun, units: int, steps: int) -> None:
+    voxels = run.data[0].numel()
+    heads = run.network.denoiser.state_channels
+    # maps of all units in half precision at all steps, then once more as float32; states; what one step needs
+    needed = voxels * (units * steps * (2 + 4) + heads * steps * 4 + units * 8 + 16 * heads)
+    free = free_bytes(torch.device("cpu"))
+    if needed > free:
+        raise MemoryError(
+            f"the maps of {units} units at {steps} steps need {readable_size(needed)} of memory, but {readable_size(free)} are "
+            "free: give fewer --steps, or crop the image"
+        )
+
+
+def _masks(probabilities: Tensor, regions: bool) -> Tensor:
+    return labels.hardened(probabilities[None].float(), regions)[0].cpu().bool()
+
+
+def _target(result: Tensor, before: Tensor, question: Question) -> Tensor:
+    """Return the weight of each voxel in the score."""
+    if question.target == CHANGED:
+        changed = result.float() - before.float()
+        if not changed.any():
+            raise NothingToExplain(
+                f"the result has the same voxels of {question.name} as nnU-Net's segmentation: explain --target class"
+            )
+        return changed
+    if not result.any():
+        raise NothingToExplain(
+            f"the result has no voxel of {question.name}: explain another --class, or --target changed if nnU-Net found it"
+        )
+    return result.float()
+
+
+def _prior(process: VolumeProcess, head: int, inner: tuple[slice, ...]) -> PriorBranch | None:
+    denoiser, settings = process.segmenter.denoiser, process.segmenter.settings
+    if not isinstance(denoiser, PGDiffSeg):
+        return None
+    foreground = head - (not settings.regions)
+    presence, location = 0.0, torch.zeros_like(process.total_weight)
+    for tile in process.tiling.tiles:
+        with torch.no_grad():
+            found = denoiser.prior(process.seen([tile]))
+        presence = max(presence, float(found.presence_logits[0, foreground].float().sigmoid()))
+        size = process.tiling.weight.shape
+        mode = "bilinear" if len(size) == 2 else "trilinear"
+        larger = interpolate(found.location_logits[:, [foreground]].float(), size=tuple(size), mode=mode)
+        location[tile[1:]] += (larger[0, 0].sigmoid() * process.tiling.weight).to(location)
+    return PriorBranch(presence, (location / process.total_weight)[inner].numpy())
+
+
+def _rows(
+    process: VolumeProcess,
+    units: Sequence[Any],
+    question: Question,
+    state: tuple[int, Tensor],
+    inner: tuple[slice, ...],
+) -> dict[tuple[str, int], NDArray]:
+    """Return the attention of a voxel in the tile whose centre is nearest to it."""
+    if question.voxel is None:
+        return {}
+    voxel = [part.start + place for part, place in zip(inner, question.voxel, strict=True)]
+    tile = min(process.tiling.tiles, key=lambda tile: _distance(tile, voxel))
+    within = [place - part.start for part, place in zip(tile[1:], voxel, strict=True) if isinstance(part, slice)]
+    attended = [unit for unit in units if unit.attended]
+    with torch.no_grad():
+        found, _ = evaluated(process, attended, tile, state[1], state[0])
+    rows = {}
+    for unit in attended:
+        features, flow, *seen = found[unit.key][0]
+        size, patch = features.shape[2:], process.tiling.weight.shape
+        place = [min(edge * each // whole, each - 1) for edge, each, whole in zip(within, size, patch, strict=True)]
+        row = unit.module.row(features, place, *seen)
+        mode = "bilinear" if len(size) == 2 else "trilinear"
+        larger = interpolate(row[:, None].float(), size=tuple(patch), mode=mode)[0, 0]
+        whole = torch.zeros_like(process.total_weight)
+        whole[tile[1:]] = (larger / larger.sum()).to(whole)
+        rows[unit.flow, unit.stage] = whole[inner].numpy()
+    return rows
+
+
+def _distance(tile: Tile, voxel: Sequence[int]) -> float:
+    """Return the distance of a voxel from a tile's centre; infinite if it is outside."""
+    parts = [slice(part, part + 1) if isinstance(part, int) else part for part in tile[1:]]
+    if not all(part.start <= place < part.stop for part, place in zip(parts, voxel, strict=True)):
+        return math.inf
+    return math.dist([(part.start + part.stop - 1) / 2 for part in parts], voxel)
+
+
+def _ablations(
+    process: VolumeProcess, other: Tensor | None, on_step: Callable[[str], object]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the masks of the same reverse process without each part in turn."""
+    segmenter, settings = process.segmenter, process.segmenter.settings
+    image = (
+        process.image.flip(list(range(1, process.image.ndim))) if other is None else fitted(other, process.image.shape)
+    )
+    changes: dict[str, tuple[VolumeProcess, Any, Mapping[str, Any]]] = {
+        OTHER_IMAGE: (dataclasses.replace(process, image=image), contextlib.nullcontext(), {}),
+        **{name: (process, ablated(segmenter.denoiser, name), {}) for name in ablations_of(segmenter.denoiser)},
+    }
+    if not settings.is_hidiff and settings.max_train_step == settings.timesteps and not settings.shows_presegmentation:
+        noise = {"from_noise": True, "start_step": settings.timesteps}
+        changes[FROM_NOISE] = dataclasses.replace(process, presegmentation=None), contextlib.nullcontext(), noise
+    for name, (changed, context, further) in changes.items():
+        with context, segmenter.overridden(**further):
+            yield name, _masks(changed.run([0])[0], settings.regions)
+        on_step(name)
+
+
+def fitted(image: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return an image (C, *any) cropped or padded with zeros about its centre to the shape (C, *volume)."""
+    target = torch.zeros(tuple(shape), dtype=image.dtype)
+    taken, put = [], []
+    for theirs, ours in zip(image.shape[1:], shape[1:], strict=True):
+        common = min(theirs, ours)
+        taken.append(slice((theirs - common) // 2, (theirs - common) // 2 + common))
+        put.append(slice((ours - common) // 2, (ours - common) // 2 + common))
+    target[(slice(None), *put)] = image[(slice(None), *taken)]
+    return target
+
+
+def share_inside(heat: NDArray, mask: NDArray) -> float:
+    """Return the share of a map's heat (*volume) inside a mask of the same shape; NaN for a map without heat."""
+    total = float(heat.sum(dtype=np.float64))
+    return float(heat[mask].sum(dtype=np.float64)) / total if total > 0 else math.nan
+
+
+def numbers(found: Explanation, question: Question, truth: NDArray | None = None) -> dict[str, Any]:
+    """Return the numbers of an explanation, for its JSON file.
+
+    Args:
+        found: the explanation.
+        question: that it answers.
+        truth: mask of the class in the ground truth, (*volume); without it shares refer to the result.
+    """
+    head = question.head
+    result, before = found.result[head], found.presegmentation[head]
+    reference = result if truth is None else truth
+
+    def overlaps(mask: NDArray) -> dict[str, Any]:
+        known = {"dice_with_result": dice(mask, result), "voxels": int(mask.sum())}
+        return known if truth is None else {**known, "dice_with_truth": dice(mask, truth)}
+
+    shares: dict[str, dict[str, Any]] = {}
+    for (flow, stage, attended), maps in found.heat.items():
+        name = f"stage {stage}" + (" after attention" if attended else "")
+        shares.setdefault(flow, {})[name] = [share_inside(heat, reference) for heat in maps]
+    numbers: dict[str, Any] = {
+        "class": question.name,
+        "target": question.target,
+        "noising_steps": [timestep + 1 for timestep in found.timesteps],
+        "voxels": reference.size,
+        "reference": "result" if truth is None else "truth",
+        "share_of_reference": float(reference.mean()),
+        "share_of_heat_in_reference": shares,
+        "nnunet": overlaps(before),
+        "result": overlaps(result),
+        "ablations": {name: overlaps(masks[head]) for name, masks in found.ablations.items()},
+    }
+    if found.prior is not None:
+        numbers["prior_branch"] = {"presence": found.prior.presence}
+        located = found.prior.location > 0.5
+        numbers["prior_branch"]["location"] = overlaps(located)
+    if found.rows:
+        numbers["attention"] = {
+            "voxel": list(question.voxel or ()),
+            "share_in_reference": {
+                f"{flow}, stage {stage}": share_inside(row, reference) for (flow, stage), row in found.rows.items()
+            },
+        }
+    return numbers
