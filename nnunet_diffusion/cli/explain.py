@@ -19,6 +19,7 @@ from nnunet_diffusion.files import COMPILE, find_images, read_dictionary
 STEPS = 5
 # the names in explain.explanation, repeated here so that --help does not import torch
 TARGETS = ("class", "changed")
+FAILURES = (ValueError, OSError, MemoryError, NotImplementedError)  # of a case; the others are explained
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -149,8 +150,10 @@ def _explain(
 ) -> int:
     predictor = _loaded_predictor(options, model, fold)
     # nnU-Net reads its paths from the environment: import it only now
+    import torch
+
     from nnunet_diffusion.explain.explained_cases import Request, explain_class, prepared
-    from nnunet_diffusion.explain.explanation import NothingToExplain
+    from nnunet_diffusion.explain.explanation import NothingToExplain, reverse
     from nnunet_diffusion.inference.report import foreground_names
 
     manager = predictor.label_manager
@@ -165,28 +168,25 @@ def _explain(
     failed = written = 0
     for name in cases:
         others = [other for other in files if other != name]
+        other = others[list(files).index(name) % len(others)] if others else None
         try:
             case = prepared(predictor, name, files[name])
-            place = list(files).index(name)
-            other = (
-                prepared(predictor, others[place % len(others)], files[others[place % len(others)]]) if others else None
-            )
-        except (ValueError, OSError, MemoryError) as error:
+            image = None if other is None else torch.from_numpy(prepared(predictor, other, files[other]).data)
+            found = reverse(predictor, case, image)
+        except FAILURES as error:
             print(f"nnunet_diffusion explain: {name}: {error}", file=sys.stderr)
             failed += 1
             continue
         for label in heads:
             try:
-                page = explain_class(predictor, request, name, case, label, other)
+                print(f"{name}, {label}: {explain_class(predictor, request, name, case, found, label)}", flush=True)
+                written += 1
             except NothingToExplain as nothing:
                 print(f"{name}: nothing to explain: {nothing}", flush=True)
                 failed += options.classes is not None
-            except (ValueError, OSError, MemoryError, NotImplementedError) as error:
+            except FAILURES as error:
                 print(f"nnunet_diffusion explain: {name}, {label}: {error}", file=sys.stderr)
                 failed += 1
-            else:
-                written += 1
-                print(f"{name}, {label}: {page}", flush=True)
     print(f"{written} pages are in {out}")
     return 1 if failed else 0
 
@@ -199,7 +199,8 @@ def _check_voxel(options: argparse.Namespace, predictor: Any) -> None:
         units = units_of(predictor.network.denoiser)
     if options.voxel is not None and not any(unit.attended for unit in units):
         raise CommandError(
-            "--voxel shows parameter-shared attention, which this model's denoiser does not have (PGDiffSeg's does): leave it out"
+            "--voxel shows parameter-shared attention, which this model's denoiser does not have (only PGDiffSeg's has): "
+            "leave it out"
         )
 
 

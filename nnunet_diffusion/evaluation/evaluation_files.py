@@ -185,7 +185,9 @@ def _picture(case: CasePaths, task: Task, images: Path | None) -> bytes:
     prediction, truth = arrays.compared(task.classes)
     image = None if images is None else _image(case, images, task.reader, truth.shape)
     highest = highest_entropy(len(task.classes.heads), task.classes.regions)
-    return figures.png(figures.case_figure(image, truth, prediction, uncertainty, arrays.spacing_mm, highest))
+    raters = [arrays.compared(task.classes, rater)[1] for rater in range(1, len(arrays.truths))]
+    figure = figures.case_figure(image, truth, prediction, uncertainty, arrays.spacing_mm, highest, raters)
+    return figures.png(figure)
 
 
 def _image(case: CasePaths, images: Path, reader: Any, shape: tuple[int, ...]) -> NDArray | None:

@@ -243,13 +243,13 @@ class CaseArrays:
     samples: list[NDArray] = field(default_factory=list)
     numbers: dict[str, Any] = field(default_factory=dict)
 
-    def compared(self, classes: Classes) -> tuple[NDArray, NDArray]:
-        """Return prediction and first truth with labels that are not compared as background.
+    def compared(self, classes: Classes, rater: int = 0) -> tuple[NDArray, NDArray]:
+        """Return prediction and a rater's truth with labels that are not compared as background.
 
         Where the truth is not known it is the prediction, so that no border and no error is there.
         """
         labels = sorted({label for each in classes.labels.values() for label in each})
-        prediction, truth = (np.where(np.isin(each, labels), each, 0) for each in (self.prediction, self.truths[0]))
+        prediction, truth = (np.where(np.isin(each, labels), each, 0) for each in (self.prediction, self.truths[rater]))
         return prediction, np.where(self.known, truth, prediction)
 
 

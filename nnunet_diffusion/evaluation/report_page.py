@@ -255,6 +255,7 @@ def _volumes(summary: Mapping[str, Any]) -> str:
             _number(each["coverage"], 2),
             _number(each["mean_width_mm3"], 1),
             _number(each["mean_true_mm3"], 1),
+            _number(each["mean_predicted_mm3"], 1),
         ]
         for key, source in (("volumes", "predict --uncertainty"), ("volumes_of_level_sets", "level sets of the .npz"))
         for name, each in summary.get(key, {}).items()
@@ -269,6 +270,7 @@ def _volumes(summary: Mapping[str, Any]) -> str:
         "share of true volumes in it",
         "mean width (mm³)",
         "mean true volume (mm³)",
+        "mean volume of the segmentations (mm³)",
     ]
     return "<h3>Volumes</h3>" + _table(
         header,

@@ -128,6 +128,7 @@ def _volumes(cases: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[s
                 "coverage": float(np.mean([each["covered"] for each in found])),
                 "mean_width_mm3": float(np.mean([each["width_mm3"] for each in found])),
                 "mean_true_mm3": float(np.mean([each["classes"][name]["true_mm3"] for each in there])),
+                "mean_predicted_mm3": float(np.mean([each["classes"][name]["predicted_mm3"] for each in there])),
             }
     return result
 
@@ -145,6 +146,7 @@ def _crossed_volumes(cases: Sequence[Mapping[str, Any]], name: str) -> dict[str,
         "coverage": float(np.mean([low <= each <= high for (low, high), each in zip(intervals, true, strict=True)])),
         "mean_width_mm3": float(np.mean([high - low for low, high in intervals])),
         "mean_true_mm3": float(np.mean(true)),
+        "mean_predicted_mm3": float(np.mean([each["classes"][name]["predicted_mm3"] for each in cases])),
     }
 
 

@@ -21,7 +21,7 @@ COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:brown", "ta
 PANEL_INCHES = 2.6
 FEWEST_VOXELS = 50
 """Of a bin in the line of a reliability diagram; the share of right ones among fewer is mostly chance."""
-CONTOUR_COLOURS = {"truth": "#3ddc84", "prediction": "#ff9f1c"}
+CONTOUR_COLOURS = {"truth": "#3ddc84", "other raters": "#4dd0e1", "prediction": "#ff9f1c"}
 ERROR_NAMES = {
     "correct (A∩B)": "right", "missed (A−B)": "missed", "over-segmented (B−A)": "too much", "wrong class": "wrong class",
 }  # fmt: skip
@@ -110,6 +110,7 @@ def case_figure(
     uncertainty: NDArray | None,
     spacing_mm: Sequence[float],
     highest: float | None = None,
+    raters: Sequence[NDArray] = (),
 ) -> Figure:
     """Draw the slice of a case with most errors: image, contours of truth and prediction, errors, and entropy.
 
@@ -120,6 +121,7 @@ def case_figure(
         uncertainty: entropy in nats (*image); None if it is not at hand.
         spacing_mm: voxel size along each axis.
         highest: entropy at the top of the scale; None for the largest of this slice.
+        raters: label maps (*image) of further raters.
     """
     number = worst_slice(truth, prediction)
     true, predicted = truth[number], prediction[number]
@@ -133,7 +135,8 @@ def case_figure(
     pixel = spacing_mm[1] / spacing_mm[2]
     low, high = np.percentile(background, (1, 99))
     axes[0].imshow(background, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), aspect=pixel)
-    _draw_contours(axes[0], {"truth": true, "prediction": predicted})
+    others = [("other raters", rater[number]) for rater in raters]
+    _draw_contours(axes[0], [*others, ("truth", true), ("prediction", predicted)])
     errors = error_map(predicted, true)
     axes[1].imshow(errors, aspect=pixel, interpolation="nearest")
     there = [key for key in ERROR_NAMES if (errors == ERROR_COLOURS[key]).all(-1).any()]
@@ -147,12 +150,12 @@ def case_figure(
     return figure
 
 
-def _draw_contours(axes: Axes, label_maps: Mapping[str, NDArray]) -> None:
-    for name, labels in label_maps.items():
+def _draw_contours(axes: Axes, label_maps: Sequence[tuple[str, NDArray]]) -> None:
+    for name, labels in label_maps:
         for label in np.unique(labels[labels > 0]):
             width = contour_width(labels.shape)
             axes.contour(labels == label, levels=[0.5], colors=[CONTOUR_COLOURS[name]], linewidths=width)
-    _draw_legend(axes, {name: CONTOUR_COLOURS[name] for name, labels in label_maps.items() if labels.any()})
+    _draw_legend(axes, {name: CONTOUR_COLOURS[name] for name, labels in label_maps if labels.any()})
 
 
 def _draw_legend(axes: Axes, colours: Mapping[str, str]) -> None:

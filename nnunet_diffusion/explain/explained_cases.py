@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from nnunet_diffusion.explain.explanation import CLASS, Explanation, Question, explain, numbers, share_inside
+from nnunet_diffusion.explain.explanation import CLASS, Explanation, Question, Reverse, explain, numbers, share_inside
 from nnunet_diffusion.explain.explanation_figure import Page, explanation_figure
 from nnunet_diffusion.explain.uncertainty_figure import plane_name
-from nnunet_diffusion.explain.units import PRIOR
+from nnunet_diffusion.explain.units import PRIOR, units_of
 from nnunet_diffusion.files import write_json
 from nnunet_diffusion.inference.cases import CaseFiles, PreparedCase, prepare_case
 from nnunet_diffusion.inference.maps import map_ending, to_image, writer_of
@@ -54,13 +52,7 @@ def prepared(predictor: DiffusionPredictor, name: str, files: Sequence[str]) -> 
 
 
 def explain_class(
-    predictor: DiffusionPredictor,
-    request: Request,
-    name: str,
-    case: PreparedCase,
-    label: str,
-    other: PreparedCase | None,
-    on_step: Any = lambda what: None,
+    predictor: DiffusionPredictor, request: Request, name: str, case: PreparedCase, run: Reverse, label: str
 ) -> Path:
     """Explain one class of a case, and write its page, numbers and, where asked for, maps.
 
@@ -69,25 +61,23 @@ def explain_class(
         request: what is asked.
         name: name of the case.
         case: the case on the network's grid.
+        run: the reverse process of that case.
         label: name of the class.
-        other: another case, whose image takes the place of this one's in an ablation.
-        on_step: called with what has been finished.
 
     Returns:
         The page, a PNG.
 
     Raises:
-        MemoryError: the maps do not fit into memory.
         NothingToExplain: there is nothing of that class.
         ValueError: the truth does not fit the image, or the voxel is outside.
     """
     grid = _Grid(predictor, case)
     question = Question(request.heads[label], label, request.target, grid.voxel(request.voxel))
-    found = explain(predictor, case, question, None if other is None else torch.from_numpy(other.data), on_step)
+    found = explain(run, question)
     truth = _truth(predictor, request.truths, name, case)
     mask = None if truth is None else truth[question.head]
     stem = f"{name}_{_as_file_name(label)}" + ("" if request.target == CLASS else f"_{request.target}")
-    content = {"case": name, **numbers(found, question, mask), "settings": _settings(predictor)}
+    content = {"case": name, **numbers(found, question, mask), **_weights(predictor), "settings": _settings(predictor)}
     write_json(content, request.out / f"{stem}.json")
     page = _page(name, question, found, mask, grid)
     explanation_figure(page, [request.out / f"{stem}.png", request.out / f"{stem}.pdf"])
@@ -104,6 +94,15 @@ def _settings(predictor: DiffusionPredictor) -> dict[str, Any]:
     settings = predictor.network.settings
     keys = ("sampler", "steps", "start_step", "from_noise", "draw", "seed")
     return {**predictor.identity, "folds": predictor.folds, **{key: getattr(settings, key) for key in keys}}
+
+
+def _weights(predictor: DiffusionPredictor) -> dict[str, Any]:
+    """Return eta of PGDiffSeg's Eq. 5: how much of the attention is added to the features, by flow and stage."""
+    found: dict[str, dict[str, float]] = {}
+    for unit in units_of(predictor.network.denoiser):
+        if unit.attended:
+            found.setdefault(unit.flow, {})[f"stage {unit.stage}"] = unit.eta.item()
+    return {"attention_weights": found} if found else {}
 
 
 def _truth(predictor: DiffusionPredictor, folder: Path | None, name: str, case: PreparedCase) -> NDArray | None:
@@ -166,9 +165,9 @@ class _Grid:
         place = [0, *given] if axes == 2 else list(given)
         for each, edge in zip(place, size, strict=True):
             if not 0 <= each < edge:
+                shape = " x ".join(map(str, size[3 - axes :]))
                 raise ValueError(
-                    f"--voxel is {' '.join(map(str, given))}, but the image has the size {' x '.join(map(str, size[3 - axes :]))}, "
-                    "counted from 0"
+                    f"--voxel is {' '.join(map(str, given))}, but the image has {shape} voxels, counted from 0"
                 )
         bounds = self.case.properties["bbox_used_for_cropping"]
         within = [place[axis] - low for axis, (low, _) in zip(forward, bounds, strict=True)]
@@ -189,7 +188,7 @@ class _Grid:
 
 
 def _page(name: str, question: Question, found: Explanation, truth: NDArray | None, grid: _Grid) -> Page:
-    result, before = found.result[question.head], found.presegmentation[question.head]
+    result, before = found.result, found.presegmentation
     explained = result if question.target == CLASS else result != before
     axis = int(np.argmax(grid.spacing)) if min(grid.shape) > 1 else grid.shape.index(1)
     others = tuple(each for each in range(3) if each != axis)
@@ -273,8 +272,3 @@ def _write_maps(predictor: DiffusionPredictor, found: Explanation, folder: Path,
             values.astype(np.float32), 0.0, case.properties, predictor.plans_manager, predictor.configuration_manager
         )
         write(whole, folder / f"{stem}_{name.replace(' ', '_')}{ending}", case.properties)
-
-
-def read_numbers(folder: Path) -> list[dict[str, Any]]:
-    """Return the content of all JSON files of a folder of explained cases."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]

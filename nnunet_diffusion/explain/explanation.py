@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -67,18 +67,38 @@ class PriorBranch:
 
 
 @dataclass(frozen=True, eq=False)
+class Reverse:
+    """A reverse process that has been run. Masks are on the padded grid, (K, *padded volume).
+
+    Attributes:
+        process: what was run.
+        states: timestep and noisy state (1, K, *padded volume) before each evaluation, from T' - 1 downwards.
+        presegmentation: masks of each class in nnU-Net's segmentation.
+        result: masks of the result.
+        ablations: name -> masks of the same reverse process without that part.
+        inner: part of the padded volume in which the image lies.
+    """
+
+    process: VolumeProcess
+    states: list[tuple[int, Tensor]]
+    presegmentation: Tensor
+    result: Tensor
+    ablations: dict[str, Tensor]
+    inner: tuple[slice, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class Explanation:
     """All arrays are on the network's grid, (*volume).
 
     Attributes:
         timesteps: of the evaluations, from T' - 1 downwards.
-        presegmentation: masks of each class in nnU-Net's segmentation, (K, *volume).
-        result: masks of the reverse process's, (K, *volume).
+        presegmentation: mask of the class in nnU-Net's segmentation.
+        result: mask of the class in the reverse process's.
         heat: unit -> map at each timestep, (steps, *volume), 0 to 1: each divided by its largest value.
         prior: what the prior branch says; None without one.
         rows: flow and stage -> attention of the voxel at T', (*volume), sum 1.
-        ablations: name -> masks (K, *volume) of the same reverse process without that part.
-        notes: remarks for the user.
+        ablations: name -> mask of the class in the same reverse process without that part.
     """
 
     timesteps: Sequence[int]
@@ -88,69 +108,65 @@ class Explanation:
     prior: PriorBranch | None
     rows: Mapping[tuple[str, int], NDArray]
     ablations: Mapping[str, NDArray]
-    notes: list[str] = field(default_factory=list)
 
 
-def explain(
-    predictor: DiffusionPredictor,
-    case: PreparedCase,
-    question: Question,
-    other: Tensor | None = None,
-    on_step: Callable[[str], object] = lambda what: None,
-) -> Explanation:
-    """Run one reverse process on a case and explain it.
+def reverse(predictor: DiffusionPredictor, case: PreparedCase, other: Tensor | None = None) -> Reverse:
+    """Run one reverse process on a case, and again without each part of the network.
 
     Args:
         predictor: with one fold of a model; its settings decide the steps and T'. One sample is run, nothing of it is
             averaged with nnU-Net's output or mirrored.
         case: the case.
-        question: what is asked.
         other: image of another case, (C, *any size), for an ablation; None: the case's own, reversed along all axes.
-        on_step: called with what has been finished.
 
     Raises:
         MemoryError: the maps do not fit into memory.
         NotImplementedError: the network is unknown.
-        NothingToExplain: there is nothing of that class.
-        ValueError: the output of a network is not finite, or the voxel is outside.
+        ValueError: the image, or the output of a network, is not finite.
     """
     run = VolumeRun(predictor, torch.from_numpy(case.data))
     network, settings = predictor.network, predictor.network.settings
-    units = units_of(network.denoiser)
-    _check_memory(run, len(units), settings.steps)
+    _check_memory(run, len(units_of(network.denoiser)), settings.steps)
     network.to(run.device).eval()
     network.load_state_dict(predictor.list_of_parameters[0])
     with torch.inference_mode():
-        start, _ = run.start()
-        own = start if start is not None else run._presegment()
+        begun, _ = run.start()
+        own = begun if begun is not None else run.presegment()
     # tensors of inference mode cannot be part of a graph
-    start, own = (None if each is None else each.clone() for each in (start, own))
+    start = None if begun is None else begun.clone()
     states: list[tuple[int, Tensor]] = []
+    fold = predictor.folds[0]
     process = VolumeProcess(
         network, run.data, run.tiling, start, settings.seed, torch.device("cpu"),
-        fold=int(predictor.folds[0]) if predictor.folds[0].isdecimal() else 0,
+        fold=int(fold) if fold.isdecimal() else 0,
         on_step=lambda timestep, noisy, clean: states.append((timestep, noisy.clone())),
     )  # fmt: skip
-    before = _masks(own, settings.regions)
     result = _masks(process.run([0])[0], settings.regions)
-    on_step("reverse process")
-    target = _target(result[question.head], before[question.head], question)
     quiet = dataclasses.replace(process, on_step=None)
+    ablations = dict(_ablations(quiet, other))
+    return Reverse(quiet, states, _masks(own, settings.regions), result, ablations, tuple(run.unpad[1:]))
+
+
+def explain(run: Reverse, question: Question) -> Explanation:
+    """Explain one class of a reverse process.
+
+    Raises:
+        NothingToExplain: there is nothing of that class.
+    """
+    units, head, inner = units_of(run.process.segmenter.denoiser), question.head, run.inner
+    target = target_of(run.result[head], run.presegmentation[head], question)
     heat: dict[Key, list[Tensor]] = {unit.key: [] for unit in units}
-    for timestep, noisy in states:
-        for key, found in heat_maps(quiet, units, question.head, target, noisy, timestep).items():
-            heat[key].append((found / found.max().clamp_min(1e-30)).half())
-        on_step(f"T = {timestep + 1}")
-    inner = tuple(run.unpad[1:])
-    cut = (slice(None), *inner)
+    for timestep, noisy in run.states:
+        for key, found in heat_maps(run.process, units, head, target, noisy, timestep).items():
+            heat[key].append((found / found.max().clamp_min(1e-30)).half()[inner])
     return Explanation(
-        [timestep for timestep, _ in states],
-        before[cut].numpy(),
-        result[cut].numpy(),
-        {key: torch.stack(maps)[cut].float().numpy() for key, maps in heat.items()},
-        _prior(quiet, question.head, inner),
-        _rows(quiet, units, question, states[0], inner),
-        {name: masks[cut].numpy() for name, masks in _ablations(quiet, other, on_step)},
+        [timestep for timestep, _ in run.states],
+        run.presegmentation[head][inner].numpy(),
+        run.result[head][inner].numpy(),
+        {key: torch.stack(maps).float().numpy() for key, maps in heat.items()},
+        prior_branch(run.process, head, inner),
+        _rows(run, units, question),
+        {name: masks[head][inner].numpy() for name, masks in run.ablations.items()},
     )
 
 
@@ -171,8 +187,17 @@ def _masks(probabilities: Tensor, regions: bool) -> Tensor:
     return labels.hardened(probabilities[None].float(), regions)[0].cpu().bool()
 
 
-def _target(result: Tensor, before: Tensor, question: Question) -> Tensor:
-    """Return the weight of each voxel in the score."""
+def target_of(result: Tensor, before: Tensor, question: Question) -> Tensor:
+    """Return the weight of each voxel in the score, (*volume).
+
+    Args:
+        result: mask of the class in the result.
+        before: mask of the class in nnU-Net's segmentation.
+        question: what is asked.
+
+    Raises:
+        NothingToExplain: there is nothing of that class.
+    """
     if question.target == CHANGED:
         changed = result.float() - before.float()
         if not changed.any():
@@ -187,15 +212,22 @@ def _target(result: Tensor, before: Tensor, question: Question) -> Tensor:
     return result.float()
 
 
-def _prior(process: VolumeProcess, head: int, inner: tuple[slice, ...]) -> PriorBranch | None:
+@torch.no_grad()
+def prior_branch(process: VolumeProcess, head: int, inner: tuple[slice, ...]) -> PriorBranch | None:
+    """Return what the prior branch says of a class; None without such a branch.
+
+    Args:
+        process: reverse process of the volume.
+        head: index of the class among the network's outputs.
+        inner: part of the padded volume in which the image lies.
+    """
     denoiser, settings = process.segmenter.denoiser, process.segmenter.settings
     if not isinstance(denoiser, PGDiffSeg):
         return None
     foreground = head - (not settings.regions)
     presence, location = 0.0, torch.zeros_like(process.total_weight)
     for tile in process.tiling.tiles:
-        with torch.no_grad():
-            found = denoiser.prior(process.seen([tile]))
+        found = denoiser.prior(process.seen([tile]))
         presence = max(presence, float(found.presence_logits[0, foreground].float().sigmoid()))
         size = process.tiling.weight.shape
         mode = "bilinear" if len(size) == 2 else "trilinear"
@@ -204,22 +236,17 @@ def _prior(process: VolumeProcess, head: int, inner: tuple[slice, ...]) -> Prior
     return PriorBranch(presence, (location / process.total_weight)[inner].numpy())
 
 
-def _rows(
-    process: VolumeProcess,
-    units: Sequence[Any],
-    question: Question,
-    state: tuple[int, Tensor],
-    inner: tuple[slice, ...],
-) -> dict[tuple[str, int], NDArray]:
-    """Return the attention of a voxel in the tile whose centre is nearest to it."""
+@torch.no_grad()
+def _rows(run: Reverse, units: Sequence[Any], question: Question) -> dict[tuple[str, int], NDArray]:
+    """Return the attention of a voxel at T', in the tile whose centre is nearest to it."""
     if question.voxel is None:
         return {}
-    voxel = [part.start + place for part, place in zip(inner, question.voxel, strict=True)]
+    process, (timestep, noisy) = run.process, run.states[0]
+    voxel = [part.start + place for part, place in zip(run.inner, question.voxel, strict=True)]
     tile = min(process.tiling.tiles, key=lambda tile: _distance(tile, voxel))
     within = [place - part.start for part, place in zip(tile[1:], voxel, strict=True) if isinstance(part, slice)]
     attended = [unit for unit in units if unit.attended]
-    with torch.no_grad():
-        found, _ = evaluated(process, attended, tile, state[1], state[0])
+    found, _ = evaluated(process, attended, tile, noisy, timestep)
     rows = {}
     for unit in attended:
         features, flow, *seen = found[unit.key][0]
@@ -229,8 +256,9 @@ def _rows(
         mode = "bilinear" if len(size) == 2 else "trilinear"
         larger = interpolate(row[:, None].float(), size=tuple(patch), mode=mode)[0, 0]
         whole = torch.zeros_like(process.total_weight)
-        whole[tile[1:]] = (larger / larger.sum()).to(whole)
-        rows[unit.flow, unit.stage] = whole[inner].numpy()
+        whole[tile[1:]] = larger.to(whole)
+        inside = whole[run.inner]
+        rows[unit.flow, unit.stage] = (inside / inside.sum()).numpy()
     return rows
 
 
@@ -242,9 +270,7 @@ def _distance(tile: Tile, voxel: Sequence[int]) -> float:
     return math.dist([(part.start + part.stop - 1) / 2 for part in parts], voxel)
 
 
-def _ablations(
-    process: VolumeProcess, other: Tensor | None, on_step: Callable[[str], object]
-) -> Iterator[tuple[str, Tensor]]:
+def _ablations(process: VolumeProcess, other: Tensor | None) -> Iterator[tuple[str, Tensor]]:
     """Yield the masks of the same reverse process without each part in turn."""
     segmenter, settings = process.segmenter, process.segmenter.settings
     image = (
@@ -260,18 +286,17 @@ def _ablations(
     for name, (changed, context, further) in changes.items():
         with context, segmenter.overridden(**further):
             yield name, _masks(changed.run([0])[0], settings.regions)
-        on_step(name)
 
 
 def fitted(image: Tensor, shape: Sequence[int]) -> Tensor:
     """Return an image (C, *any) cropped or padded with zeros about its centre to the shape (C, *volume)."""
     target = torch.zeros(tuple(shape), dtype=image.dtype)
-    taken, put = [], []
+    taken, put = [slice(None)], [slice(None)]
     for theirs, ours in zip(image.shape[1:], shape[1:], strict=True):
         common = min(theirs, ours)
         taken.append(slice((theirs - common) // 2, (theirs - common) // 2 + common))
         put.append(slice((ours - common) // 2, (ours - common) // 2 + common))
-    target[(slice(None), *put)] = image[(slice(None), *taken)]
+    target[tuple(put)] = image[tuple(taken)]
     return target
 
 
@@ -289,8 +314,7 @@ def numbers(found: Explanation, question: Question, truth: NDArray | None = None
         question: that it answers.
         truth: mask of the class in the ground truth, (*volume); without it shares refer to the result.
     """
-    head = question.head
-    result, before = found.result[head], found.presegmentation[head]
+    result = found.result
     reference = result if truth is None else truth
 
     def overlaps(mask: NDArray) -> dict[str, Any]:
@@ -309,9 +333,9 @@ def numbers(found: Explanation, question: Question, truth: NDArray | None = None
         "reference": "result" if truth is None else "truth",
         "share_of_reference": float(reference.mean()),
         "share_of_heat_in_reference": shares,
-        "nnunet": overlaps(before),
+        "nnunet": overlaps(found.presegmentation),
         "result": overlaps(result),
-        "ablations": {name: overlaps(masks[head]) for name, masks in found.ablations.items()},
+        "ablations": {name: overlaps(mask) for name, mask in found.ablations.items()},
     }
     if found.prior is not None:
         numbers["prior_branch"] = {"presence": found.prior.presence}

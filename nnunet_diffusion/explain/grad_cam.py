@@ -105,7 +105,8 @@ def evaluated(
         Inputs and output of each unit, and the class logits (1, K, *patch).
     """
     segmenter, device = process.segmenter, process.tiling.device
-    state = noisy[(slice(None), *tile)].to(device)
+    of_tile = (slice(None), *tile)
+    state = noisy[of_tile].to(device)
     with recorded(units, True) as found:
         condition = segmenter.encode(process.seen([tile]), timestep)
     with recorded(units, False) as further:

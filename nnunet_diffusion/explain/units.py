@@ -44,6 +44,11 @@ class Unit:
         """Flow, stage, and whether it is after attention."""
         return self.flow, self.stage, self.attended
 
+    @property
+    def eta(self) -> Tensor:
+        """Weight of attention in this flow (Eq. 5), of a unit after attention."""
+        return self.module.eta[self.flow.removesuffix(" flow")]  # type: ignore[index]
+
 
 def units_of(denoiser: nn.Module) -> list[Unit]:
     """Return the units of a denoiser in the order of the page: flow by flow, stage by stage.
@@ -78,7 +83,7 @@ def _of_pgdiffseg(denoiser: PGDiffSeg) -> list[Unit]:
         flows = {CONDITION: denoiser.condition_flow, **flows}
     for flow, parts in flows.items():
         for stage, part in enumerate(parts, start=1):
-            found.append(Unit(flow, stage, part.down, flow == CONDITION))  # type: ignore[arg-type, union-attr]
+            found.append(Unit(flow, stage, part.down, flow == CONDITION))  # type: ignore[arg-type]
             if str(stage) in attention:
                 found.append(Unit(flow, stage, attention[str(stage)], flow == CONDITION, True))
     units: Any = denoiser.prior.units
@@ -120,7 +125,7 @@ def ablated(denoiser: nn.Module, name: str) -> Iterator[None]:
                 location_logits=torch.zeros_like(prior.location_logits),
             )
 
-        handle = denoiser.prior.register_forward_hook(silent)  # type: ignore[union-attr, operator]
+        handle = denoiser.prior.register_forward_hook(silent)  # type: ignore[union-attr]
         try:
             yield
         finally:

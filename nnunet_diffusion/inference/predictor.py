@@ -48,7 +48,7 @@ from nnunet_diffusion.inference.request import Request
 from nnunet_diffusion.inference.staging import not_writable, staging_folders
 from nnunet_diffusion.inference.uncertainty import DEFAULT_SAMPLES, default_sampling
 from nnunet_diffusion.inference.volume_run import VolumeRun
-from nnunet_diffusion.model.drawing import NOTHING
+from nnunet_diffusion.model.drawing import LEVEL, NOTHING
 from nnunet_diffusion.model.segmenter import DiffusionSegmenter
 from nnunet_diffusion.model.settings import DiffusionSettings
 
@@ -257,6 +257,7 @@ class DiffusionPredictor(nnUNetPredictor):
                 default, in_turn = ({"samples": DEFAULT_SAMPLES} if planned.samples == 1 else {}), ()
             if "samples" in default and "samples" not in changes:
                 how = f", from T' {', '.join(map(str, in_turn))} in turn" if in_turn else ""
+                how += f", as level sets in {default['steps']} steps" if default.get("draw") == LEVEL else ""
                 print(f"Uncertainty needs several samples: {default['samples']} are drawn{how}.", flush=True)
             changes = default | changes
             starts = starts or in_turn[: changes.get("samples", planned.samples)]

@@ -156,7 +156,7 @@ class VolumeRun:
         own: Tensor | None = None
         needed = not settings.from_noise or settings.shows_presegmentation
         if settings.presegmentation_weight > 0 or (needed and settings.start_from == "presegmentor"):
-            own = self._presegment()
+            own = self.presegment()
         self._on_tiles(len(self.tiling.tiles))
         probabilities = None if own is None else own[None]
         start = self.network.own_start(self.data[None], probabilities)[0] if needed else None
@@ -169,7 +169,7 @@ class VolumeRun:
             padded[0] += 1 - padded.sum(0)
         return padded
 
-    def _presegment(self) -> Tensor:
+    def presegment(self) -> Tensor:
         """Segment the volume with nnU-Net's own sliding window. Return probabilities (K, *volume), float32."""
         if self._known is not None:
             self.presegmented = self._known

@@ -128,7 +128,8 @@ class ParameterSharedAttention(nn.Module):
             seen: as for `forward`.
         """
         key = self.key(pool_tokens(features if seen is None else seen, self.tokens))
-        query = self.query(features)[(slice(None), slice(None), *voxel)]
+        place = (slice(None), slice(None), *voxel)
+        query = self.query(features)[place]
         weights = torch.einsum("bd,bdm->bm", query, key.flatten(2)) * query.shape[1] ** -0.5
         return weights.softmax(1).reshape(len(features), *key.shape[2:])
 

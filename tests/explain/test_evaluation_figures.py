@@ -44,6 +44,9 @@ def test_a_case_names_its_slice_its_map_and_the_colours_that_are_there():
     assert uncertainty.images[0].get_clim() == (0, 1.5) and bar.get_ylabel() == "entropy (nats)"
     confused = np.where(truth & prediction, 2, prediction)
     assert legend(case_figure(None, truth, confused, None, (1, 1, 1)).axes[1]) == ["missed", "too much", "wrong class"]
+    both = case_figure(None, truth, prediction, None, (1, 1, 1), raters=[np.roll(truth, 1, 2)])
+    assert legend(both.axes[0]) == ["other raters", "truth", "prediction"]
+    assert len(both.axes[0].collections) == len(figure.axes[0].collections) + 1
 
 
 def test_an_image_has_no_slice_and_what_is_not_there_no_name():

@@ -177,7 +177,7 @@ def predictor_with(error):
     predictor.network, predictor.perform_everything_on_device = network, True
     predictor.label_manager = type("Labels", (), {"num_segmentation_heads": 2})
     predictor.configuration_manager = type("Configuration", (), {"patch_size": [4, 4], "batch_size": 1})
-    return predictor, VolumeRun(predictor, torch.zeros(1, 1, 4, 4))._presegment
+    return predictor, VolumeRun(predictor, torch.zeros(1, 1, 4, 4)).presegment
 
 
 def test_only_lack_of_memory_is_tried_again_on_the_cpu():
