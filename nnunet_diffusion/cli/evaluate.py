@@ -69,10 +69,10 @@ def _evaluate(options: argparse.Namespace, predictions: Sequence[Path], truths: 
     from nnunet_diffusion.evaluation.evaluation_files import PAGE, SUMMARY, TABLE, write_evaluation
 
     with named_for_the_user(FileNotFoundError, ValueError, OSError):
-        tasks, left_out = _tasks(options, predictions, truths)
+        tasks, left_out = tasks_of(options, predictions, truths)
         for line in left_out:
             print(f"nnunet_diffusion evaluate: {line}", file=sys.stderr)
-        evaluated = _evaluated(tasks, options.np)
+        evaluated = evaluated_by(tasks, options.np)
         folder = Path(options.o) if options.o else predictions[0] / FOLDER
         failures = {f"{name}: {case}": why for name, each in evaluated.items() for case, why in each.failures.items()}
         images = images_folder(options.images, truths)
@@ -133,7 +133,7 @@ def _classes(options: argparse.Namespace, folders: Sequence[Path]) -> tuple[Any,
     return (classes_of_labels(options.l, classes.ignore) if options.l else classes), description
 
 
-def _tasks(
+def tasks_of(
     options: argparse.Namespace, predictions: Sequence[Path], truths: Sequence[Path]
 ) -> tuple[dict[str, Any], list[str]]:
     """Return what is to be evaluated under the name of each prediction, and what is left out."""
@@ -170,7 +170,8 @@ def names_of(folders: Sequence[Path]) -> list[str]:
     ]
 
 
-def _evaluated(tasks: dict[str, Any], processes: int | None) -> dict[str, Any]:
+def evaluated_by(tasks: dict[str, Any], processes: int | None) -> dict[str, Any]:
+    """Evaluate the tasks of several predictions with a bar; `processes` None: as cores, cases and memory allow."""
     from tqdm import tqdm
 
     from nnunet_diffusion.evaluation.evaluate import evaluate, needed_bytes

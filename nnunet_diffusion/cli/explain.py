@@ -153,7 +153,7 @@ def _explain(
     import torch
 
     from nnunet_diffusion.explain.explained_cases import Request, explain_class, prepared
-    from nnunet_diffusion.explain.explanation import NothingToExplain, reverse
+    from nnunet_diffusion.explain.explanation import NothingToExplain, ablations, reverse
     from nnunet_diffusion.inference.report import foreground_names
 
     manager = predictor.label_manager
@@ -172,14 +172,16 @@ def _explain(
         try:
             case = prepared(predictor, name, files[name])
             image = None if other is None else torch.from_numpy(prepared(predictor, other, files[other]).data)
-            found = reverse(predictor, case, image)
+            found = reverse(predictor, case)
+            without = ablations(found, image)
         except FAILURES as error:
             print(f"nnunet_diffusion explain: {name}: {error}", file=sys.stderr)
             failed += 1
             continue
         for label in heads:
             try:
-                print(f"{name}, {label}: {explain_class(predictor, request, name, case, found, label)}", flush=True)
+                page = explain_class(predictor, request, name, case, found, without, label)
+                print(f"{name}, {label}: {page}", flush=True)
                 written += 1
             except NothingToExplain as nothing:
                 print(f"{name}: nothing to explain: {nothing}", flush=True)

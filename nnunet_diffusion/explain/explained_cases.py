@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from nnunet_diffusion.explain.explanation import CLASS, Explanation, Question, Reverse, explain, numbers, share_inside
 from nnunet_diffusion.explain.explanation_figure import Page, explanation_figure
@@ -52,7 +53,13 @@ def prepared(predictor: DiffusionPredictor, name: str, files: Sequence[str]) -> 
 
 
 def explain_class(
-    predictor: DiffusionPredictor, request: Request, name: str, case: PreparedCase, run: Reverse, label: str
+    predictor: DiffusionPredictor,
+    request: Request,
+    name: str,
+    case: PreparedCase,
+    run: Reverse,
+    without: Mapping[str, Tensor],
+    label: str,
 ) -> Path:
     """Explain one class of a case, and write its page, numbers and, where asked for, maps.
 
@@ -62,18 +69,20 @@ def explain_class(
         name: name of the case.
         case: the case on the network's grid.
         run: the reverse process of that case.
+        without: its `ablations`.
         label: name of the class.
 
     Returns:
         The page, a PNG.
 
     Raises:
+        MemoryError: the maps do not fit into memory.
         NothingToExplain: there is nothing of that class.
         ValueError: the truth does not fit the image, or the voxel is outside.
     """
     grid = _Grid(predictor, case)
     question = Question(request.heads[label], label, request.target, grid.voxel(request.voxel))
-    found = explain(run, question)
+    found = explain(run, question, without)
     truth = _truth(predictor, request.truths, name, case)
     mask = None if truth is None else truth[question.head]
     stem = f"{name}_{_as_file_name(label)}" + ("" if request.target == CLASS else f"_{request.target}")
@@ -205,7 +214,7 @@ def _page(name: str, question: Question, found: Explanation, truth: NDArray | No
         each == RGB for each in grid.predictor.configuration_manager.configuration["normalization_schemes"]
     )
     reference = result if truth is None else truth
-    flows, shares, attention = _flows(found, reference, planes)
+    flows, shares, attention, attention_shares = _flows(found, reference, planes)
     where = grid.name_of_plane(axis, number)
     what = (
         question.name if question.target == CLASS else f"{question.name}, where it differs from nnU-Net's segmentation"
@@ -225,6 +234,7 @@ def _page(name: str, question: Question, found: Explanation, truth: NDArray | No
         expected=float(reference.mean()),
         reference="result" if truth is None else "truth",
         attention=attention,
+        attention_shares=attention_shares,
         attention_stages=attended,
         attention_step=found.timesteps[0] + 1,
         prior=plane(found.heat[PRIOR, 1, False][-1]) if found.prior is not None else None,
@@ -235,23 +245,31 @@ def _page(name: str, question: Question, found: Explanation, truth: NDArray | No
     )
 
 
-def _flows(found: Explanation, reference: NDArray, planes: Any) -> tuple[dict, dict, dict]:
-    """Return the page's heat maps and shares of each flow, and its maps before and after attention at T'."""
+def _flows(found: Explanation, reference: NDArray, planes: Any) -> tuple[dict, dict, dict, dict]:
+    """Return the page's heat maps and shares of each flow, and those before and after attention at T'."""
+
+    def share(heat: NDArray) -> float:
+        return share_inside(heat, reference)
+
     flows: dict[str, NDArray] = {}
     shares: dict[str, NDArray] = {}
     attention: dict[str, tuple[NDArray, NDArray]] = {}
+    attention_shares: dict[str, tuple[NDArray, NDArray]] = {}
     for flow in dict.fromkeys(flow for flow, _, _ in found.heat if flow != PRIOR):
         stages = sorted({stage for name, stage, _ in found.heat if name == flow})
         last = [found.heat.get((flow, stage, True), found.heat[flow, stage, False]) for stage in stages]
         flows[flow] = np.stack([planes(maps) for maps in last])
-        shares[flow] = np.array([[share_inside(heat, reference) for heat in maps] for maps in last])
+        shares[flow] = np.array([[share(heat) for heat in maps] for maps in last])
         attended = [stage for stage in stages if (flow, stage, True) in found.heat]
         if attended:
-            pair = [
-                np.stack([planes(found.heat[flow, stage, after])[0] for stage in attended]) for after in (False, True)
-            ]
-            attention[flow] = (pair[0], pair[1])
-    return flows, shares, attention
+            pair = [[found.heat[flow, stage, after][0] for stage in attended] for after in (False, True)]
+            before, after = (np.stack([planes(heat[None])[0] for heat in maps]) for maps in pair)
+            attention[flow] = before, after
+            attention_shares[flow] = (
+                np.array([share(heat) for heat in pair[0]]),
+                np.array([share(heat) for heat in pair[1]]),
+            )
+    return flows, shares, attention, attention_shares
 
 
 def _write_maps(predictor: DiffusionPredictor, found: Explanation, folder: Path, stem: str, case: PreparedCase) -> None:

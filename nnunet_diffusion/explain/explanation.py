@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,14 +68,13 @@ class PriorBranch:
 
 @dataclass(frozen=True, eq=False)
 class Reverse:
-    """A reverse process that has been run. Masks are on the padded grid, (K, *padded volume).
+    """A reverse process that has been run, on the padded grid.
 
     Attributes:
         process: what was run.
         states: timestep and noisy state (1, K, *padded volume) before each evaluation, from T' - 1 downwards.
-        presegmentation: masks of each class in nnU-Net's segmentation.
-        result: masks of the result.
-        ablations: name -> masks of the same reverse process without that part.
+        presegmentation: nnU-Net's probabilities, (K, *padded volume).
+        result: probabilities of the result, (K, *padded volume).
         inner: part of the padded volume in which the image lies.
     """
 
@@ -83,8 +82,11 @@ class Reverse:
     states: list[tuple[int, Tensor]]
     presegmentation: Tensor
     result: Tensor
-    ablations: dict[str, Tensor]
     inner: tuple[slice, ...]
+
+    def mask(self, probabilities: Tensor, head: int) -> Tensor:
+        """Return the mask of a class, (*padded volume), in the segmentation that probabilities (K, *padded volume) give."""
+        return labels.hardened(probabilities[None].float(), self.process.segmenter.settings.regions)[0, head].bool()
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,23 +112,20 @@ class Explanation:
     ablations: Mapping[str, NDArray]
 
 
-def reverse(predictor: DiffusionPredictor, case: PreparedCase, other: Tensor | None = None) -> Reverse:
-    """Run one reverse process on a case, and again without each part of the network.
+def reverse(predictor: DiffusionPredictor, case: PreparedCase) -> Reverse:
+    """Run one reverse process on a case.
 
     Args:
         predictor: with one fold of a model; its settings decide the steps and T'. One sample is run, nothing of it is
             averaged with nnU-Net's output or mirrored.
         case: the case.
-        other: image of another case, (C, *any size), for an ablation; None: the case's own, reversed along all axes.
 
     Raises:
-        MemoryError: the maps do not fit into memory.
-        NotImplementedError: the network is unknown.
+        MemoryError: the state does not fit into memory.
         ValueError: the image, or the output of a network, is not finite.
     """
     run = VolumeRun(predictor, torch.from_numpy(case.data))
     network, settings = predictor.network, predictor.network.settings
-    _check_memory(run, len(units_of(network.denoiser)), settings.steps)
     network.to(run.device).eval()
     network.load_state_dict(predictor.list_of_parameters[0])
     with torch.inference_mode():
@@ -141,50 +140,53 @@ def reverse(predictor: DiffusionPredictor, case: PreparedCase, other: Tensor | N
         fold=int(fold) if fold.isdecimal() else 0,
         on_step=lambda timestep, noisy, clean: states.append((timestep, noisy.clone())),
     )  # fmt: skip
-    result = _masks(process.run([0])[0], settings.regions)
+    result = process.run([0])[0]
     quiet = dataclasses.replace(process, on_step=None)
-    ablations = dict(_ablations(quiet, other))
-    return Reverse(quiet, states, _masks(own, settings.regions), result, ablations, tuple(run.unpad[1:]))
+    return Reverse(quiet, states, own.float().cpu().clone(), result, tuple(run.unpad[1:]))
 
 
-def explain(run: Reverse, question: Question) -> Explanation:
+def explain(run: Reverse, question: Question, without: Mapping[str, Tensor] | None = None) -> Explanation:
     """Explain one class of a reverse process.
 
+    Args:
+        run: the reverse process.
+        question: what is asked.
+        without: what `ablations` returns; None for no ablations.
+
     Raises:
+        MemoryError: the maps do not fit into memory.
+        NotImplementedError: the network is unknown.
         NothingToExplain: there is nothing of that class.
     """
     units, head, inner = units_of(run.process.segmenter.denoiser), question.head, run.inner
-    target = target_of(run.result[head], run.presegmentation[head], question)
+    _check_memory(run, len(units))
+    result, before = run.mask(run.result, head), run.mask(run.presegmentation, head)
+    target = target_of(result, before, question)
     heat: dict[Key, list[Tensor]] = {unit.key: [] for unit in units}
     for timestep, noisy in run.states:
         for key, found in heat_maps(run.process, units, head, target, noisy, timestep).items():
             heat[key].append((found / found.max().clamp_min(1e-30)).half()[inner])
     return Explanation(
         [timestep for timestep, _ in run.states],
-        run.presegmentation[head][inner].numpy(),
-        run.result[head][inner].numpy(),
+        before[inner].numpy(),
+        result[inner].numpy(),
         {key: torch.stack(maps).float().numpy() for key, maps in heat.items()},
         prior_branch(run.process, head, inner),
         _rows(run, units, question),
-        {name: masks[head][inner].numpy() for name, masks in run.ablations.items()},
+        {name: run.mask(found, head)[inner].numpy() for name, found in (without or {}).items()},
     )
 
 
-def _check_memory(run: VolumeRun, units: int, steps: int) -> None:
-    voxels = run.data[0].numel()
-    heads = run.network.denoiser.state_channels
-    # maps of all units in half precision at all steps, then once more as float32; states; what one step needs
-    needed = voxels * (units * steps * (2 + 4) + heads * steps * 4 + units * 8 + 16 * heads)
+def _check_memory(run: Reverse, units: int) -> None:
+    steps = len(run.states)
+    # maps of all units in half precision at all steps, then once more as float32; those of one step, and its gradients
+    needed = run.process.total_weight.numel() * (units * steps * (2 + 4) + units * 8)
     free = free_bytes(torch.device("cpu"))
     if needed > free:
         raise MemoryError(
             f"the maps of {units} units at {steps} steps need {readable_size(needed)} of memory, but {readable_size(free)} are "
             "free: give fewer --steps, or crop the image"
         )
-
-
-def _masks(probabilities: Tensor, regions: bool) -> Tensor:
-    return labels.hardened(probabilities[None].float(), regions)[0].cpu().bool()
 
 
 def target_of(result: Tensor, before: Tensor, question: Question) -> Tensor:
@@ -270,8 +272,14 @@ def _distance(tile: Tile, voxel: Sequence[int]) -> float:
     return math.dist([(part.start + part.stop - 1) / 2 for part in parts], voxel)
 
 
-def _ablations(process: VolumeProcess, other: Tensor | None) -> Iterator[tuple[str, Tensor]]:
-    """Yield the masks of the same reverse process without each part in turn."""
+def ablations(run: Reverse, other: Tensor | None = None) -> dict[str, Tensor]:
+    """Run the same reverse process without each part in turn. Return name -> probabilities (K, *padded volume).
+
+    Args:
+        run: the reverse process.
+        other: image of another case, (C, *any size), which takes the place of this one; None: its own, reversed along all axes.
+    """
+    process = run.process
     segmenter, settings = process.segmenter, process.segmenter.settings
     image = (
         process.image.flip(list(range(1, process.image.ndim))) if other is None else fitted(other, process.image.shape)
@@ -283,9 +291,11 @@ def _ablations(process: VolumeProcess, other: Tensor | None) -> Iterator[tuple[s
     if not settings.is_hidiff and settings.max_train_step == settings.timesteps and not settings.shows_presegmentation:
         noise = {"from_noise": True, "start_step": settings.timesteps}
         changes[FROM_NOISE] = dataclasses.replace(process, presegmentation=None), contextlib.nullcontext(), noise
+    found = {}
     for name, (changed, context, further) in changes.items():
         with context, segmenter.overridden(**further):
-            yield name, _masks(changed.run([0])[0], settings.regions)
+            found[name] = changed.run([0])[0]
+    return found
 
 
 def fitted(image: Tensor, shape: Sequence[int]) -> Tensor:

@@ -1,45 +1,51 @@
 """Figure of one explained case: Grad-CAM heat maps by stage and noising step (PGDiffSeg Fig. 6, 7 and 8).
 
-The page consists of blocks (case, prior branch, each flow, attention), each with a heading and rows of panels. They are placed
-in the order of reading, beside or below each other, so that little of the page stays empty. All lengths are in inches, from
-the top left corner; sizes of text are in points.
+The page consists of blocks: case, prior branch, each flow, attention. All lengths are in inches.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
-from matplotlib.patheffects import withStroke
-from matplotlib.textpath import TextPath
+from matplotlib.patheffects import AbstractPathEffect, withStroke
 from numpy.typing import NDArray
 
-DPI = 180
+from nnunet_diffusion.explain.panel_blocks import (
+    GAP,
+    TEXT_SIZE,
+    TITLE_SIZE,
+    Block,
+    Panel,
+    Paper,
+    Row,
+    draw_blocks,
+    laid_out,
+    text_height,
+    text_width,
+    wrap,
+)
+
 PANEL_INCHES = 1.2  # side of a square panel; others have the same area
 LONGEST = 3.0  # ratio of the sides of a panel; a longer image leaves a margin in its panel
-CASE_SCALES = (1.0, 1.25, 1.5, 1.75, 2.0)  # panels of case and prior branch are larger, if the page is emptier otherwise
-MARGIN, GAP, BLOCK_GAP = 0.2, 0.07, 0.3  # around the page, between panels, between blocks
+CASE_SCALE = 1.75  # of the panels of case and prior branch
+MARGIN = 0.2  # around the page
 KEY_INCHES = 2.8  # width of legend and explanations beside the image
-LEAST_HEADING = 2.0  # width at which headings are broken, unless their block is wider
-WIDEST = 21.0  # of the page, unless one block is wider
-TITLE_SIZE, HEADING_SIZE, TEXT_SIZE = 13.0, 11.0, 9.0
-LINE = 1.3  # height of a line divided by the size of its text
-VOXEL_COLUMNS = 6  # most maps of the named voxel in a row
+WIDEST = 16.0  # of the page, unless a block is wider
+VOXEL_COLUMNS = 8  # most maps of the named voxel in a row
 
-STYLES: dict[str, tuple[str, str | tuple[float, tuple[float, ...]]]] = {
+STYLES: dict[str, tuple[str, Literal["solid"] | tuple[float, tuple[float, ...]]]] = {
     "nnU-Net": ("#e69f00", (0, (3.5, 1.5))),
-    "truth": ("#ffffff", (0, (1.0, 1.0))),
+    "truth": ("#ffffff", (0, (1.2, 1.2))),
     "result": ("#56b4e9", "solid"),
 }
 """Colour and line style of the contour of each mask. Blue is neither in the image nor in the colours of heat."""
@@ -48,6 +54,9 @@ HEAT = (
     "each map has its own scale, from none to its largest."
 )
 NO_HEAT = "no heat"
+BAR_INCHES = 2.6  # width of the scale of heat at the foot, with its texts
+BAR_GREY = 0.35  # behind that scale, since its low end is transparent
+PROBABILITY = "viridis"
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +78,7 @@ class Page:
         reference: "truth" or "result", the mask that the shares refer to.
         attention: name of each flow -> (before, after), each (stages, H, W): heat before and after parameter-shared attention
             at `attention_step`; empty if the network has none.
+        attention_shares: name of each of these flows -> (before, after), each (stages,): shares as above.
         attention_stages: their numbers, from 1.
         attention_step: noising step T.
         prior: heat (H, W) of the prior branch's last layer, or None.
@@ -90,6 +100,7 @@ class Page:
     expected: float
     reference: str
     attention: Mapping[str, tuple[NDArray, NDArray]]
+    attention_shares: Mapping[str, tuple[NDArray, NDArray]]
     attention_stages: Sequence[int]
     attention_step: int
     prior: NDArray | None
@@ -113,15 +124,15 @@ def explanation_figure(page: Page, paths: Sequence[str | Path]) -> Figure:
         ValueError: the shapes of the page contradict each other.
     """
     _check(page)
-    layout = min(_layouts(page), key=lambda each: each.badness)
-    title = _wrap(page.title, layout.width, TITLE_SIZE, "bold")
-    foot = _wrap(HEAT, layout.width - BAR_INCHES)
-    top = MARGIN + _text_height(title, TITLE_SIZE) + GAP
+    page = replace(page, image=_normalised(page.image))
+    layout = laid_out(_blocks(page), _panel_inches(page), WIDEST)
+    title = wrap(page.title, layout.width, TITLE_SIZE, "bold")
+    foot = wrap(HEAT, layout.width - BAR_INCHES)
+    top = MARGIN + text_height(title, TITLE_SIZE) + GAP
     bottom = top + layout.height + GAP
-    paper = _Paper(layout.width + 2 * MARGIN, bottom + _text_height(foot) + MARGIN)
+    paper = Paper(layout.width + 2 * MARGIN, bottom + text_height(foot) + MARGIN)
     paper.write(MARGIN, MARGIN, title, TITLE_SIZE, weight="bold")
-    for block, sizes, (right, down) in zip(layout.blocks, layout.sizes, layout.places, strict=True):
-        _draw_block(paper, page, block, sizes, MARGIN + right, top + down)
+    draw_blocks(paper, layout, MARGIN, top, lambda axes, panel, scale: _draw_panel(axes, page, panel, scale))
     _draw_foot(paper, foot, bottom)
     for path in paths:
         paper.figure.savefig(path)
@@ -146,6 +157,8 @@ def _check(page: Page) -> None:
     for name, maps in page.attention.items():
         for when, heat in zip(("before", "after"), maps, strict=True):
             _check_shape(f"attention[{name!r}], {when},", heat, (len(page.attention_stages) or "stages", *plane))
+        for shares in page.attention_shares[name]:
+            _check_shape(f"attention_shares[{name!r}]", shares, (len(page.attention_stages),))
     for title, attention in page.rows.items():
         _check_shape(f"rows[{title!r}]", attention, plane)
     if page.voxel is not None and not all(0 <= place < size for place, size in zip(page.voxel, plane, strict=True)):
@@ -157,8 +170,7 @@ def _check_shape(field: str, array: NDArray | None, expected: Sequence[int | str
     if array is None:
         return
     if len(array.shape) != len(expected) or not all(
-        size == right if isinstance(right, int) else size > 0
-        for size, right in zip(array.shape, expected, strict=True)
+        size == right if isinstance(right, int) else size > 0 for size, right in zip(array.shape, expected, strict=True)
     ):
         raise ValueError(f"{field} has shape {array.shape}: expected ({', '.join(map(str, expected))})")
 
@@ -166,42 +178,8 @@ def _check_shape(field: str, array: NDArray | None, expected: Sequence[int | str
 # What the blocks contain
 
 
-@dataclass(frozen=True, eq=False)
-class _Panel:
-    """The image with a map over it, and contours; the image has its colours only without a map."""
-
-    title: str = ""
-    below: str = ""
-    heat: NDArray | None = None
-    probability: NDArray | None = None
-    contours: Sequence[str] = ("result",)
-    cross: bool = False
-
-
-_Row = tuple[str, Sequence[_Panel]]  # label, panels
-
-
-@dataclass(frozen=True, eq=False)
-class _Block:
-    """Heading and rows of panels.
-
-    Attributes:
-        heading: of the block.
-        rows: label and panels of each.
-        scale: of the panels.
-        beside: width and least height of what is drawn at the right of the first row.
-        draw_beside: draws it, given left and top of the place, and the height of the panels.
-    """
-
-    heading: str
-    rows: Sequence[_Row]
-    scale: float = 1.0
-    beside: tuple[float, float] = (0.0, 0.0)
-    draw_beside: Callable[[_Paper, float, float, float], None] = lambda paper, left, top, height: None
-
-
-def _blocks(page: Page, case_scale: float) -> list[_Block]:
-    blocks = [_case(page, case_scale), *_prior(page, case_scale), *(_flow(page, name) for name in page.flows)]
+def _blocks(page: Page) -> list[Block]:
+    blocks = [_case(page), *_prior(page), *(_flow(page, name) for name in page.flows)]
     if page.attention:
         blocks.append(_attention(page))
     if page.rows:
@@ -209,30 +187,37 @@ def _blocks(page: Page, case_scale: float) -> list[_Block]:
     return blocks
 
 
-def _case(page: Page, scale: float) -> _Block:
-    masks = {"nnU-Net": page.presegmentation, "truth": page.truth, "result": page.result}
-    handles = _legend(page, masks)
+def _case(page: Page) -> Block:
+    handles = _legend(page)
     legend_height = len(handles) * 1.5 * TEXT_SIZE / 72 + GAP
-    notes = "\n".join(_wrap(note, KEY_INCHES) for note in _notes(page))
+    notes = [wrap(note, KEY_INCHES) for note in _notes(page)]
+    key_height = legend_height + sum(text_height(note) + GAP for note in notes)
 
-    def key(paper: _Paper, left: float, top: float, height: float) -> None:
+    def key(paper: Paper, left: float, top: float, _: float) -> None:
         axes = paper.axes(left + GAP, top, KEY_INCHES, legend_height)
         axes.set_axis_off()
         axes.legend(
             handles=handles, loc="upper left", bbox_to_anchor=(0, 1), borderaxespad=0, borderpad=0, frameon=False,
             fontsize=TEXT_SIZE, handlelength=2.6, labelspacing=0.35,
         )  # fmt: skip
-        paper.write(left + GAP, top + legend_height, notes)
+        top += legend_height
+        for note in notes:
+            paper.write(left + GAP, top, note)
+            top += text_height(note) + GAP
 
-    panels = [_Panel("image", contours=()), _Panel("image with contours", contours=tuple(STYLES), cross=True)]
-    return _Block("Case", [("", panels)], scale, (KEY_INCHES + GAP, legend_height + _text_height(notes)), key)
+    image, contours = Panel("image", contours=()), Panel("contours", contours=tuple(reversed(STYLES)), cross=True)
+    return Block("Case", [("", [image, contours])], CASE_SCALE, (KEY_INCHES + GAP, key_height), key)
 
 
-def _legend(page: Page, masks: Mapping[str, NDArray | None]) -> list[Line2D]:
+def _masks(page: Page) -> dict[str, NDArray | None]:
+    return {"nnU-Net": page.presegmentation, "truth": page.truth, "result": page.result}
+
+
+def _legend(page: Page) -> list[Line2D]:
     texts = {"nnU-Net": "nnU-Net's segmentation", "truth": "truth", "result": "result of the reverse process"}
     handles = []
     for name, (colour, style) in STYLES.items():
-        mask = masks[name]
+        mask = _masks(page)[name]
         if mask is not None:
             text = texts[name] if mask.any() else f"{texts[name]}: empty here"
             line = Line2D([], [], color=colour, linestyle=style, linewidth=1.8, path_effects=_edge(3.2), label=text)
@@ -249,23 +234,25 @@ def _notes(page: Page) -> list[str]:
         chance = f"; {_percent(page.expected)} would be chance" if math.isfinite(page.expected) else ""
         notes.append(f"% below a map: share of the heat inside the {page.reference}{chance}.")
         onwards = " and goes on from left to right" if len(page.steps) > 1 else ""
-        notes.append(f"T: noising steps in the input; the reverse process starts at T = {page.steps[0]}{onwards}.")
+        notes.append(f"T: noising steps of the input; the reverse process starts at T = {page.steps[0]}{onwards}.")
     if page.flows or page.attention:
-        notes.append("stage: part of the network that works at one resolution.")
+        notes.append("stage: part of the network that works at one resolution, in the order of computing.")
+    if page.presence is not None and page.prior is None and page.location is None:
+        notes.append(f"Prior branch: {_presence(page.presence)}.")
     return notes
 
 
-def _prior(page: Page, scale: float) -> list[_Block]:
+def _prior(page: Page) -> list[Block]:
     heading = "Prior branch"
     if page.presence is not None:
-        heading += f": class present with probability {page.presence:.2f}"
+        heading += f": {_presence(page.presence)}"
     panels = [] if page.prior is None else [_heated("what the prior branch looked at", page.prior)]
     if page.location is not None:
-        panels.append(_Panel("probability of the location", probability=page.location))
-    if not panels and page.presence is None:
+        panels.append(Panel("probability of the location", probability=page.location))
+    if not panels:
         return []
 
-    def bar(paper: _Paper, left: float, top: float, height: float) -> None:
+    def bar(paper: Paper, left: float, top: float, height: float) -> None:
         if page.location is not None:
             axes = paper.axes(left, top, 0.1, height)
             axes.imshow(
@@ -275,43 +262,54 @@ def _prior(page: Page, scale: float) -> list[_Block]:
             axes.set_yticks([0, 0.5, 1], ["0", "0.5", "1"])
             axes.tick_params(labelsize=TEXT_SIZE - 1, length=2, pad=2)
 
-    return [_Block(heading, [("", panels)], scale, (0.4 if page.location is not None else 0.0, 0.0), bar)]
+    return [Block(heading, [("", panels)], CASE_SCALE, (0.4 if page.location is not None else 0.0, 0.0), bar)]
 
 
-def _flow(page: Page, name: str) -> _Block:
+def _presence(probability: float) -> str:
+    return f"class present with probability {probability:.2f}"
+
+
+def _flow(page: Page, name: str) -> Block:
     rows = []
     for stage, (heat, shares) in enumerate(zip(page.flows[name], page.shares[name], strict=True), 1):
         panels = [
-            _Panel(f"T = {step}", NO_HEAT if math.isnan(share) else _percent(share), each)
+            Panel(f"T = {step}", _share(share), each)
             for step, each, share in zip(page.steps, heat, shares, strict=True)
         ]
         rows.append((f"stage {stage}", panels))
-    return _Block(name[:1].upper() + name[1:], _titles_once(rows))
+    return Block(name[:1].upper() + name[1:], _titles_once(rows))
 
 
-def _attention(page: Page) -> _Block:
-    rows = []
+def _attention(page: Page) -> Block:
+    """Return two rows for each flow, and a column for each stage."""
+    rows: list[Row] = []
     for name, maps in page.attention.items():
-        for when, heat in zip(("before", "after"), maps, strict=True):
-            stages = zip(page.attention_stages, heat, strict=True)
-            rows.append((f"{name}\n{when} PSA", [_heated(f"stage {stage}", each) for stage, each in stages]))
+        for when, heat, shares in zip(("before", "after"), maps, page.attention_shares[name], strict=True):
+            stages = zip(page.attention_stages, heat, shares, strict=True)
+            rows.append(
+                (f"{name}\n{when} PSA", [Panel(f"stage {stage}", _share(share), each) for stage, each, share in stages])
+            )
     heading = f"Before and after parameter-shared attention (PSA), at T = {page.attention_step}"
-    return _Block(heading, _titles_once(rows))
+    return Block(heading, _titles_once(rows))
 
 
-def _voxel(page: Page) -> _Block:
+def _voxel(page: Page) -> Block:
     panels = [replace(_heated(title, each, "no attention"), cross=True) for title, each in page.rows.items()]
     columns = math.ceil(len(panels) / math.ceil(len(panels) / VOXEL_COLUMNS))
     rows = [("", panels[start : start + columns]) for start in range(0, len(panels), columns)]
-    return _Block("Attention of the named voxel: the places whose features it takes over", rows)
+    return Block("Attention of the named voxel (+): where it takes features from", rows)
 
 
-def _heated(title: str, heat: NDArray, nothing: str = NO_HEAT) -> _Panel:
-    return _Panel(title, "" if (heat > 0).any() else nothing, heat)
+def _heated(title: str, heat: NDArray, nothing: str = NO_HEAT) -> Panel:
+    return Panel(title, "" if (heat > 0).any() else nothing, heat)
 
 
-def _titles_once(rows: Sequence[_Row]) -> list[_Row]:
+def _titles_once(rows: Sequence[Row]) -> list[Row]:
     return [rows[0], *((label, [replace(panel, title="") for panel in panels]) for label, panels in rows[1:])]
+
+
+def _share(share: float) -> str:
+    return NO_HEAT if math.isnan(share) else _percent(share)
 
 
 def _percent(share: float) -> str:
@@ -320,85 +318,7 @@ def _percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
 
-# Where the blocks are
-
-
-@dataclass(frozen=True)
-class _Sizes:
-    """Sizes of a block.
-
-    Attributes:
-        heading: broken into lines.
-        label: width of the labels of the rows.
-        panel: width and height of a panel.
-        rows: height of the titles, and of the texts below the panels, of each row.
-        width: of the whole block.
-        height: of the whole block.
-    """
-
-    heading: str
-    label: float
-    panel: tuple[float, float]
-    rows: Sequence[tuple[float, float]]
-    width: float
-    height: float
-
-
-@dataclass(frozen=True, eq=False)
-class _Layout:
-    """Blocks, their sizes, and the place of the top left corner of each: distance from the left and from the top."""
-
-    blocks: Sequence[_Block]
-    sizes: Sequence[_Sizes]
-    places: Sequence[tuple[float, float]]
-
-    @property
-    def width(self) -> float:
-        return max(left + size.width for (left, _), size in zip(self.places, self.sizes, strict=True))
-
-    @property
-    def height(self) -> float:
-        return max(top + size.height for (_, top), size in zip(self.places, self.sizes, strict=True))
-
-    @property
-    def badness(self) -> float:
-        """Share of the page that is empty, and a smaller part for pages that are far from square."""
-        used = sum((size.width + BLOCK_GAP) * (size.height + BLOCK_GAP) for size in self.sizes)
-        page = (self.width + BLOCK_GAP) * (self.height + BLOCK_GAP)
-        return 1 - used / page + 0.1 * abs(math.log(self.width / self.height))
-
-
-def _layouts(page: Page) -> list[_Layout]:
-    panel = _panel_inches(page)
-    layouts = []
-    for scale in CASE_SCALES:
-        blocks = _blocks(page, scale)
-        sizes = [_sizes(block, panel) for block in blocks]
-        widest = max(size.width for size in sizes)
-        ends = [0.0]
-        for size in sizes:
-            ends.append(ends[-1] + size.width + BLOCK_GAP)
-        lines = {end - start - BLOCK_GAP for start in ends for end in ends}  # widths of some blocks beside each other
-        for width in {widest, *(line for line in lines if widest < line <= WIDEST)}:
-            layouts.append(_Layout(blocks, sizes, _places(sizes, width + 1e-6)))
-    return layouts
-
-
-def _places(sizes: Sequence[_Sizes], page_width: float) -> list[tuple[float, float]]:
-    """Place each block below the last one if the strip is high enough, else beside it, else in a new strip."""
-    places: list[tuple[float, float]] = []
-    strip_top = strip_bottom = left = right = top = 0.0  # the next block's place is (left, top), or beyond right
-    for size in sizes:
-        fits_below = top + size.height <= strip_bottom and left + size.width <= page_width
-        if places and not fits_below:
-            left, top = right + BLOCK_GAP, strip_top
-            if left + size.width > page_width:
-                left = right = 0.0
-                strip_top = top = strip_bottom + BLOCK_GAP
-        places.append((left, top))
-        right, strip_bottom = max(right, left + size.width), max(strip_bottom, top + size.height)
-        top += size.height + BLOCK_GAP
-    return places
+# How they are drawn
 
 
 def _panel_inches(page: Page) -> tuple[float, float]:
@@ -408,104 +328,56 @@ def _panel_inches(page: Page) -> tuple[float, float]:
     return PANEL_INCHES / ratio, PANEL_INCHES * ratio
 
 
-def _sizes(block: _Block, panel: tuple[float, float]) -> _Sizes:
-    width, height = (block.scale * side for side in panel)
-    label = max(_text_width(text) for text, _ in block.rows)
-    label += GAP if label else 0.0
-    rows = [
-        (
-            max((_text_height(_wrap(each.title, width)) for each in panels), default=0.0),
-            max((_text_height(each.below) for each in panels), default=0.0),
-        )
-        for _, panels in block.rows
-    ]
-    across = label + max(len(panels) for _, panels in block.rows) * (width + GAP) + block.beside[0]
-    down = sum(above + height + below + GAP for above, below in rows) if block.rows[0][1] else 0.0
-    down = max(down, rows[0][0] + block.beside[1])
-    heading = _wrap(block.heading, max(across, LEAST_HEADING), HEADING_SIZE, "bold")
-    return _Sizes(
-        heading, label, (width, height), rows, max(across, _text_width(heading, HEADING_SIZE, "bold")),
-        _text_height(heading, HEADING_SIZE) + down,
-    )  # fmt: skip
-
-
-def _text_height(text: str, size: float = TEXT_SIZE) -> float:
-    return (text.count("\n") + 1) * LINE * size / 72 if text else 0.0
-
-
-@cache
-def _text_width(text: str, size: float = TEXT_SIZE, weight: str = "normal") -> float:
-    font = FontProperties(size=size, weight=weight)
-    widths = [TextPath((0, 0), line, prop=font).get_extents().x1 for line in text.split("\n") if line.strip()]
-    return 1.04 * max(widths, default=0.0) / 72  # hinted letters are a little wider than their outlines
-
-
-@cache
-def _wrap(text: str, width: float, size: float = TEXT_SIZE, weight: str = "normal") -> str:
-    """Break a text into lines of at most this width; a single word may be longer."""
-    lines: list[str] = []
-    for word in text.split(" "):
-        if lines and _text_width(f"{lines[-1]} {word}", size, weight) <= width:
-            lines[-1] += f" {word}"
-        else:
-            lines.append(word)
-    return "\n".join(lines)
-
-
-# How they are drawn
-
-
-class _Paper:
-    """A figure on which things are placed by their distance from the left and from the top."""
-
-    def __init__(self, width: float, height: float) -> None:
-        self.width, self.height = width, height
-        self.figure = Figure(figsize=(width, height), dpi=DPI)
-        FigureCanvasAgg(self.figure)
-
-    def axes(self, left: float, top: float, width: float, height: float) -> Axes:
-        box = (left / self.width, 1 - (top + height) / self.height, width / self.width, height / self.height)
-        axes = self.figure.add_axes(box)
-        axes.set(xticks=[], yticks=[])
-        return axes
-
-    def write(self, left: float, top: float, text: str, size: float = TEXT_SIZE, **options: Any) -> None:
-        options = {"va": "top", "linespacing": 1.15, "fontsize": size, **options}
-        self.figure.text(left / self.width, 1 - top / self.height, text, **options)
-
-
-def _draw_block(paper: _Paper, page: Page, block: _Block, sizes: _Sizes, left: float, top: float) -> None:
-    paper.write(left, top, sizes.heading, HEADING_SIZE, weight="bold")
-    top += _text_height(sizes.heading, HEADING_SIZE)
-    width, height = sizes.panel
-    block.draw_beside(paper, left + sizes.label + len(block.rows[0][1]) * (width + GAP), top + sizes.rows[0][0], height)
-    for (label, panels), (above, below) in zip(block.rows, sizes.rows, strict=True):
-        top += above
-        paper.write(left, top + height / 2, label, va="center")
-        for column, panel in enumerate(panels):
-            place = left + sizes.label + column * (width + GAP)
-            title = _wrap(panel.title, width)
-            paper.write(place + width / 2, top - 0.03, title, va="bottom", ha="center")
-            _draw_panel(paper.axes(place, top, width, height), page, panel, block.scale)
-            paper.write(place + width / 2, top + height + 0.02, panel.below, ha="center")
-        top += height + below + GAP
-
-
-def _draw_panel(axes: Axes, page: Page, panel: _Panel, scale: float) -> None:
+def _draw_panel(axes: Axes, page: Page, panel: Panel, scale: float) -> None:
     mapped = panel.heat is not None or panel.probability is not None
-    axes.imshow(_grey(page.image) if mapped else _shown(page.image), cmap="gray", vmin=0, vmax=1, aspect=page.aspect)
+    image = page.image.mean(-1) if mapped and page.image.ndim == 3 else page.image
+    axes.imshow(image, cmap="gray", vmin=0, vmax=1, aspect=page.aspect)
     if panel.heat is not None:
         largest = float(panel.heat.max(where=np.isfinite(panel.heat), initial=0))
-        axes.imshow(panel.heat, cmap=heat_colours(), vmin=0, vmax=largest or 1.0, aspect=page.aspect)
+        axes.imshow(panel.heat, cmap=_heat_colours(), vmin=0, vmax=largest or 1.0, aspect=page.aspect)
     if panel.probability is not None:
         axes.imshow(panel.probability, cmap=PROBABILITY, vmin=0, vmax=1, aspect=page.aspect)
-    masks = {"nnU-Net": page.presegmentation, "truth": page.truth, "result": page.result}
+    masks = _masks(page)
     for name in panel.contours:
         mask, (colour, style) = masks[name], STYLES[name]
         if mask is not None and mask.any() and not mask.all():
-            width = 0.9 * scale
+            width = 0.4 + 0.7 * scale
             drawn = axes.contour(mask, levels=[0.5], colors=[colour], linewidths=width, linestyles=[style])
-            drawn.set_path_effects(_edge(width + 0.8))
+            drawn.set_path_effects(_edge(width + 0.7))
     if panel.cross and page.voxel is not None:
         axes.add_line(_cross(page.voxel))
     axes.spines[:].set_visible(False)
+
+
+def _draw_foot(paper: Paper, text: str, top: float) -> None:
+    paper.write(MARGIN, top, "none")
+    left = MARGIN + text_width("none") + GAP
+    width = BAR_INCHES - 4 * GAP - text_width("none") - text_width("largest")
+    axes = paper.axes(left, top + 0.02, width, 0.12)
+    axes.set_facecolor(str(BAR_GREY))
+    axes.imshow(np.linspace(0, 1, 256)[None], cmap=_heat_colours(), aspect="auto")
+    axes.spines[:].set_visible(False)
+    paper.write(left + width + GAP, top, "largest")
+    paper.write(MARGIN + BAR_INCHES, top, text)
+
+
+def _normalised(image: NDArray) -> NDArray[np.float64]:
+    low, high = np.nanpercentile(image, (1, 99))
+    return ((image - low) / max(high - low, 1e-6)).clip(0, 1)
+
+
+def _heat_colours() -> ListedColormap:
+    colours = colormaps["plasma"](np.linspace(0, 1, 256))
+    colours[:, 3] = np.linspace(0, 1.6, 256).clip(max=0.8)  # opacity: from 0, full from half of the scale
+    return ListedColormap(colours)
+
+
+def _edge(width: float) -> list[AbstractPathEffect]:
+    return [withStroke(linewidth=width, foreground="black")]
+
+
+def _cross(voxel: tuple[int, int], label: str = "") -> Line2D:
+    return Line2D(
+        [voxel[1]], [voxel[0]], marker="+", color="white", linestyle="", markersize=8, markeredgewidth=1.2,
+        path_effects=_edge(2.6), zorder=10, label=label,
+    )  # fmt: skip

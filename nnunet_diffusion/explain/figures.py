@@ -99,7 +99,7 @@ def report_figure(rows: Sequence[ReportRow], path: str | Path) -> None:
         ValueError: `rows` is empty, the processes differ in length, or the arrays of a row or the states of a process are
             not 2D of one shape.
     """
-    _check_rows(rows)
+    check_rows(rows)
     steps = len(rows[0].panels)
     columns = 5 + steps
     width, height = _figure_inches(rows, columns)
@@ -112,9 +112,9 @@ def report_figure(rows: Sequence[ReportRow], path: str | Path) -> None:
     same_timesteps = len({tuple(title for title, _ in row.panels) for row in rows}) == 1
     for index, row in enumerate(rows):
         axes = [figure.add_subplot(grid[index, column]) for column in range(columns)]
-        _draw_row(axes, row)
-        _write_titles(axes, row, all_columns=index == 0, timesteps=index == 0 or not same_timesteps)
-    _add_legends(figure, width, height, wrong_class=any(_classes_confused(row) for row in rows))
+        draw_row(axes, row)
+        write_titles(axes, row, all_columns=index == 0, timesteps=index == 0 or not same_timesteps)
+    add_legends(figure, width, height, wrong_class=any(classes_confused(row) for row in rows))
     figure.savefig(path)
 
 
@@ -140,7 +140,8 @@ def curves_figure(curves: Mapping[str, Sequence[float]], path: str | Path) -> No
     figure.savefig(path)
 
 
-def _check_rows(rows: Sequence[ReportRow]) -> None:
+def check_rows(rows: Sequence[ReportRow]) -> None:
+    """Raise ValueError if there is no row, processes differ in length, or arrays are not 2D of one shape."""
     if not rows:
         raise ValueError("rows is empty: give at least one case")
     if len({len(row.panels) for row in rows}) > 1:
@@ -163,13 +164,14 @@ def _figure_inches(rows: Sequence[ReportRow], columns: int) -> tuple[float, floa
     return width, panels + 0.25 * (len(rows) - 1) + 0.92
 
 
-def _draw_row(axes: Sequence[Axes], row: ReportRow) -> None:
+def draw_row(axes: Sequence[Axes], row: ReportRow) -> None:
+    """Draw image, truth, nnU-Net, states, result and errors, one in each panel."""
     steps = len(row.panels)
     # Clip the intensities at the 0.5th and 99.5th percentile, so that single bright voxels do not darken the rest.
     low, high = np.nanpercentile(row.image, [0.5, 99.5])
     axes[0].imshow(row.image, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), interpolation="nearest")
     for axis, labels in ((axes[1], row.truth), (axes[2], row.nnunet), (axes[3 + steps], row.result)):
-        _show_labels(axis, labels)
+        show_labels(axis, labels)
     for axis, (_, state) in zip(axes[3:], row.panels, strict=False):
         axis.imshow(state, cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
     axes[4 + steps].imshow(error_map(row.result, row.truth), interpolation="nearest")
@@ -181,7 +183,8 @@ def _draw_row(axes: Sequence[Axes], row: ReportRow) -> None:
         axis.spines[:].set_visible(False)
 
 
-def _show_labels(axis: Axes, labels: NDArray) -> None:
+def show_labels(axis: Axes, labels: NDArray) -> None:
+    """Draw a label map (H, W) in LABEL_COLOURS."""
     # Labels beyond the list reuse its colours, except the background's.
     index = np.where(labels > 0, (labels - 1) % (len(LABEL_COLOURS) - 1) + 1, 0)
     axis.imshow(
@@ -196,11 +199,13 @@ def _agreement(labels: NDArray, truth: NDArray) -> str:
     return f"Dice {np.mean([dice(labels == label, truth == label) for label in classes]):.3f}"
 
 
-def _classes_confused(row: ReportRow) -> bool:
+def classes_confused(row: ReportRow) -> bool:
+    """Whether the result has another foreground class than the truth somewhere."""
     return bool(np.any((row.result != row.truth) & (row.result > 0) & (row.truth > 0)))
 
 
-def _write_titles(axes: Sequence[Axes], row: ReportRow, *, all_columns: bool, timesteps: bool) -> None:
+def write_titles(axes: Sequence[Axes], row: ReportRow, *, all_columns: bool, timesteps: bool) -> None:
+    """Write the titles of the panels of a row: those of the states, those of the other columns."""
     titles = {3 + index: title for index, (title, _) in enumerate(row.panels)} if timesteps else {}
     if all_columns:
         titles |= {0: "Image", 1: "Truth", 2: "nnU-Net", len(axes) - 2: "Result", len(axes) - 1: "Errors"}
@@ -208,7 +213,8 @@ def _write_titles(axes: Sequence[Axes], row: ReportRow, *, all_columns: bool, ti
         axes[column].set_title(title, fontsize=8, pad=3)
 
 
-def _add_legends(figure: Figure, width: float, height: float, *, wrong_class: bool) -> None:
+def add_legends(figure: Figure, width: float, height: float, *, wrong_class: bool) -> None:
+    """Draw the legend of the errors and the scale of the states at the foot of a figure; its size is in inches."""
     shown = [name for name in ERROR_COLOURS if name != "background" and (wrong_class or name != "wrong class")]
     patches = [
         Patch(facecolor="#{:02x}{:02x}{:02x}".format(*ERROR_COLOURS[name]), edgecolor="0.6", linewidth=0.5, label=name)

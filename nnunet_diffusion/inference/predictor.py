@@ -482,6 +482,7 @@ class DiffusionPredictor(nnUNetPredictor):
 
     @property
     def managers(self) -> Managers:
+        """Plans, configuration and dataset.json of the model."""
         return self.plans_manager, self.configuration_manager, self.dataset_json
 
     def _run_cases(
@@ -498,9 +499,7 @@ class DiffusionPredictor(nnUNetPredictor):
             return self._predict_case(case, prepared, save_probabilities)
 
         try:
-            return run_cases(
-                cases, predict, self.managers, save_probabilities, preparing, writing, self.progress.count
-            )
+            return run_cases(cases, predict, self.managers, save_probabilities, preparing, writing, self.progress.count)
         finally:
             self.progress.close()
 

@@ -26,6 +26,7 @@ from nnunet_diffusion.explain.explanation import (
     NothingToExplain,
     Question,
     Reverse,
+    ablations,
     explain,
     reverse,
     share_inside,
@@ -58,15 +59,15 @@ def main() -> None:
     for number_of_case, case in enumerate(shown):
         other = torch.from_numpy(shown[number_of_case - 1].image)
         try:
-            run = reverse(predictor, PreparedCase(case.image, {}, None), other)
-            found.append((explain(run, question), case.truth == options.head))
+            run = reverse(predictor, PreparedCase(case.image, {}, None))
+            found.append((explain(run, question, ablations(run, other)), case.truth == options.head))
         except NothingToExplain:
             continue
         correlations.append(shuffled(run, question, found[-1][0], predictor))
     print(
         f"{len(found)} cases of {len(shown)} with the class have a result; weights of attention: {weights(predictor)}"
     )
-    print(f"\n{shares(found)}\n{attention(found)}\n{ablations(found)}\n{sanity(correlations)}")
+    print(f"\n{shares(found)}\n{attention(found)}\n{without_parts(found)}\n{sanity(correlations)}")
 
 
 def weights(predictor: Any) -> str:
@@ -129,7 +130,7 @@ def attention(found: list[tuple[Explanation, NDArray]]) -> str:
     )
 
 
-def ablations(found: list[tuple[Explanation, NDArray]]) -> str:
+def without_parts(found: list[tuple[Explanation, NDArray]]) -> str:
     """Return Dice of the result, of nnU-Net, and without each part; and Dice of these with the result."""
     masks = [{"nnU-Net": each.presegmentation, "result": each.result, **each.ablations} for each, _ in found]
     rows = []

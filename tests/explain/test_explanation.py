@@ -14,6 +14,7 @@ from nnunet_diffusion.explain.explanation import (
     OTHER_IMAGE,
     NothingToExplain,
     Question,
+    ablations,
     explain,
     fitted,
     numbers,
@@ -75,7 +76,8 @@ def case_of(shape=(1, 1, 24, 20)):
 )
 def test_everything_is_on_the_grid_of_the_case(conv, patch, shape):
     question = Question(1, "lesion", voxel=(shape[1] - 1, 7, 11))
-    found = explain(reverse(predictor_of(conv, patch), case_of(shape)), question)
+    run = reverse(predictor_of(conv, patch), case_of(shape))
+    found = explain(run, question, ablations(run))
     volume = shape[1:]
     assert list(found.timesteps) == [299, 149]
     assert found.presegmentation.shape == found.result.shape == volume
@@ -104,9 +106,7 @@ def test_what_changed_is_explained_by_its_sign():
 
 
 def test_nothing_of_a_class_is_said(monkeypatch):
-    empty = torch.zeros(2, 1, 24, 20)
-    empty[0] = 1
-    monkeypatch.setattr(explanation, "_masks", lambda probabilities, regions: empty.bool())
+    monkeypatch.setattr(explanation.Reverse, "mask", lambda run, found, head: torch.zeros_like(found[head]).bool())
     with pytest.raises(NothingToExplain, match="the result has no voxel of lesion: explain another --class"):
         explain(reverse(predictor_of(), case_of()), LESION)
     with pytest.raises(
@@ -122,7 +122,8 @@ def test_a_volume_larger_than_memory_is_refused_before_the_work(monkeypatch):
 
 
 def test_numbers_refer_to_the_truth_if_there_is_one():
-    found = explain(reverse(predictor_of(), case_of()), LESION)
+    run = reverse(predictor_of(), case_of())
+    found = explain(run, LESION, ablations(run))
     truth = np.zeros((1, 24, 20), bool)
     truth[0, :12] = True
     of_truth, of_result = numbers(found, LESION, truth), numbers(found, LESION)

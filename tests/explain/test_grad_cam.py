@@ -144,7 +144,10 @@ def test_both_flows_have_features_of_their_own():
     target = torch.zeros(16, 16)
     target[4:8, 4:8] = 1
     found = heat_maps(process, units, 1, target, torch.randn(1, 2, 16, 16), 299)
-    assert {key for key, heat in found.items() if heat.any()} >= {("condition flow", 1, True), ("denoising flow", 1, True)}
+    assert {key for key, heat in found.items() if heat.any()} >= {
+        ("condition flow", 1, True),
+        ("denoising flow", 1, True),
+    }
     assert all(heat.shape == (16, 16) and (heat >= 0).all() for heat in found.values())
     pair = [found[flow, 1, True] for flow in ("condition flow", "denoising flow")]
     assert not torch.allclose(pair[0] / pair[0].max(), pair[1] / pair[1].max(), atol=0.05)
@@ -162,7 +165,9 @@ def test_maps_change_with_the_weights():
         torch.manual_seed(seed)
         for parameter in network.parameters():
             nn.init.normal_(parameter, std=0.3)
-        maps = heat_maps(process_of(network, image, settings=process_settings), units_of(network), 1, target, noisy, 299)
+        maps = heat_maps(
+            process_of(network, image, settings=process_settings), units_of(network), 1, target, noisy, 299
+        )
         found.append(torch.cat([heat.flatten() / heat.max().clamp_min(1e-9) for heat in maps.values()]))
     assert abs(torch.corrcoef(torch.stack(found))[0, 1]) < 0.7
 

@@ -110,7 +110,10 @@ def test_deterministic_algorithms_are_asked_for_and_only_meanwhile(predictor_of,
 
 def test_start_may_be_given_as_a_ratio_but_not_twice(predictor_of):
     predictor = predictor_of(start_snr=1.0)
-    (changed, schedule) = predictor._fitting_overrides(predictor.network.settings)[0], predictor.network.process.schedule
+    (changed, schedule) = (
+        predictor._fitting_overrides(predictor.network.settings)[0],
+        predictor.network.process.schedule,
+    )
     assert schedule.snr[changed["start_step"] - 1].item() == pytest.approx(1.0, rel=0.02)
     assert changed["steps"] == 2 and changed["from_noise"] is False
     with pytest.raises(ValueError, match="start_step is 100 and start_snr 1.0, but both state T'"):
