@@ -88,7 +88,8 @@ def explain_class(
     stem = f"{name}_{_as_file_name(label)}" + ("" if request.target == CLASS else f"_{request.target}")
     content = {"case": name, **numbers(found, question, mask), **_weights(predictor), "settings": _settings(predictor)}
     write_json(content, request.out / f"{stem}.json")
-    page = _page(name, question, found, mask, grid)
+    voxel = "" if request.voxel is None else f"voxel {' '.join(map(str, request.voxel))}"
+    page = _page(name, voxel, question, found, mask, grid)
     explanation_figure(page, [request.out / f"{stem}.png", request.out / f"{stem}.pdf"])
     if request.maps:
         _write_maps(predictor, found, request.out / MAPS, stem, case)
@@ -196,7 +197,7 @@ class _Grid:
         return plane_name(of_image, int((number + 0.5) * self.scale[axis]) + low)
 
 
-def _page(name: str, question: Question, found: Explanation, truth: NDArray | None, grid: _Grid) -> Page:
+def _page(name: str, voxel: str, question: Question, found: Explanation, truth: NDArray | None, grid: _Grid) -> Page:
     result, before = found.result, found.presegmentation
     explained = result if question.target == CLASS else result != before
     axis = int(np.argmax(grid.spacing)) if min(grid.shape) > 1 else grid.shape.index(1)
@@ -222,7 +223,7 @@ def _page(name: str, question: Question, found: Explanation, truth: NDArray | No
     in_plane = [grid.spacing[each] for each in others]
     attended = sorted({stage for _, stage, after in found.heat if after})
     return Page(
-        title=", ".join(each for each in (name, where, what) if each),
+        title=", ".join(each for each in (name, where, what, voxel) if each),
         image=image.transpose(1, 2, 0) if is_rgb else image.mean(0),
         aspect=in_plane[0] / in_plane[1],
         presegmentation=plane(before),

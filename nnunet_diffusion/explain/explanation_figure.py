@@ -40,7 +40,7 @@ LONGEST = 3.0  # ratio of the sides of a panel; a longer image leaves a margin i
 CASE_SCALE = 1.75  # of the panels of case and prior branch
 MARGIN = 0.2  # around the page
 KEY_INCHES = 2.8  # width of legend and explanations beside the image
-WIDEST = 16.0  # of the page, unless a block is wider
+WIDEST = 19.0  # of the page, unless a block is wider
 VOXEL_COLUMNS = 8  # most maps of the named voxel in a row
 
 STYLES: dict[str, tuple[str, Literal["solid"] | tuple[float, tuple[float, ...]]]] = {
@@ -223,7 +223,7 @@ def _legend(page: Page) -> list[Line2D]:
             line = Line2D([], [], color=colour, linestyle=style, linewidth=1.8, path_effects=_edge(3.2), label=text)
             handles.append(line)
     if page.voxel is not None:
-        handles.append(_cross(page.voxel, f"named voxel: row {page.voxel[0]}, column {page.voxel[1]}"))
+        handles.append(_cross(page.voxel, "named voxel"))
     return handles
 
 

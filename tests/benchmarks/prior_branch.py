@@ -30,7 +30,7 @@ from nnunet_diffusion.inference.volume_run import VolumeRun
 from nnunet_diffusion.model import labels
 
 THRESHOLDS = np.r_[0.0, 0.01, 0.02, np.arange(1, 20) / 20, 0.98, 0.99]
-GATES = {"presence head": "presence", "largest probability": "largest"}
+GATES = ("presence", "largest", "product")
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,11 @@ class Measured:
     presence: float
     largest: float
     location: float
+
+    @property
+    def product(self) -> float:
+        """Of both scores."""
+        return self.presence * self.largest
 
 
 def main() -> None:
@@ -94,8 +99,8 @@ def measure(predictor: Any, case: Any) -> list[Measured]:
 def knowledge(rows: list[Measured]) -> str:
     """Return the table of one class: AUROC of both scores, Dice of the location map and of the result."""
     shown = np.array([row.shown for row in rows])
-    scores = {name: np.array([getattr(row, key) for row in rows]) for name, key in GATES.items()}
-    areas = [number(auroc(score, shown)) if 0 < shown.sum() < len(shown) else "-" for score in scores.values()]
+    scores = [np.array([getattr(row, key) for row in rows]) for key in GATES]
+    areas = [number(auroc(score, shown)) if 0 < shown.sum() < len(shown) else "-" for score in scores]
     with_class = [row for row in rows if row.shown]
     parts = [np.nanmean([getattr(row, key) for row in with_class]) for key in ("location", "dice")]
     header = [
@@ -122,10 +127,10 @@ def gating(rows: list[Measured]) -> str:
     cases = sorted({row.case for row in rows})
     halves = [[row for row in rows if cases.index(row.case) % 2 == half] for half in (0, 1)]
     table = [("none", "-", gated(rows, "presence", 0.0))]
-    for name, key in GATES.items():
+    for key in GATES:
         chosen = [max(THRESHOLDS, key=lambda value: (gated(half, key, value)[:, 0].mean(), -value)) for half in halves]
         crossed = [gated(half, key, threshold) for half, threshold in zip(halves, reversed(chosen), strict=True)]
-        table.append((name, " and ".join(f"{each:g}" for each in chosen), np.concatenate(crossed)))
+        table.append((key, " and ".join(f"{each:g}" for each in chosen), np.concatenate(crossed)))
     lines = [
         [name, threshold, number(found[:, 0].mean()), f"{found[:, 1].sum():.0f}", f"{found[:, 2].sum():.0f}"]
         for name, threshold, found in table

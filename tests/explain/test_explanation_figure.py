@@ -95,7 +95,7 @@ def test_the_page_explains_itself():
     found = texts(explanation_figure(replace(page, shares=shares, result=np.zeros((20, 24), bool)), []))
     for once in (
         "case 12, tumour", HEAT, "none", "largest", "Condition flow", "Denoising flow", "Decoder", "nnU-Net's segmentation",
-        "truth", "result of the reverse process: empty here", "named voxel: row 7, column 9",
+        "truth", "result of the reverse process: empty here", "named voxel",
         "% below a map: share of the heat inside the result; 7 % would be chance.", "what the prior branch looked at",
         "probability of the location", "Prior branch: class present with probability 0.93", "condition flow before PSA",
         "denoising flow after PSA", "denoising flow, stage 4",
