@@ -229,6 +229,7 @@ def _page(name: str, voxel: str, question: Question, found: Explanation, truth: 
         presegmentation=plane(before),
         result=plane(result),
         truth=None if truth is None else plane(truth),
+        explained=plane(explained),
         steps=[timestep + 1 for timestep in found.timesteps],
         flows=flows,
         shares=shares,

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import AbstractPathEffect, withStroke
 from numpy.typing import NDArray
+from scipy.ndimage import binary_erosion
 
 from nnunet_diffusion.explain.panel_blocks import (
     GAP,
@@ -35,7 +36,9 @@ from nnunet_diffusion.explain.panel_blocks import (
     wrap,
 )
 
-PANEL_INCHES = 1.2  # side of a square panel; others have the same area
+PANEL_INCHES, MOST_INCHES = 1.2, 2.4  # side of a square panel, by its pixels; others have the same area
+PIXELS_PER_INCH = 150.0
+THIN = 0.5  # share of a mask that is its border, from which a contour would cover what a map shows
 LONGEST = 3.0  # ratio of the sides of a panel; a longer image leaves a margin in its panel
 CASE_SCALE = 1.75  # of the panels of case and prior branch
 MARGIN = 0.2  # around the page
@@ -47,6 +50,7 @@ STYLES: dict[str, tuple[str, Literal["solid"] | tuple[float, tuple[float, ...]]]
     "nnU-Net": ("#e69f00", (0, (3.5, 1.5))),
     "truth": ("#ffffff", (0, (1.2, 1.2))),
     "result": ("#56b4e9", "solid"),
+    "explained": ("#56b4e9", "solid"),
 }
 """Colour and line style of the contour of each mask. Blue is neither in the image nor in the colours of heat."""
 HEAT = (
@@ -54,6 +58,7 @@ HEAT = (
     "each map has its own scale, from none to its largest."
 )
 NO_HEAT = "no heat"
+CONTOURS = ("result", "truth", "nnU-Net")  # of the case, the last above the others
 BAR_INCHES = 2.6  # width of the scale of heat at the foot, with its texts
 BAR_GREY = 0.35  # behind that scale, since its low end is transparent
 PROBABILITY = "viridis"
@@ -70,6 +75,7 @@ class Page:
         presegmentation: bool mask (H, W), nnU-Net's segmentation of the class.
         result: bool mask (H, W), that of the reverse process.
         truth: bool mask (H, W), or None.
+        explained: bool mask (H, W) of the voxels in the score: those of the result, or those that differ from nnU-Net's.
         steps: noising steps T of the columns, from T' downwards.
         flows: name of each flow -> heat (stages, steps, H, W); flows may have different numbers of stages.
         shares: name of each flow -> (stages, steps), share of the heat inside the reference mask, 0 to 1; NaN where a map
@@ -94,6 +100,7 @@ class Page:
     presegmentation: NDArray
     result: NDArray
     truth: NDArray | None
+    explained: NDArray
     steps: Sequence[int]
     flows: Mapping[str, NDArray]
     shares: Mapping[str, NDArray]
@@ -147,7 +154,7 @@ def _check(page: Page) -> None:
     if len(shape) not in (2, 3) or (len(shape) == 3 and shape[2] != 3):
         raise ValueError(f"image has shape {shape}: expected (H, W), or (H, W, 3) for RGB")
     plane = shape[:2]
-    for name in ("presegmentation", "result", "truth", "prior", "location"):
+    for name in ("presegmentation", "result", "truth", "explained", "prior", "location"):
         _check_shape(name, getattr(page, name), plane)
     if set(page.flows) != set(page.shares):
         raise ValueError(f"shares has the flows {list(page.shares)}: expected those of flows, {list(page.flows)}")
@@ -205,21 +212,21 @@ def _case(page: Page) -> Block:
             paper.write(left + GAP, top, note)
             top += text_height(note) + GAP
 
-    image, contours = Panel("image", contours=()), Panel("contours", contours=tuple(reversed(STYLES)), cross=True)
+    image, contours = Panel("image", contours=()), Panel("contours", contours=CONTOURS, cross=True)
     return Block("Case", [("", [image, contours])], CASE_SCALE, (KEY_INCHES + GAP, key_height), key)
 
 
 def _masks(page: Page) -> dict[str, NDArray | None]:
-    return {"nnU-Net": page.presegmentation, "truth": page.truth, "result": page.result}
+    return {"nnU-Net": page.presegmentation, "truth": page.truth, "result": page.result, "explained": page.explained}
 
 
 def _legend(page: Page) -> list[Line2D]:
     texts = {"nnU-Net": "nnU-Net's segmentation", "truth": "truth", "result": "result of the reverse process"}
     handles = []
-    for name, (colour, style) in STYLES.items():
-        mask = _masks(page)[name]
+    for name, text in texts.items():
+        mask, (colour, style) = _masks(page)[name], STYLES[name]
         if mask is not None:
-            text = texts[name] if mask.any() else f"{texts[name]}: empty here"
+            text = text if mask.any() else f"{text}: empty here"
             line = Line2D([], [], color=colour, linestyle=style, linewidth=1.8, path_effects=_edge(3.2), label=text)
             handles.append(line)
     if page.voxel is not None:
@@ -237,6 +244,9 @@ def _notes(page: Page) -> list[str]:
         notes.append(f"T: noising steps of the input; the reverse process starts at T = {page.steps[0]}{onwards}.")
     if page.flows or page.attention:
         notes.append("stage: part of the network that works at one resolution, in the order of computing.")
+    differs = not np.array_equal(page.explained, page.result)
+    if differs and not _is_thin(page.explained):
+        notes.append("blue line in the maps: the voxels that are explained, where the result differs from nnU-Net's.")
     if page.presence is not None and page.prior is None and page.location is None:
         notes.append(f"Prior branch: {_presence(page.presence)}.")
     return notes
@@ -325,7 +335,13 @@ def _panel_inches(page: Page) -> tuple[float, float]:
     """Return width and height of a panel."""
     height, width = page.image.shape[:2]
     ratio = math.sqrt(min(max(height * page.aspect / width, 1 / LONGEST), LONGEST))
-    return PANEL_INCHES / ratio, PANEL_INCHES * ratio
+    side = min(max(math.sqrt(height * width) / PIXELS_PER_INCH, PANEL_INCHES), MOST_INCHES)
+    return side / ratio, side * ratio
+
+
+def _is_thin(mask: NDArray) -> bool:
+    """Whether most of a mask is its border, as of vessels."""
+    return bool(binary_erosion(mask).sum() < (1 - THIN) * mask.sum())
 
 
 def _draw_panel(axes: Axes, page: Page, panel: Panel, scale: float) -> None:
@@ -340,8 +356,9 @@ def _draw_panel(axes: Axes, page: Page, panel: Panel, scale: float) -> None:
     masks = _masks(page)
     for name in panel.contours:
         mask, (colour, style) = masks[name], STYLES[name]
-        if mask is not None and mask.any() and not mask.all():
-            width = 0.4 + 0.7 * scale
+        covers = mapped and mask is not None and _is_thin(mask)
+        if mask is not None and mask.any() and not mask.all() and not covers:
+            width = (0.4 + 0.7 * scale) * (0.6 if _is_thin(mask) else 1)
             drawn = axes.contour(mask, levels=[0.5], colors=[colour], linewidths=width, linestyles=[style])
             drawn.set_path_effects(_edge(width + 0.7))
     if panel.cross and page.voxel is not None:

@@ -32,7 +32,7 @@ class Panel:
     below: str = ""
     heat: NDArray | None = None
     probability: NDArray | None = None
-    contours: Sequence[str] = ("result",)
+    contours: Sequence[str] = ("explained",)
     cross: bool = False
 
 

@@ -187,14 +187,14 @@ def test_an_input_folder_is_not_written_to(pictures, capsys):
 
 
 @pytest.mark.nnunet
-@pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
-def test_a_named_model_shows_its_reverse_process(workplace, tmp_path, capsys, configuration):
+@pytest.mark.parametrize(("plans", "configuration"), [("Tiny", "2d"), ("Tiny3d", "3d_fullres")])
+def test_a_named_model_shows_its_reverse_process(workplace, tmp_path, capsys, plans, configuration):
     from nnunet_diffusion.training import DiffusionTrainer
 
     torch.manual_seed(0)
-    trainer = workplace.trainer(DiffusionTrainer, configuration=configuration)
+    trainer = workplace.trainer(DiffusionTrainer, plans, configuration)
     trainer.initialize()
-    model = tmp_path / f"DiffusionTrainer__Tiny__{configuration}"
+    model = tmp_path / f"DiffusionTrainer__{plans}__{configuration}"
     (model / "fold_0").mkdir(parents=True)
     (model / "plans.json").write_text(json.dumps(trainer.plans_manager.plans))
     shutil.copy(workplace.preprocessed / "dataset.json", model)
