@@ -47,6 +47,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         default="class",
         help="explain the voxels of the class, or those in which it differs from nnU-Net's segmentation (class)",
     )
+    add(
+        "--stages", type=int, nargs="+", metavar="N", help="stages of each flow, from 1 in the order of computing (all)"
+    )
     add("--steps", type=int, metavar="N", help=f"evaluations of the reverse process ({STEPS}, at most T')")
     add("--start_step", type=int, metavar="T'", help="T' of PD-DDPM (the model's)")
     add("--sampler", help="sampler (the model's)")
@@ -159,12 +162,13 @@ def _explain(
     manager = predictor.label_manager
     foreground = manager.foreground_regions if manager.has_regions else manager.foreground_labels
     heads = heads_of(foreground_names(manager), foreground, options.classes, 0 if manager.has_regions else 1)
-    _check_voxel(options, predictor)
+    _check_units(options, predictor)
     out = Path(options.o)
     with named_for_the_user(OSError):
         out.mkdir(parents=True, exist_ok=True)
     voxel = None if options.voxel is None else tuple(options.voxel)
-    request = Request(out, heads, options.target, voxel, None if options.g is None else Path(options.g), options.maps)
+    truths = None if options.g is None else Path(options.g)
+    request = Request(out, heads, options.target, voxel, truths, options.maps, tuple(options.stages or ()))
     failed = written = 0
     for name in cases:
         others = [other for other in files if other != name]
@@ -193,16 +197,25 @@ def _explain(
     return 1 if failed else 0
 
 
-def _check_voxel(options: argparse.Namespace, predictor: Any) -> None:
-    """Raise CommandError if a voxel's attention is asked of a network without parameter-shared attention."""
+def _check_units(options: argparse.Namespace, predictor: Any) -> None:
+    """Raise CommandError if a stage does not exist, or has no attention for the voxel that is named."""
     from nnunet_diffusion.explain.units import units_of
 
     with named_for_the_user(NotImplementedError):
         units = units_of(predictor.network.denoiser)
-    if options.voxel is not None and not any(unit.attended for unit in units):
+    last, attended = max(unit.stage for unit in units), sorted({unit.stage for unit in units if unit.attended})
+    for stage in options.stages or ():
+        if not 1 <= stage <= last:
+            raise CommandError(f"--stages has {stage}, but the flows of this model have stages 1 to {last}")
+    if options.voxel is not None and not attended:
         raise CommandError(
             "--voxel shows parameter-shared attention, which this model's denoiser does not have (only PGDiffSeg's has): "
             "leave it out"
+        )
+    if options.voxel is not None and not set(options.stages or attended) & set(attended):
+        raise CommandError(
+            f"--voxel shows parameter-shared attention, which this model has at stages {', '.join(map(str, attended))} only, "
+            f"not at {', '.join(map(str, options.stages))} (--stages)"
         )
 
 

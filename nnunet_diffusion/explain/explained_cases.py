@@ -37,6 +37,7 @@ class Request:
         voxel: index in the image file, in the order z, y, x or, of a 2D image, y, x; None for no voxel.
         truths: folder of label maps; None without.
         maps: whether to write the heat maps.
+        stages: see `Question`.
     """
 
     out: Path
@@ -45,6 +46,7 @@ class Request:
     voxel: tuple[int, ...] | None = None
     truths: Path | None = None
     maps: bool = False
+    stages: tuple[int, ...] = ()
 
 
 def prepared(predictor: DiffusionPredictor, name: str, files: Sequence[str]) -> PreparedCase:
@@ -81,7 +83,7 @@ def explain_class(
         ValueError: the truth does not fit the image, or the voxel is outside.
     """
     grid = _Grid(predictor, case)
-    question = Question(request.heads[label], label, request.target, grid.voxel(request.voxel))
+    question = Question(request.heads[label], label, request.target, grid.voxel(request.voxel), request.stages)
     found = explain(run, question, without)
     truth = _truth(predictor, request.truths, name, case)
     mask = None if truth is None else truth[question.head]
@@ -215,7 +217,7 @@ def _page(name: str, voxel: str, question: Question, found: Explanation, truth: 
         each == RGB for each in grid.predictor.configuration_manager.configuration["normalization_schemes"]
     )
     reference = result if truth is None else truth
-    flows, shares, attention, attention_shares = _flows(found, reference, planes)
+    flows, stages, shares, attention, attention_shares = _flows(found, reference, planes)
     where = grid.name_of_plane(axis, number)
     what = (
         question.name if question.target == CLASS else f"{question.name}, where it differs from nnU-Net's segmentation"
@@ -232,6 +234,7 @@ def _page(name: str, voxel: str, question: Question, found: Explanation, truth: 
         explained=plane(explained),
         steps=[timestep + 1 for timestep in found.timesteps],
         flows=flows,
+        stages=stages,
         shares=shares,
         expected=float(reference.mean()),
         reference="result" if truth is None else "truth",
@@ -247,18 +250,20 @@ def _page(name: str, voxel: str, question: Question, found: Explanation, truth: 
     )
 
 
-def _flows(found: Explanation, reference: NDArray, planes: Any) -> tuple[dict, dict, dict, dict]:
-    """Return the page's heat maps and shares of each flow, and those before and after attention at T'."""
+def _flows(found: Explanation, reference: NDArray, planes: Any) -> tuple[dict, dict, dict, dict, dict]:
+    """Return the page's heat maps, stages and shares of each flow, and those before and after attention at T'."""
 
     def share(heat: NDArray) -> float:
         return share_inside(heat, reference)
 
     flows: dict[str, NDArray] = {}
+    numbers: dict[str, list[int]] = {}
     shares: dict[str, NDArray] = {}
     attention: dict[str, tuple[NDArray, NDArray]] = {}
     attention_shares: dict[str, tuple[NDArray, NDArray]] = {}
     for flow in dict.fromkeys(flow for flow, _, _ in found.heat if flow != PRIOR):
         stages = sorted({stage for name, stage, _ in found.heat if name == flow})
+        numbers[flow] = stages
         last = [found.heat.get((flow, stage, True), found.heat[flow, stage, False]) for stage in stages]
         flows[flow] = np.stack([planes(maps) for maps in last])
         shares[flow] = np.array([[share(heat) for heat in maps] for maps in last])
@@ -271,7 +276,7 @@ def _flows(found: Explanation, reference: NDArray, planes: Any) -> tuple[dict, d
                 np.array([share(heat) for heat in pair[0]]),
                 np.array([share(heat) for heat in pair[1]]),
             )
-    return flows, shares, attention, attention_shares
+    return flows, numbers, shares, attention, attention_shares
 
 
 def _write_maps(predictor: DiffusionPredictor, found: Explanation, folder: Path, stem: str, case: PreparedCase) -> None:

@@ -17,7 +17,7 @@ from torch.nn.functional import interpolate
 
 from nnunet_diffusion.evaluation.metrics import dice
 from nnunet_diffusion.explain.grad_cam import Key, evaluated, heat_maps
-from nnunet_diffusion.explain.units import ablated, ablations_of, units_of
+from nnunet_diffusion.explain.units import PRIOR, ablated, ablations_of, units_of
 from nnunet_diffusion.inference.cases import PreparedCase
 from nnunet_diffusion.inference.memory import free_bytes, readable_size
 from nnunet_diffusion.inference.predictor import DiffusionPredictor
@@ -45,12 +45,14 @@ class Question:
         target: CLASS explains the voxels that the result gives the class; CHANGED those in which it differs from nnU-Net's
             segmentation: their scores count where the class was added, and against it where it was taken away.
         voxel: whose attention is shown, on the network's grid; None for no voxel.
+        stages: of each flow that are explained; empty for all.
     """
 
     head: int
     name: str
     target: str = CLASS
     voxel: tuple[int, ...] | None = None
+    stages: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,7 +160,9 @@ def explain(run: Reverse, question: Question, without: Mapping[str, Tensor] | No
         NotImplementedError: the network is unknown.
         NothingToExplain: there is nothing of that class.
     """
-    units, head, inner = units_of(run.process.segmenter.denoiser), question.head, run.inner
+    head, inner = question.head, run.inner
+    every = units_of(run.process.segmenter.denoiser)
+    units = [unit for unit in every if unit.flow == PRIOR or unit.stage in (question.stages or (unit.stage,))]
     _check_memory(run, len(units))
     result, before = run.mask(run.result, head), run.mask(run.presegmentation, head)
     target = target_of(result, before, question)

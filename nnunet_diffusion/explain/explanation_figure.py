@@ -78,6 +78,7 @@ class Page:
         explained: bool mask (H, W) of the voxels in the score: those of the result, or those that differ from nnU-Net's.
         steps: noising steps T of the columns, from T' downwards.
         flows: name of each flow -> heat (stages, steps, H, W); flows may have different numbers of stages.
+        stages: name of each flow -> numbers of its stages.
         shares: name of each flow -> (stages, steps), share of the heat inside the reference mask, 0 to 1; NaN where a map
             has no heat.
         expected: share of the image that the reference mask has, which a map without any preference would have.
@@ -103,6 +104,7 @@ class Page:
     explained: NDArray
     steps: Sequence[int]
     flows: Mapping[str, NDArray]
+    stages: Mapping[str, Sequence[int]]
     shares: Mapping[str, NDArray]
     expected: float
     reference: str
@@ -159,7 +161,7 @@ def _check(page: Page) -> None:
     if set(page.flows) != set(page.shares):
         raise ValueError(f"shares has the flows {list(page.shares)}: expected those of flows, {list(page.flows)}")
     for name, heat in page.flows.items():
-        _check_shape(f"flows[{name!r}]", heat, ("stages", len(page.steps) or "steps", *plane))
+        _check_shape(f"flows[{name!r}]", heat, (len(page.stages[name]), len(page.steps) or "steps", *plane))
         _check_shape(f"shares[{name!r}]", page.shares[name], heat.shape[:2])
     for name, maps in page.attention.items():
         for when, heat in zip(("before", "after"), maps, strict=True):
@@ -281,7 +283,7 @@ def _presence(probability: float) -> str:
 
 def _flow(page: Page, name: str) -> Block:
     rows = []
-    for stage, (heat, shares) in enumerate(zip(page.flows[name], page.shares[name], strict=True), 1):
+    for stage, heat, shares in zip(page.stages[name], page.flows[name], page.shares[name], strict=True):
         panels = [
             Panel(f"T = {step}", _share(share), each)
             for step, each, share in zip(page.steps, heat, shares, strict=True)

@@ -97,6 +97,12 @@ def test_presegmentation_is_nnunets_and_maps_are_repeatable():
     assert all(np.array_equal(maps, second.heat[key]) for key, maps in first.heat.items())
 
 
+def test_only_the_stages_that_are_asked_for():
+    found = explain(reverse(predictor_of(), case_of()), Question(1, "lesion", voxel=(0, 7, 7), stages=(2,)))
+    assert {stage for flow, stage, _ in found.heat if flow != "prior branch"} == {2}
+    assert {stage for _, stage in found.rows} == {2} and ("prior branch", 1, False) in found.heat
+
+
 def test_what_changed_is_explained_by_its_sign():
     case = case_of()
     found = explain(reverse(predictor_of(), case), Question(1, "lesion", CHANGED))

@@ -27,6 +27,7 @@ def page_of(shape=(20, 24), stages=(4, 4, 3), steps=(100, 60, 20), attended=(1, 
         "explained": mask,
         "steps": steps,
         "flows": flows,
+        "stages": {name: range(1, len(heat) + 1) for name, heat in flows.items()},
         "shares": {name: np.full(heat.shape[:2], 0.43) for name, heat in flows.items()},
         "expected": 0.07,
         "reference": "result",
@@ -152,7 +153,7 @@ def test_files_are_written_even_without_any_heat(tmp_path):
         ({"truth": np.zeros((24, 20), bool)}, r"truth has shape \(24, 20\): expected \(20, 24\)"),
         (
             {"flows": {"decoder": np.zeros((4, 2, 20, 24))}, "shares": {"decoder": np.zeros((4, 2))}},
-            r"flows\['decoder'\] has shape \(4, 2, 20, 24\): expected \(stages, 3, 20, 24\)",
+            r"flows\['decoder'\] has shape \(4, 2, 20, 24\): expected \(3, 3, 20, 24\)",
         ),
         ({"shares": {}}, r"shares has the flows \[\]: expected those of flows, \['condition flow',"),
         (

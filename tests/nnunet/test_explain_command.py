@@ -72,6 +72,8 @@ def test_pages_maps_and_numbers(place, tmp_path, capsys):
     assert f"but the image has {' x '.join(map(str, size))} voxels, counted from 0" in capsys.readouterr().err
     assert explain(place, out, "--cases", name, "--voxel", 1, 2) == 1
     assert "--voxel has 2 numbers, but this image has 3 axes: give z y x" in capsys.readouterr().err
+    assert explain(place, out, "--stages", 9) == 2
+    assert "--stages has 9, but the flows of this model have stages 1 to 2" in capsys.readouterr().err
     assert explain(place, out, "--class", "Liver") == 2
     assert "--class has Liver, but the model's classes are" in capsys.readouterr().err
     shutil.rmtree(truth)
