@@ -284,8 +284,8 @@ class DiffusionPredictor(nnUNetPredictor):
             raise ValueError("--uncertainty compares samples: give --samples 2 or more")
         if self.uncertainty and settings.presegmentation_weight == 1:
             raise ValueError(
-                "--uncertainty compares samples, but presegmentation_weight is 1, so none counts: give a "
-                "--presegmentation_weight below 1"
+                "--uncertainty and calibrate compare samples, but presegmentation_weight is 1, so none counts: give a "
+                "--presegmentation_weight below 1, or write one into diffusion.inference of the model's plans.json"
             )
 
     def _check_half_widths(self) -> None:
