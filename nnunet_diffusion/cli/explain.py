@@ -11,7 +11,7 @@ from typing import Any
 
 from nnunet_diffusion.cli.devices import DEVICES, check_device
 from nnunet_diffusion.cli.errors import CommandError, named_for_the_user
-from nnunet_diffusion.cli.models import add_model_arguments, finished_folds, model_folder
+from nnunet_diffusion.cli.models import add_model_arguments, finished_folds, model_folder, refuse_cascade
 from nnunet_diffusion.cli.stopping import until_stopped
 from nnunet_diffusion.cli.trainers_directory import with_trainers
 from nnunet_diffusion.files import COMPILE, find_images, read_dictionary
@@ -19,7 +19,7 @@ from nnunet_diffusion.files import COMPILE, find_images, read_dictionary
 STEPS = 5
 # the names in explain.explanation, repeated here so that --help does not import torch
 TARGETS = ("class", "changed")
-FAILURES = (ValueError, OSError, MemoryError, NotImplementedError)  # of a case; the others are explained
+FAILURES = (ValueError, OSError, RuntimeError, ImportError, MemoryError)  # of a case; the others are explained
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -236,7 +236,9 @@ def _loaded_predictor(options: argparse.Namespace, model: Path, fold: str) -> An
         return predictor
 
     with named_for_the_user(FileNotFoundError, ValueError, RuntimeError, ImportError, NotImplementedError):
-        if options.steps is not None:
-            return load(options.steps)
-        start = options.start_step or load(None).network.settings.start_step
-        return load(min(STEPS, start))
+        steps = options.steps
+        if steps is None:
+            steps = min(STEPS, options.start_step or load(None).network.settings.start_step)
+        predictor = load(steps)
+    refuse_cascade(predictor, "explain")
+    return predictor

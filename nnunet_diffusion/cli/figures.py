@@ -15,7 +15,7 @@ from typing import Any
 from nnunet_diffusion.cli.devices import DEVICES, check_device
 from nnunet_diffusion.cli.errors import CommandError, named_for_the_user
 from nnunet_diffusion.cli.evaluate import evaluated_by, tasks_of
-from nnunet_diffusion.cli.models import add_model_arguments, finished_folds, model_folder
+from nnunet_diffusion.cli.models import add_model_arguments, finished_folds, model_folder, refuse_cascade
 from nnunet_diffusion.cli.stopping import until_stopped
 from nnunet_diffusion.cli.trainers_directory import with_trainers
 from nnunet_diffusion.files import COMPILE, find_images
@@ -47,7 +47,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     model.add_argument("--plans", metavar="NAME", help="name of the plans (that of the only trained model)")
     model.add_argument("-f", metavar="FOLD", help="fold (the first that is finished)")
     model.add_argument("-device", default="cuda", choices=DEVICES)
-    model.add_argument("--steps", type=int, default=STEPS, metavar="N", help=f"steps ({STEPS})")
+    model.add_argument("--steps", type=int, metavar="N", help=f"steps ({STEPS}, at most T')")
     model.add_argument("--start_step", type=int, metavar="T'", help="T' of the start (the model's)")
     add = parser.add_argument
     add("-i", required=True, metavar="FOLDER", help="images, with channel numbers (_0000)")
@@ -113,7 +113,7 @@ def check_options(options: argparse.Namespace) -> None:
         )
     if not 0 < options.width_mm < math.inf:
         raise CommandError(f"--width_mm is {options.width_mm:g}, but must be a number of mm above 0")
-    if options.steps < 1:
+    if options.steps is not None and options.steps < 1:
         raise CommandError(f"--steps is {options.steps}, but must be 1 or more")
     if options.np is not None and options.np < 0:
         raise CommandError(f"-np is {options.np}, but must be 0 (no further process) or more")
@@ -134,11 +134,20 @@ def _loaded_predictor(options: argparse.Namespace, model: Path) -> Any:
 
     check_device(options.device)
     fold = options.f or finished_folds(model, options.chk)[0]
-    with named_for_the_user(FileNotFoundError, ValueError, RuntimeError):
+
+    def load(steps: int | None) -> Any:
         predictor = DiffusionPredictor(
-            device=torch.device(options.device), allow_tqdm=False, steps=options.steps, start_step=options.start_step
+            device=torch.device(options.device), allow_tqdm=False, steps=steps, start_step=options.start_step
         )
         predictor.initialize_from_trained_model_folder(str(model), [fold], options.chk)
+        return predictor
+
+    with named_for_the_user(FileNotFoundError, ValueError, RuntimeError):
+        steps = options.steps
+        if steps is None:
+            steps = min(STEPS, options.start_step or load(None).network.settings.start_step)
+        predictor = load(steps)
+    refuse_cascade(predictor, "figures")
     return predictor
 
 

@@ -165,6 +165,15 @@ def with_validation_cases(
     return predictor, {fold: names for fold, (names, _) in found.items()}, load
 
 
+def refuse_cascade(predictor: Any, command: str) -> None:
+    """Raise CommandError if a loaded model is the second stage of a cascade, which needs the first one's segmentations."""
+    if predictor.configuration_manager.previous_stage_name is not None:
+        raise CommandError(
+            f"the model is the second stage of a cascade, which nnunet_diffusion {command} does not support: name a model of "
+            "another configuration"
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class TrainedFolds:
     """Folds of a trained model, each with the validation cases that it was not trained on.

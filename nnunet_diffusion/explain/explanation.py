@@ -169,7 +169,8 @@ def explain(run: Reverse, question: Question, without: Mapping[str, Tensor] | No
     heat: dict[Key, list[Tensor]] = {unit.key: [] for unit in units}
     for timestep, noisy in run.states:
         for key, found in heat_maps(run.process, units, head, target, noisy, timestep).items():
-            heat[key].append((found / found.max().clamp_min(1e-30)).half()[inner])
+            inside = found[inner]
+            heat[key].append((inside / inside.max().clamp_min(1e-30)).half())
     return Explanation(
         [timestep for timestep, _ in run.states],
         before[inner].numpy(),
@@ -290,7 +291,11 @@ def ablations(run: Reverse, other: Tensor | None = None) -> dict[str, Tensor]:
     )
     changes: dict[str, tuple[VolumeProcess, Any, Mapping[str, Any]]] = {
         OTHER_IMAGE: (dataclasses.replace(process, image=image), contextlib.nullcontext(), {}),
-        **{name: (process, ablated(segmenter.denoiser, name), {}) for name in ablations_of(segmenter.denoiser)},
+        # a process of its own each: it keeps the last conditions
+        **{
+            name: (dataclasses.replace(process), ablated(segmenter.denoiser, name), {})
+            for name in ablations_of(segmenter.denoiser)
+        },
     }
     if not settings.is_hidiff and settings.max_train_step == settings.timesteps and not settings.shows_presegmentation:
         noise = {"from_noise": True, "start_step": settings.timesteps}

@@ -258,7 +258,7 @@ def _prior(page: Page) -> list[Block]:
     heading = "Prior branch"
     if page.presence is not None:
         heading += f": {_presence(page.presence)}"
-    panels = [] if page.prior is None else [_heated("what the prior branch looked at", page.prior)]
+    panels = [] if page.prior is None else [_heated("what the result takes from it", page.prior)]
     if page.location is not None:
         panels.append(Panel("probability of the location", probability=page.location))
     if not panels:

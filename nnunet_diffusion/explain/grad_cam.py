@@ -1,7 +1,7 @@
 """Grad-CAM (Selvaraju et al. 2017) of a denoiser's units in one evaluation of a reverse process, on whole volumes.
 
 The score of a class is its clean estimate's logit, summed over voxels with given weights. A volume's score is that of the
-blended tiles, so that the weights of a unit's channels are means over all tiles, and its map is blended as predictions are.
+blended tiles, so that a unit's channels have the same weights in all tiles, and its map is blended as predictions are.
 """
 
 from __future__ import annotations

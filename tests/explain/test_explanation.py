@@ -1,5 +1,6 @@
 """Explanations of whole cases by small networks: masks, maps, rows, ablations and numbers."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,7 +22,7 @@ from nnunet_diffusion.explain.explanation import (
     reverse,
     share_inside,
 )
-from nnunet_diffusion.explain.units import NO_ATTENTION, NO_PRIOR
+from nnunet_diffusion.explain.units import NO_ATTENTION, NO_PRIOR, ablated
 from nnunet_diffusion.inference import DiffusionPredictor
 from nnunet_diffusion.inference.cases import PreparedCase
 from nnunet_diffusion.model.segmenter import DiffusionSegmenter
@@ -125,6 +126,16 @@ def test_a_volume_larger_than_memory_is_refused_before_the_work(monkeypatch):
     monkeypatch.setattr(explanation, "free_bytes", lambda device: 1000.0)
     with pytest.raises(MemoryError, match="the maps of 11 units at 2 steps need .* are free: give fewer --steps"):
         explain(reverse(predictor_of(), case_of()), LESION)
+
+
+def test_each_ablation_is_by_itself():
+    """With one step and one tile a process would use the conditions of the last run again."""
+    run = reverse(predictor_of(steps=1), case_of((1, 1, 16, 16)))
+    found = ablations(run)
+    for name in (NO_PRIOR, NO_ATTENTION):
+        with ablated(run.process.segmenter.denoiser, name):
+            assert torch.equal(found[name], dataclasses.replace(run.process).run([0])[0])
+    assert not torch.equal(found[NO_PRIOR], found[NO_ATTENTION])
 
 
 def test_numbers_refer_to_the_truth_if_there_is_one():

@@ -98,7 +98,7 @@ def test_the_page_explains_itself():
     for once in (
         "case 12, tumour", HEAT, "none", "largest", "Condition flow", "Denoising flow", "Decoder", "nnU-Net's segmentation",
         "truth", "result of the reverse process: empty here", "named voxel",
-        "% below a map: share of the heat inside the result; 7 % would be chance.", "what the prior branch looked at",
+        "% below a map: share of the heat inside the result; 7 % would be chance.", "what the result takes from it",
         "probability of the location", "Prior branch: class present with probability 0.93", "condition flow before PSA",
         "denoising flow after PSA", "denoising flow, stage 4",
         "Before and after parameter-shared attention (PSA), at T = 60",
