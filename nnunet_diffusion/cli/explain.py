@@ -189,7 +189,6 @@ def _explain(
                 written += 1
             except NothingToExplain as nothing:
                 print(f"{name}: nothing to explain: {nothing}", flush=True)
-                failed += options.classes is not None
             except FAILURES as error:
                 print(f"nnunet_diffusion explain: {name}, {label}: {error}", file=sys.stderr)
                 failed += 1

@@ -247,8 +247,9 @@ def _notes(page: Page) -> list[str]:
     if page.flows or page.attention:
         notes.append("stage: part of the network that works at one resolution, in the order of computing.")
     differs = not np.array_equal(page.explained, page.result)
-    if differs and not _is_thin(page.explained):
-        notes.append("blue line in the maps: the voxels that are explained, where the result differs from nnU-Net's.")
+    if differs:
+        outline = "" if _is_thin(page.explained) else " They are inside the blue line in the maps."
+        notes.append(f"explained: the voxels in which the result differs from nnU-Net's segmentation.{outline}")
     if page.presence is not None and page.prior is None and page.location is None:
         notes.append(f"Prior branch: {_presence(page.presence)}.")
     return notes
