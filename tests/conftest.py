@@ -267,6 +267,13 @@ def trained_2d(hippocampus):
 
 
 @pytest.fixture
+def place(trained_2d):
+    """The trained 2d model's workplace, its variables set in this process."""
+    with trained_2d[0].in_process(trained_2d[0].root / "results") as workplace:
+        yield workplace
+
+
+@pytest.fixture
 def workplace(hippocampus, tmp_path):
     """The small dataset for trainers in this process; their results go into the test's own folder."""
     with hippocampus.in_process(tmp_path / "results") as place:

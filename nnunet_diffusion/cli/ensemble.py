@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_diffusion.cli.errors import CommandError, named_for_the_user
+from nnunet_diffusion.cli.folders import refuse_file_as_output
 from nnunet_diffusion.cli.stopping import until_stopped
 from nnunet_diffusion.files import read_dictionary
 
@@ -65,8 +66,7 @@ def check_options(options: argparse.Namespace) -> list[Path]:
             raise CommandError(f"-i has {folder} twice: give different folders")
         if folder.resolve() == Path(options.o).resolve():
             raise CommandError(f"-o is {options.o}, which is also one of -i: choose another folder for the output")
-    if Path(options.o).exists() and not Path(options.o).is_dir():
-        raise CommandError(f"-o is {options.o}, which is a file: give a folder for the output")
+    refuse_file_as_output(options.o)
     if options.np is not None and options.np < 0:
         raise CommandError(f"-np is {options.np}, but must be 0 (no further process) or more")
     return folders

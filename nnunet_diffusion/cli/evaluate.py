@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_diffusion.cli.errors import CommandError, named_for_the_user
+from nnunet_diffusion.cli.folders import refuse_file_as_output
 from nnunet_diffusion.cli.stopping import until_stopped
 from nnunet_diffusion.files import read_dictionary
 
@@ -105,8 +106,7 @@ def check_options(options: argparse.Namespace) -> tuple[list[Path], list[Path]]:
     for number, folder in enumerate(folders):
         if folder in folders[:number]:
             raise CommandError(f"{folder} is given twice: compare different folders")
-    if options.o is not None and Path(options.o).exists() and not Path(options.o).is_dir():
-        raise CommandError(f"-o is {options.o}, which is a file: give a folder for the output")
+    refuse_file_as_output(options.o)
     if options.np is not None and options.np < 0:
         raise CommandError(f"-np is {options.np}, but must be 0 (no further process) or more")
     if options.tolerance is not None and not 0 <= options.tolerance < float("inf"):

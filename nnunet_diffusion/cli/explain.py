@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nnunet_diffusion.cli.devices import DEVICES, check_device
+from nnunet_diffusion.cli.devices import DEVICES
 from nnunet_diffusion.cli.errors import CommandError, named_for_the_user
-from nnunet_diffusion.cli.models import add_model_arguments, finished_folds, model_folder, refuse_cascade
+from nnunet_diffusion.cli.folders import refuse_file_as_output
+from nnunet_diffusion.cli.models import add_model_arguments, finished_folds, model_folder, with_drawn_process
 from nnunet_diffusion.cli.stopping import until_stopped
 from nnunet_diffusion.cli.trainers_directory import with_trainers
 from nnunet_diffusion.files import COMPILE, find_images, read_dictionary
@@ -90,8 +91,7 @@ def check_options(options: argparse.Namespace) -> None:
         raise CommandError(f"-i is {options.i}, which does not exist: correct it")
     if options.g is not None and not Path(options.g).is_dir():
         raise CommandError(f"-g is {options.g}, but there is no such folder: correct it")
-    if Path(options.o).exists() and not Path(options.o).is_dir():
-        raise CommandError(f"-o is {options.o}, which is a file: give a folder for the output")
+    refuse_file_as_output(options.o)
     if options.steps is not None and options.steps < 1:
         raise CommandError(f"--steps is {options.steps}, but must be 1 or more")
 
@@ -151,7 +151,18 @@ def heads_of(names: Sequence[str], numbers: Sequence[Any], asked: Sequence[str] 
 def _explain(
     options: argparse.Namespace, model: Path, fold: str, cases: Sequence[str], files: dict[str, Sequence[str]]
 ) -> int:
-    predictor = _loaded_predictor(options, model, fold)
+    print(f"Loading the model {model} (fold {fold}) ...", flush=True)
+    predictor = with_drawn_process(
+        options,
+        model,
+        fold,
+        "explain",
+        STEPS,
+        sampler=options.sampler,
+        seed=options.seed,
+        samples=1,
+        presegmentation_weight=0.0,
+    )
     # nnU-Net reads its paths from the environment: import it only now
     import torch
 
@@ -216,28 +227,3 @@ def _check_units(options: argparse.Namespace, predictor: Any) -> None:
             f"--voxel shows parameter-shared attention, which this model has at stages {', '.join(map(str, attended))} only, "
             f"not at {', '.join(map(str, options.stages))} (--stages)"
         )
-
-
-def _loaded_predictor(options: argparse.Namespace, model: Path, fold: str) -> Any:
-    print(f"Loading the model {model} (fold {fold}) ...", flush=True)
-    import torch
-
-    from nnunet_diffusion.inference import DiffusionPredictor
-
-    check_device(options.device)
-
-    def load(steps: int | None) -> Any:
-        predictor = DiffusionPredictor(
-            device=torch.device(options.device), allow_tqdm=False, sampler=options.sampler, steps=steps,
-            start_step=options.start_step, samples=1, seed=options.seed, presegmentation_weight=0.0,
-        )  # fmt: skip
-        predictor.initialize_from_trained_model_folder(str(model), [fold], options.chk)
-        return predictor
-
-    with named_for_the_user(FileNotFoundError, ValueError, RuntimeError, ImportError, NotImplementedError):
-        steps = options.steps
-        if steps is None:
-            steps = min(STEPS, options.start_step or load(None).network.settings.start_step)
-        predictor = load(steps)
-    refuse_cascade(predictor, "explain")
-    return predictor

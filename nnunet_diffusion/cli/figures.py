@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nnunet_diffusion.cli.devices import DEVICES, check_device
+from nnunet_diffusion.cli.devices import DEVICES
 from nnunet_diffusion.cli.errors import CommandError, named_for_the_user
 from nnunet_diffusion.cli.evaluate import evaluated_by, tasks_of
-from nnunet_diffusion.cli.models import add_model_arguments, finished_folds, model_folder, refuse_cascade
+from nnunet_diffusion.cli.folders import refuse_file_as_output
+from nnunet_diffusion.cli.models import add_model_arguments, finished_folds, model_folder, with_drawn_process
 from nnunet_diffusion.cli.stopping import until_stopped
 from nnunet_diffusion.cli.trainers_directory import with_trainers
 from nnunet_diffusion.files import COMPILE, find_images
@@ -104,8 +105,7 @@ def check_options(options: argparse.Namespace) -> None:
             raise CommandError(f"-{name} is {folder}, which {wrong}")
         if Path(options.o).resolve() == Path(folder).resolve():
             raise CommandError(f"-o and -{name} are the same folder, {folder}: choose another -o")
-    if Path(options.o).exists() and not Path(options.o).is_dir():
-        raise CommandError(f"-o is {options.o}, which is a file: give a folder for the output")
+    refuse_file_as_output(options.o)
     if options.names is not None and len(options.names) != len(options.p):
         raise CommandError(
             f"--names has {len(options.names)} names ({', '.join(options.names)}), but -p is given {len(options.p)} times: "
@@ -126,33 +126,11 @@ def _model(options: argparse.Namespace) -> Path:
         raise CommandError(str(error).replace(" -p ", " --plans ")) from error
 
 
-def _loaded_predictor(options: argparse.Namespace, model: Path) -> Any:
-    # nnU-Net reads its paths from the environment: import it only now
-    import torch
-
-    from nnunet_diffusion.inference import DiffusionPredictor
-
-    check_device(options.device)
-    fold = options.f or finished_folds(model, options.chk)[0]
-
-    def load(steps: int | None) -> Any:
-        predictor = DiffusionPredictor(
-            device=torch.device(options.device), allow_tqdm=False, steps=steps, start_step=options.start_step
-        )
-        predictor.initialize_from_trained_model_folder(str(model), [fold], options.chk)
-        return predictor
-
-    with named_for_the_user(FileNotFoundError, ValueError, RuntimeError):
-        steps = options.steps
-        if steps is None:
-            steps = min(STEPS, options.start_step or load(None).network.settings.start_step)
-        predictor = load(steps)
-    refuse_cascade(predictor, "figures")
-    return predictor
-
-
 def _figures(options: argparse.Namespace, model: Path | None) -> int:
-    predictor = None if model is None else _loaded_predictor(options, model)
+    predictor = None
+    if model is not None:
+        fold = options.f or finished_folds(model, options.chk)[0]
+        predictor = with_drawn_process(options, model, fold, "figures", STEPS)
     # nnU-Net prints about its variables when it is imported: import it only now
     from nnunet_diffusion.explain.comparison_figure import comparison_figure, process_figure
     from nnunet_diffusion.explain.shown_cases import comparison_row, process_row

@@ -27,6 +27,12 @@ def folder_in(environment: Mapping[str, str], name: str, otherwise: str = "") ->
     return environment[name]
 
 
+def refuse_file_as_output(output: str | None) -> None:
+    """Raise CommandError if -o, where it is given, is a file."""
+    if output is not None and Path(output).exists() and not Path(output).is_dir():
+        raise CommandError(f"-o is {output}, which is a file: give a folder for the output")
+
+
 def dataset_prefix(name_or_id: str) -> str:
     """Return the prefix of the dataset folder's name, such as Dataset004_ for 4; a full name is returned unchanged.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -165,13 +166,42 @@ def with_validation_cases(
     return predictor, {fold: names for fold, (names, _) in found.items()}, load
 
 
-def refuse_cascade(predictor: Any, command: str) -> None:
-    """Raise CommandError if a loaded model is the second stage of a cascade, which needs the first one's segmentations."""
+def with_drawn_process(
+    options: argparse.Namespace, model: Path, fold: str, command: str, most_steps: int, **settings: Any
+) -> Any:
+    """Load one fold of a model to draw its reverse process; nnU-Net's variables must be set, as it is imported here.
+
+    Args:
+        options: command-line options with chk, device, steps and start_step.
+        model: folder of the model.
+        fold: name of the fold.
+        command: name of the subcommand, for messages.
+        most_steps: steps where the user gave none; fewer where T' is smaller.
+        settings: further arguments of DiffusionPredictor.
+
+    Raises:
+        CommandError: the device is not there, the model cannot be read, or it is the second stage of a cascade.
+    """
+    import torch
+
+    from nnunet_diffusion.inference import DiffusionPredictor
+
+    check_device(options.device)
+    with named_for_the_user(FileNotFoundError, ValueError, RuntimeError, ImportError, NotImplementedError):
+        predictor = DiffusionPredictor(
+            device=torch.device(options.device), allow_tqdm=False, steps=options.steps, start_step=options.start_step,
+            **settings,
+        )  # fmt: skip
+        predictor.initialize_from_trained_model_folder(str(model), [fold], options.chk)
     if predictor.configuration_manager.previous_stage_name is not None:
         raise CommandError(
             f"the model is the second stage of a cascade, which nnunet_diffusion {command} does not support: name a model of "
             "another configuration"
         )
+    found = predictor.network.settings
+    if options.steps is None:
+        predictor.network.settings = dataclasses.replace(found, steps=min(most_steps, found.start_step))
+    return predictor
 
 
 @dataclass(frozen=True, eq=False)

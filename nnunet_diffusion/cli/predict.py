@@ -12,6 +12,7 @@ from typing import Any
 
 from nnunet_diffusion.cli.devices import DEVICES, check_device
 from nnunet_diffusion.cli.errors import CommandError, named_for_the_user
+from nnunet_diffusion.cli.folders import refuse_file_as_output
 from nnunet_diffusion.cli.models import add_model_arguments, finished_folds, model_folder
 from nnunet_diffusion.cli.stopping import until_stopped
 from nnunet_diffusion.cli.trainers_directory import with_trainers
@@ -189,8 +190,7 @@ def check_options(options: argparse.Namespace) -> None:
                 "is a file: give the folder that it is in" if Path(folder).exists() else "does not exist: correct it"
             )
             raise CommandError(f"-{'-' * (name == 'presegmentation')}{name} is {folder}, which {wrong}")
-    if Path(options.o).exists() and not Path(options.o).is_dir():
-        raise CommandError(f"-o is {options.o}, which is a file: give a folder for the output")
+    refuse_file_as_output(options.o)
     if not 0 <= options.part_id < options.num_parts:
         raise CommandError(f"-part_id is {options.part_id}, but must be 0 to num_parts - 1 = {options.num_parts - 1}")
     if not 0 < options.step_size <= 1:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from nnunet_diffusion.cli.devices import DEVICES
 from nnunet_diffusion.cli.errors import CommandError, named_for_the_user
+from nnunet_diffusion.cli.folders import refuse_file_as_output
 from nnunet_diffusion.cli.models import add_model_arguments, finished_folds, model_folder, with_validation_cases
 from nnunet_diffusion.cli.predict import SAMPLERS
 from nnunet_diffusion.cli.stopping import until_stopped
@@ -70,8 +71,7 @@ def check_options(options: argparse.Namespace) -> None:
     for name, values in (("cases", [options.cases]), ("steps", options.steps), ("seeds", [options.seeds])):
         if wrong := [value for value in values if value is not None and value < 1]:
             raise CommandError(f"--{name} is {wrong[0]}, but must be 1 or more")
-    if options.o is not None and Path(options.o).exists() and not Path(options.o).is_dir():
-        raise CommandError(f"-o is {options.o}, which is a file: give a folder for the output")
+    refuse_file_as_output(options.o)
 
 
 def _sweep(options: argparse.Namespace, model: Path, fold: str, folder: Path) -> int:

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from nnunet_diffusion.evaluation.metrics import dice
-from nnunet_diffusion.explain.grad_cam import Key, evaluated, heat_maps
+from nnunet_diffusion.explain.grad_cam import Key, enlarged, evaluated, heat_maps
 from nnunet_diffusion.explain.units import PRIOR, ablated, ablations_of, units_of
 from nnunet_diffusion.inference.cases import PreparedCase
 from nnunet_diffusion.inference.memory import free_bytes, readable_size
@@ -236,10 +236,8 @@ def prior_branch(process: VolumeProcess, head: int, inner: tuple[slice, ...]) ->
     for tile in process.tiling.tiles:
         found = denoiser.prior(process.seen([tile]))
         presence = max(presence, float(found.presence_logits[0, foreground].float().sigmoid()))
-        size = process.tiling.weight.shape
-        mode = "bilinear" if len(size) == 2 else "trilinear"
-        larger = interpolate(found.location_logits[:, [foreground]].float(), size=tuple(size), mode=mode)
-        location[tile[1:]] += (larger[0, 0].sigmoid() * process.tiling.weight).to(location)
+        larger = enlarged(found.location_logits[:, foreground], process.tiling.weight.shape)
+        location[tile[1:]] += (larger.sigmoid() * process.tiling.weight).to(location)
     return PriorBranch(presence, (location / process.total_weight)[inner].numpy())
 
 
@@ -259,11 +257,8 @@ def _rows(run: Reverse, units: Sequence[Any], question: Question) -> dict[tuple[
         features, flow, *seen = found[unit.key][0]
         size, patch = features.shape[2:], process.tiling.weight.shape
         place = [min(edge * each // whole, each - 1) for edge, each, whole in zip(within, size, patch, strict=True)]
-        row = unit.module.row(features, place, *seen)
-        mode = "bilinear" if len(size) == 2 else "trilinear"
-        larger = interpolate(row[:, None].float(), size=tuple(patch), mode=mode)[0, 0]
         whole = torch.zeros_like(process.total_weight)
-        whole[tile[1:]] = larger.to(whole)
+        whole[tile[1:]] = enlarged(unit.module.row(features, place, *seen), patch).to(whole)
         inside = whole[run.inner]
         rows[unit.flow, unit.stage] = (inside / inside.sum()).numpy()
     return rows
@@ -309,14 +304,9 @@ def ablations(run: Reverse, other: Tensor | None = None) -> dict[str, Tensor]:
 
 def fitted(image: Tensor, shape: Sequence[int]) -> Tensor:
     """Return an image (C, *any) cropped or padded with zeros about its centre to the shape (C, *volume)."""
-    target = torch.zeros(tuple(shape), dtype=image.dtype)
-    taken, put = [slice(None)], [slice(None)]
-    for theirs, ours in zip(image.shape[1:], shape[1:], strict=True):
-        common = min(theirs, ours)
-        taken.append(slice((theirs - common) // 2, (theirs - common) // 2 + common))
-        put.append(slice((ours - common) // 2, (ours - common) // 2 + common))
-    target[tuple(put)] = image[tuple(taken)]
-    return target
+    # towards zero, so that what is left over lies behind
+    starts = [int((theirs - ours) / 2) for theirs, ours in zip(image.shape[1:], shape[1:], strict=True)]
+    return crop_and_pad_nd(image, [[start, start + edge] for start, edge in zip(starts, shape[1:], strict=True)])
 
 
 def share_inside(heat: NDArray, mask: NDArray) -> float:

@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import AbstractPathEffect, withStroke
@@ -35,6 +33,7 @@ from nnunet_diffusion.explain.panel_blocks import (
     text_width,
     wrap,
 )
+from nnunet_diffusion.explain.uncertainty_figure import cross, fading
 
 PANEL_INCHES, MOST_INCHES = 1.2, 2.4  # side of a square panel, by its pixels; others have the same area
 PIXELS_PER_INCH = 150.0
@@ -61,7 +60,7 @@ NO_HEAT = "no heat"
 CONTOURS = ("result", "truth", "nnU-Net")  # of the case, the last above the others
 BAR_INCHES = 2.6  # width of the scale of heat at the foot, with its texts
 BAR_GREY = 0.35  # behind that scale, since its low end is transparent
-PROBABILITY = "viridis"
+PROBABILITY, HEAT_OPACITY = "viridis", 0.8
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,7 +231,7 @@ def _legend(page: Page) -> list[Line2D]:
             line = Line2D([], [], color=colour, linestyle=style, linewidth=1.8, path_effects=_edge(3.2), label=text)
             handles.append(line)
     if page.voxel is not None:
-        handles.append(_cross(page.voxel, "named voxel"))
+        handles.append(cross([], [], "named voxel"))
     return handles
 
 
@@ -353,19 +352,22 @@ def _draw_panel(axes: Axes, page: Page, panel: Panel, scale: float) -> None:
     axes.imshow(image, cmap="gray", vmin=0, vmax=1, aspect=page.aspect)
     if panel.heat is not None:
         largest = float(panel.heat.max(where=np.isfinite(panel.heat), initial=0))
-        axes.imshow(panel.heat, cmap=_heat_colours(), vmin=0, vmax=largest or 1.0, aspect=page.aspect)
+        axes.imshow(panel.heat, cmap=fading(HEAT_OPACITY), vmin=0, vmax=largest or 1.0, aspect=page.aspect)
     if panel.probability is not None:
         axes.imshow(panel.probability, cmap=PROBABILITY, vmin=0, vmax=1, aspect=page.aspect)
     masks = _masks(page)
     for name in panel.contours:
         mask, (colour, style) = masks[name], STYLES[name]
-        covers = mapped and mask is not None and _is_thin(mask)
-        if mask is not None and mask.any() and not mask.all() and not covers:
-            width = (0.4 + 0.7 * scale) * (0.6 if _is_thin(mask) else 1)
+        if mask is None or not mask.any() or mask.all():
+            continue
+        thin = _is_thin(mask)
+        if not (mapped and thin):
+            width = (0.4 + 0.7 * scale) * (0.6 if thin else 1)
             drawn = axes.contour(mask, levels=[0.5], colors=[colour], linewidths=width, linestyles=[style])
             drawn.set_path_effects(_edge(width + 0.7))
     if panel.cross and page.voxel is not None:
-        axes.add_line(_cross(page.voxel))
+        row, column = page.voxel
+        axes.add_line(cross([column], [row]))
     axes.spines[:].set_visible(False)
 
 
@@ -375,7 +377,7 @@ def _draw_foot(paper: Paper, text: str, top: float) -> None:
     width = BAR_INCHES - 4 * GAP - text_width("none") - text_width("largest")
     axes = paper.axes(left, top + 0.02, width, 0.12)
     axes.set_facecolor(str(BAR_GREY))
-    axes.imshow(np.linspace(0, 1, 256)[None], cmap=_heat_colours(), aspect="auto")
+    axes.imshow(np.linspace(0, 1, 256)[None], cmap=fading(HEAT_OPACITY), aspect="auto")
     axes.spines[:].set_visible(False)
     paper.write(left + width + GAP, top, "largest")
     paper.write(MARGIN + BAR_INCHES, top, text)
@@ -386,18 +388,5 @@ def _normalised(image: NDArray) -> NDArray[np.float64]:
     return ((image - low) / max(high - low, 1e-6)).clip(0, 1)
 
 
-def _heat_colours() -> ListedColormap:
-    colours = colormaps["plasma"](np.linspace(0, 1, 256))
-    colours[:, 3] = np.linspace(0, 1.6, 256).clip(max=0.8)  # opacity: from 0, full from half of the scale
-    return ListedColormap(colours)
-
-
 def _edge(width: float) -> list[AbstractPathEffect]:
     return [withStroke(linewidth=width, foreground="black")]
-
-
-def _cross(voxel: tuple[int, int], label: str = "") -> Line2D:
-    return Line2D(
-        [voxel[1]], [voxel[0]], marker="+", color="white", linestyle="", markersize=8, markeredgewidth=1.2,
-        path_effects=_edge(2.6), zorder=10, label=label,
-    )  # fmt: skip

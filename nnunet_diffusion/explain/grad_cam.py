@@ -91,7 +91,7 @@ def heat_maps(
         with torch.no_grad():
             found, _ = evaluated(process, units, tile, noisy, timestep)
             for key, (_, output) in found.items():
-                heat = _enlarged(heat_of(output, weights[key]), tiling.weight.shape)
+                heat = enlarged(heat_of(output, weights[key]), tiling.weight.shape)
                 maps[key][tile[1:]] += (heat * tiling.weight).to(total)
     return {key: heat / total for key, heat in maps.items()}
 
@@ -115,7 +115,7 @@ def evaluated(
     return {**found, **further}, class_logits(segmenter, prediction, state, timestep, condition)
 
 
-def _enlarged(heat: Tensor, size: Sequence[int]) -> Tensor:
+def enlarged(values: Tensor, size: Sequence[int]) -> Tensor:
     """Return a map (1, *spatial) interpolated linearly to another size, (*size)."""
     mode = "bilinear" if len(size) == 2 else "trilinear"
-    return interpolate(heat[:, None].float(), size=tuple(size), mode=mode, align_corners=False)[0, 0]
+    return interpolate(values[:, None].float(), size=tuple(size), mode=mode, align_corners=False)[0, 0]

@@ -79,6 +79,13 @@ def contour_width(shape: Sequence[int]) -> float:
     return min(max(80 / max(shape), 0.9), 1.8)
 
 
+def fading(opacity: float) -> ListedColormap:
+    """Return the colours of a map over an image, whose opacity grows from 0 and is full from half of the scale."""
+    colours = colormaps["plasma"](np.linspace(0, 1, 256))
+    colours[:, 3] = np.linspace(0, 2 * opacity, 256).clip(max=opacity)
+    return ListedColormap(colours)
+
+
 def highest_entropy(heads: int, regions: bool) -> float | None:
     """Return the entropy, in nats, of equally likely classes or regions, the same for all cases; None for 0 heads."""
     if not heads:
@@ -185,7 +192,8 @@ def _aspect(case: Case, axis: int) -> float:
     return height / width
 
 
-def _cross(x: Iterable[float], y: Iterable[float], label: str = "") -> Line2D:
+def cross(x: Iterable[float], y: Iterable[float], label: str = "") -> Line2D:
+    """Return white crosses with a black edge at these columns and rows."""
     edge = [withStroke(linewidth=2.6, foreground="black")]
     return Line2D(
         [*x], [*y], marker="+", color="white", linestyle="", markersize=8, markeredgewidth=1.2, path_effects=edge,
@@ -199,7 +207,7 @@ def _draw_image(axes: Axes, case: Case, axis: int, place: Sequence[int]) -> None
     axes.imshow(shown, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), aspect=_aspect(case, axis))
     axes.set(xticks=[], yticks=[])
     y, x = (each for other, each in enumerate(place) if other != axis)
-    axes.add_line(_cross([x], [y]))
+    axes.add_line(cross([x], [y]))
 
 
 def _draw_contours(axes: Axes, case: Case, axis: int, number: int) -> None:
@@ -214,11 +222,9 @@ def _draw_contours(axes: Axes, case: Case, axis: int, number: int) -> None:
 
 
 def _draw_uncertainty(axes: Axes, case: Case, axis: int, number: int) -> AxesImage:
-    colours = colormaps["plasma"](np.linspace(0, 1, 256))
-    colours[:, 3] = np.linspace(0, 1.8, 256).clip(max=0.9)  # opacity: from 0, full from half of the scale
     high = max(float(case.uncertainty.max()), 1e-6) if case.highest is None else case.highest
     shown = _plane(case.uncertainty, axis, number)
-    return axes.imshow(shown, cmap=ListedColormap(colours), vmin=0, vmax=high, aspect=_aspect(case, axis))
+    return axes.imshow(shown, cmap=fading(0.9), vmin=0, vmax=high, aspect=_aspect(case, axis))
 
 
 def _handles(case: Case) -> list[Line2D]:
@@ -228,4 +234,4 @@ def _handles(case: Case) -> list[Line2D]:
     classes = [
         Line2D([], [], color=colour, linewidth=3, label=text) for colour, text in zip(cycle(COLOURS), case.classes)
     ]
-    return [segmentation, *([samples] if case.samples else []), _cross([], [], "most uncertain place"), *classes]
+    return [segmentation, *([samples] if case.samples else []), cross([], [], "most uncertain place"), *classes]

@@ -7,13 +7,12 @@ AUROC of wrong against right voxels within 5 voxels of a border, mean over the v
 
 from __future__ import annotations
 
-import argparse
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from model_options import model_parser
 
 from nnunet_diffusion.cli.models import with_validation_cases
 from nnunet_diffusion.evaluation.comparison import compare_paired, markdown_table
@@ -24,13 +23,8 @@ from nnunet_diffusion.model import labels
 
 def main() -> None:
     """Measure one model and print the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = model_parser(__doc__)
     add = parser.add_argument
-    add("-m", type=Path, required=True, help="model folder")
-    add("-f", default="0", help="fold")
-    add("-chk", default="checkpoint_final.pth")
-    add("-device", default="cuda")
-    add("--cases", type=int)
     add("--samples", type=int, default=5)
     add("--steps", type=int, default=1)
     add("--start_steps", type=int, nargs="+", default=[100, 500])

@@ -9,13 +9,12 @@ stage and step; before and after parameter-shared attention; Dice without each p
 
 from __future__ import annotations
 
-import argparse
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from model_options import model_parser
 from numpy.typing import NDArray
 
 from nnunet_diffusion.cli.models import with_validation_cases
@@ -37,13 +36,8 @@ from nnunet_diffusion.inference.cases import PreparedCase
 
 def main() -> None:
     """Measure one model and print the tables."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = model_parser(__doc__)
     add = parser.add_argument
-    add("-m", type=Path, required=True, help="model folder")
-    add("-f", default="0", help="fold")
-    add("-chk", default="checkpoint_final.pth")
-    add("-device", default="cuda")
-    add("--cases", type=int)
     add("--head", type=int, default=1, help="index of the class among the network's outputs")
     add("--start_step", type=int)
     add("--steps", type=int, default=5)

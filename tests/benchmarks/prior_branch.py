@@ -9,7 +9,6 @@ is left out below a threshold of either. Thresholds are chosen on one half of th
 
 from __future__ import annotations
 
-import argparse
 import csv
 import os
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from model_options import model_parser
 from numpy.typing import NDArray
 
 from nnunet_diffusion.cli.models import with_validation_cases
@@ -54,13 +54,8 @@ class Measured:
 
 def main() -> None:
     """Measure one model, print the tables and write the CSV file."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = model_parser(__doc__)
     add = parser.add_argument
-    add("-m", type=Path, required=True, help="model folder")
-    add("-f", default="0", help="fold")
-    add("-chk", default="checkpoint_final.pth")
-    add("-device", default="cuda")
-    add("--cases", type=int)
     add("--csv", type=Path, help="file for the numbers of each case")
     options = parser.parse_args()
     predictor, found, load = with_validation_cases(options.m, [options.f], options, os.environ)

@@ -14,13 +14,6 @@ pytestmark = [pytest.mark.nnunet, pytest.mark.slow]
 MODEL = "TinyDiffusionTrainer__Tiny__2d"
 
 
-@pytest.fixture
-def place(trained_2d):
-    """The trained model, its variables set in this process."""
-    with trained_2d[0].in_process(trained_2d[0].root / "results") as workplace:
-        yield workplace
-
-
 def explain(place, out, *arguments):
     words = [
         "-i",

@@ -32,13 +32,6 @@ MODEL = "TinyDiffusionTrainer__Tiny__2d"
 STOCK = "TinynnUNetTrainer__Tiny__2d"
 
 
-@pytest.fixture
-def place(trained_2d):
-    """The trained model, its variables set in this process."""
-    with trained_2d[0].in_process(trained_2d[0].root / "results") as workplace:
-        yield workplace
-
-
 def words(place, out, *arguments, images=None):
     return [
         "predict", "-i", str(images or place.raw / "imagesTs"), "-o", str(out), "-m", str(place.results / MODEL), "-f", "0",

@@ -15,13 +15,6 @@ MODEL = "TinyDiffusionTrainer__Tiny__2d"
 
 
 @pytest.fixture
-def place(trained_2d):
-    """The trained model, its variables set in this process."""
-    with trained_2d[0].in_process(trained_2d[0].root / "results") as workplace:
-        yield workplace
-
-
-@pytest.fixture
 def model(place, tmp_path):
     """A copy of the model, because calibration writes its plans."""
     return shutil.copytree(place.results / MODEL, tmp_path / MODEL)
