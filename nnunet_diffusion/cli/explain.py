@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -164,9 +164,7 @@ def _explain(
         presegmentation_weight=0.0,
     )
     # nnU-Net reads its paths from the environment: import it only now
-    import torch
-
-    from nnunet_diffusion.explain.explained_cases import Request, explain_class, prepared
+    from nnunet_diffusion.explain.explained_cases import Request, asked_of, explain_class
     from nnunet_diffusion.explain.explanation import NothingToExplain, ablations, reverse
     from nnunet_diffusion.inference.report import foreground_names
 
@@ -177,25 +175,24 @@ def _explain(
     out = Path(options.o)
     with named_for_the_user(OSError):
         out.mkdir(parents=True, exist_ok=True)
+    if not os.access(out, os.W_OK):
+        raise CommandError(f"-o is {out}, which cannot be written: make it writable, or choose another folder")
     voxel = None if options.voxel is None else tuple(options.voxel)
     truths = None if options.g is None else Path(options.g)
     request = Request(out, heads, options.target, voxel, truths, options.maps, tuple(options.stages or ()))
     failed = written = 0
     for name in cases:
-        others = [other for other in files if other != name]
-        other = others[list(files).index(name) % len(others)] if others else None
         try:
-            case = prepared(predictor, name, files[name])
-            image = None if other is None else torch.from_numpy(prepared(predictor, other, files[other]).data)
-            found = reverse(predictor, case)
-            without = ablations(found, image)
+            asked = asked_of(predictor, request, name, files[name])
+            found = reverse(predictor, asked.case)
+            without = ablations(found, _another_image(predictor, name, files))
         except FAILURES as error:
             print(f"nnunet_diffusion explain: {name}: {error}", file=sys.stderr)
             failed += 1
             continue
         for label in heads:
             try:
-                page = explain_class(predictor, request, name, case, found, without, label)
+                page = explain_class(predictor, request, name, asked, found, without, label)
                 print(f"{name}, {label}: {page}", flush=True)
                 written += 1
             except NothingToExplain as nothing:
@@ -205,6 +202,22 @@ def _explain(
                 failed += 1
     print(f"{written} pages are in {out}")
     return 1 if failed else 0
+
+
+def _another_image(predictor: Any, name: str, files: Mapping[str, Sequence[str]]) -> Any:
+    """Return the image of the next case in the folder, (C, *volume), that can be read; None without one."""
+    import torch
+
+    from nnunet_diffusion.explain.explained_cases import read_image
+
+    names = list(files)
+    place = names.index(name)
+    for other in (*names[place + 1 :], *names[:place]):
+        try:
+            return torch.from_numpy(read_image(predictor, other, files[other]).data)
+        except FAILURES as error:
+            print(f"{name}: the image of {other} is not put in its place: {error}", file=sys.stderr)
+    return None
 
 
 def _check_units(options: argparse.Namespace, predictor: Any) -> None:

@@ -21,7 +21,8 @@ from nnunet_diffusion.cli.stopping import until_stopped
 from nnunet_diffusion.cli.trainers_directory import with_trainers
 from nnunet_diffusion.files import COMPILE, find_images
 
-COMPARISON, PROCESS, TABLE = "comparison", "process", "figures.csv"
+COMPARISON, PROCESS = "comparison", "process"
+TABLE, NAMED_TABLE = "figures.csv", "named_cases.csv"  # of all cases, and of those of --cases
 ENDINGS = ("png", "pdf", "svg")
 WIDTH_MM, STEPS = 180.0, 5
 MM_PER_INCH = 25.4
@@ -36,7 +37,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="draw models side by side with their errors, and the reverse process, for a publication",
         description=f"Draws, at print size, {COMPARISON}: image, truth and an error map for each folder of predictions of any "
         f"program (PGDiffSeg, Fig. 9); and, if a trained diffusion model is named (-d or -m), {PROCESS}: its reverse process "
-        f"of the same cases (Fig. 13). {TABLE} has the Dice of all cases. Without --cases, the cases with the largest gain, "
+        f"of the same cases (Fig. 13). Without --cases, {TABLE} has the Dice of all cases, and those with the largest gain, "
         "the largest loss and the median difference in Dice between the last and the first -p are drawn; of one -p the best, "
         "the worst and the median. Cases without any foreground are not chosen. Of a volume, the slice is drawn in which the "
         "label maps differ in most voxels. Measured cases are kept in OUT/cases.",
@@ -145,7 +146,8 @@ def _figures(options: argparse.Namespace, model: Path | None) -> int:
         names = options.names or list(tasks)
         rows = [comparison_row(case, [each[case.name] for each in dice], options.axis) for case in cases]
         labels = {case.name: row.label.replace("\n", ", ") for case, row in zip(cases, rows, strict=True)}
-        write_table(Path(options.o) / TABLE, names, dice, labels)
+        table = TABLE if options.cases is None else NAMED_TABLE
+        write_table(Path(options.o) / table, names, dice, labels)
         note = "; Dice of the whole volume" if any(1 not in case.truth.shape for case in cases) else ""
         classes = _legend(next(iter(tasks.values())).classes, rows)
         paths = _paths(options, COMPARISON)
@@ -159,7 +161,7 @@ def _figures(options: argparse.Namespace, model: Path | None) -> int:
         width = figure.get_figwidth() * MM_PER_INCH
         if width > options.width_mm + 0.1:
             print(f"{name} is {width:.0f} mm wide, not {options.width_mm:g}: its texts would overlap")
-    print(f"Written to {options.o}: {', '.join([*written, TABLE])}")
+    print(f"Written to {options.o}: {', '.join([*written, table])}")
     return 0
 
 

@@ -28,9 +28,13 @@ def folder_in(environment: Mapping[str, str], name: str, otherwise: str = "") ->
 
 
 def refuse_file_as_output(output: str | None) -> None:
-    """Raise CommandError if -o, where it is given, is a file."""
-    if output is not None and Path(output).exists() and not Path(output).is_dir():
-        raise CommandError(f"-o is {output}, which is a file: give a folder for the output")
+    """Raise CommandError if -o, where it is given, is a file, or lies in one."""
+    if output is None:
+        return
+    there = next((path for path in (Path(output), *Path(output).parents) if path.exists()), None)
+    if there is not None and not there.is_dir():
+        which = "which" if there == Path(output) else f"but {there}"
+        raise CommandError(f"-o is {output}, {which} is a file: give a folder for the output")
 
 
 def dataset_prefix(name_or_id: str) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,19 @@ def with_validation_cases(
     return predictor, {fold: names for fold, (names, _) in found.items()}, load
 
 
+@contextlib.contextmanager
+def settings_named_as_options(options: argparse.Namespace) -> Iterator[None]:
+    """Name a setting in an error's message as the user did, such as --steps, where an option of its name was given."""
+
+    def option(found: re.Match[str]) -> str:
+        return f"--{found[1]}" if getattr(options, found[1], None) is not None else found[0]
+
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(re.sub(r"diffusion\.inference\.(\w+)", option, str(error))) from error
+
+
 def with_drawn_process(
     options: argparse.Namespace, model: Path, fold: str, command: str, most_steps: int, **settings: Any
 ) -> Any:
@@ -187,7 +201,8 @@ def with_drawn_process(
     from nnunet_diffusion.inference import DiffusionPredictor
 
     check_device(options.device)
-    with named_for_the_user(FileNotFoundError, ValueError, RuntimeError, ImportError, NotImplementedError):
+    kinds = (FileNotFoundError, ValueError, RuntimeError, ImportError, NotImplementedError)
+    with named_for_the_user(*kinds), settings_named_as_options(options):
         predictor = DiffusionPredictor(
             device=torch.device(options.device), allow_tqdm=False, steps=options.steps, start_step=options.start_step,
             **settings,

@@ -13,7 +13,7 @@ from typing import Any
 from nnunet_diffusion.cli.devices import DEVICES, check_device
 from nnunet_diffusion.cli.errors import CommandError, named_for_the_user
 from nnunet_diffusion.cli.folders import refuse_file_as_output
-from nnunet_diffusion.cli.models import add_model_arguments, finished_folds, model_folder
+from nnunet_diffusion.cli.models import add_model_arguments, finished_folds, model_folder, settings_named_as_options
 from nnunet_diffusion.cli.stopping import until_stopped
 from nnunet_diffusion.cli.trainers_directory import with_trainers
 from nnunet_diffusion.files import find_images, read_dictionary, refuse_overwriting
@@ -236,7 +236,7 @@ def _loaded_predictor(options: argparse.Namespace, model: Path, folds: list[str]
     from nnunet_diffusion.inference import DiffusionPredictor
 
     check_device(options.device)
-    with named_for_the_user(FileNotFoundError, ValueError, RuntimeError):
+    with named_for_the_user(FileNotFoundError, ValueError, RuntimeError), settings_named_as_options(options):
         predictor = DiffusionPredictor(
             tile_step_size=options.step_size,
             use_mirroring=not options.disable_tta,

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -29,7 +28,7 @@ from nnunet_diffusion.explain.figures import (
     show_labels,
     write_titles,
 )
-from nnunet_diffusion.training.checkpoints import write_aside
+from nnunet_diffusion.explain.panel_blocks import save_figure
 
 DPI = 300
 FONT_POINTS = 7
@@ -42,7 +41,6 @@ LEAST_PROCESS_MM = 170.0  # the two legends of the reverse process beside each o
 PROCESS_LEGENDS_MM = 11.5
 TALLEST, FLATTEST = 2.0, 0.4  # height / width of a panel
 HANDLE_MM = 7.0  # colour and space beside a text of a legend
-AGAIN = "Free some space or choose another folder (-o), then give the command again."
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +122,7 @@ def comparison_figure(
         axis.set_title(title, fontsize=FONT_POINTS, pad=3, parse_math=False)
     for place, (title, colours) in enumerate(legends.items()):
         _draw_legend(page, title, colours, sum(heights[place:]))
-    _save(page.figure, paths)
+    save_figure(page.figure, paths, DPI)
     return page.figure
 
 
@@ -156,7 +154,7 @@ def process_figure(rows: Sequence[ProcessRow], paths: Sequence[Path], width_mm: 
         write_titles(axes, each.row, all_columns=place == 0, timesteps=place == 0)
     width, height = page.figure.get_size_inches()
     add_legends(page.figure, width, height, wrong_class=any(classes_confused(report) for report in reports))
-    _save(page.figure, paths)
+    save_figure(page.figure, paths, DPI)
     return page.figure
 
 
@@ -300,11 +298,3 @@ def _draw_legend(page: _Page, title: str, colours: Mapping[str, str], top_mm: fl
     )  # fmt: skip
     for text in legend.get_texts():
         text.set_parse_math(False)
-
-
-def _save(figure: Figure, paths: Sequence[Path]) -> None:
-    # letters of a PDF as TrueType, which publishers ask for
-    with rc_context({"pdf.fonttype": 42, "svg.fonttype": "none"}):
-        for path in paths:
-            kind = path.suffix.removeprefix(".")
-            write_aside(lambda aside, kind=kind: figure.savefig(aside, format=kind, dpi=DPI), path, AGAIN)  # type: ignore[misc]

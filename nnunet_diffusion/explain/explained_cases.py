@@ -11,8 +11,20 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nnunet_diffusion.explain.explanation import CLASS, Explanation, Question, Reverse, explain, numbers, share_inside
-from nnunet_diffusion.explain.explanation_figure import Page, explanation_figure
+from nnunet_diffusion.evaluation.folders import TRUTH
+from nnunet_diffusion.evaluation.metrics import dice
+from nnunet_diffusion.explain.explanation import (
+    CLASS,
+    Explanation,
+    Question,
+    Reverse,
+    Shares,
+    check_memory,
+    explain,
+    numbers,
+    shares_of,
+)
+from nnunet_diffusion.explain.explanation_figure import Attention, Flow, Page, Prior, explanation_figure
 from nnunet_diffusion.explain.uncertainty_figure import plane_name
 from nnunet_diffusion.explain.units import PRIOR, units_of
 from nnunet_diffusion.files import write_json
@@ -49,16 +61,50 @@ class Request:
     stages: tuple[int, ...] = ()
 
 
-def prepared(predictor: DiffusionPredictor, name: str, files: Sequence[str]) -> PreparedCase:
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """What is asked about one case, on the network's grid.
+
+    Attributes:
+        case: the case.
+        voxel: the named voxel, or None.
+        truth: masks of all heads in the ground truth, (K, *volume), or None.
+    """
+
+    case: PreparedCase
+    voxel: tuple[int, ...] | None
+    truth: NDArray | None
+
+
+def read_image(predictor: DiffusionPredictor, name: str, files: Sequence[str]) -> PreparedCase:
     """Read and preprocess a case; see `prepare_case` for the errors."""
     return prepare_case(CaseFiles(name, files), predictor.managers)
+
+
+def asked_of(predictor: DiffusionPredictor, request: Request, name: str, files: Sequence[str]) -> Asked:
+    """Read a case, its truth and its voxel, before anything is computed.
+
+    Args:
+        predictor: with one fold of a model.
+        request: what is asked.
+        name: name of the case.
+        files: its images, one per channel.
+
+    Raises:
+        MemoryError: the maps do not fit into memory.
+        ValueError: a file cannot be read, the truth does not fit the image, or the voxel is outside.
+    """
+    case = read_image(predictor, name, files)
+    voxel = _Grid(predictor, case).voxel(request.voxel)
+    check_memory(predictor, case, request.stages)
+    return Asked(case, voxel, _truth(predictor, request.truths, name, case))
 
 
 def explain_class(
     predictor: DiffusionPredictor,
     request: Request,
     name: str,
-    case: PreparedCase,
+    asked: Asked,
     run: Reverse,
     without: Mapping[str, Tensor],
     label: str,
@@ -69,7 +115,7 @@ def explain_class(
         predictor: with one fold of a model.
         request: what is asked.
         name: name of the case.
-        case: the case on the network's grid.
+        asked: what is asked about it.
         run: the reverse process of that case.
         without: its `ablations`.
         label: name of the class.
@@ -78,23 +124,26 @@ def explain_class(
         The page, a PNG.
 
     Raises:
-        MemoryError: the maps do not fit into memory.
         NothingToExplain: there is nothing of that class.
-        ValueError: the truth does not fit the image, or the voxel is outside.
+        OSError: a file cannot be written.
     """
-    grid = _Grid(predictor, case)
-    question = Question(request.heads[label], label, request.target, grid.voxel(request.voxel), request.stages)
+    question = Question(request.heads[label], label, request.target, asked.voxel, request.stages)
     found = explain(run, question, without)
-    truth = _truth(predictor, request.truths, name, case)
-    mask = None if truth is None else truth[question.head]
+    truth = None if asked.truth is None else asked.truth[question.head]
+    shares = shares_of(found, question, truth)
     stem = f"{name}_{_as_file_name(label)}" + ("" if request.target == CLASS else f"_{request.target}")
-    content = {"case": name, **numbers(found, question, mask), **_weights(predictor), "settings": _settings(predictor)}
-    write_json(content, request.out / f"{stem}.json")
-    voxel = "" if request.voxel is None else f"voxel {' '.join(map(str, request.voxel))}"
-    page = _page(name, voxel, question, found, mask, grid)
+    page = _page(predictor, name, request, asked, question, found, truth, shares)
     explanation_figure(page, [request.out / f"{stem}.png", request.out / f"{stem}.pdf"])
     if request.maps:
-        _write_maps(predictor, found, request.out / MAPS, stem, case)
+        _write_maps(predictor, found, request.out / MAPS, stem, asked.case)
+    content = {
+        "case": name,
+        **numbers(found, question, shares, truth),
+        **({} if request.voxel is None else {"voxel": list(request.voxel)}),
+        **({"attention_weights": _named(_weights(predictor))} if _weights(predictor) else {}),
+        "settings": _settings(predictor),
+    }
+    write_json(content, request.out / f"{stem}.json")
     return request.out / f"{stem}.png"
 
 
@@ -108,13 +157,13 @@ def _settings(predictor: DiffusionPredictor) -> dict[str, Any]:
     return {**predictor.identity, "folds": predictor.folds, **{key: getattr(settings, key) for key in keys}}
 
 
-def _weights(predictor: DiffusionPredictor) -> dict[str, Any]:
+def _weights(predictor: DiffusionPredictor) -> dict[tuple[str, int], float]:
     """Return eta of PGDiffSeg's Eq. 5: how much of the attention is added to the features, by flow and stage."""
-    found: dict[str, dict[str, float]] = {}
-    for unit in units_of(predictor.network.denoiser):
-        if unit.attended:
-            found.setdefault(unit.flow, {})[f"stage {unit.stage}"] = unit.eta.item()
-    return {"attention_weights": found} if found else {}
+    return {(unit.flow, unit.stage): unit.eta.item() for unit in units_of(predictor.network.denoiser) if unit.attended}
+
+
+def _named(values: Mapping[tuple[str, int], float]) -> dict[str, float]:
+    return {f"{flow}, stage {stage}": value for (flow, stage), value in values.items()}
 
 
 def _truth(predictor: DiffusionPredictor, folder: Path | None, name: str, case: PreparedCase) -> NDArray | None:
@@ -126,7 +175,7 @@ def _truth(predictor: DiffusionPredictor, folder: Path | None, name: str, case: 
         raise ValueError(f"{path} is missing: give the folder with the ground truth of all cases, or leave -g out")
     found = read_presegmentation(
         path, case.properties, case.data.shape[1:], predictor.plans_manager, predictor.configuration_manager,
-        predictor.label_manager,
+        predictor.label_manager, TRUTH, allow_ignored=True,
     )  # fmt: skip
     return found.probabilities > 0.5
 
@@ -199,84 +248,89 @@ class _Grid:
         return plane_name(of_image, int((number + 0.5) * self.scale[axis]) + low)
 
 
-def _page(name: str, voxel: str, question: Question, found: Explanation, truth: NDArray | None, grid: _Grid) -> Page:
-    result, before = found.result, found.presegmentation
+def _page(
+    predictor: DiffusionPredictor,
+    name: str,
+    request: Request,
+    asked: Asked,
+    question: Question,
+    found: Explanation,
+    truth: NDArray | None,
+    shares: Shares,
+) -> Page:
+    grid, result, before = _Grid(predictor, asked.case), found.result, found.presegmentation
     explained = result if question.target == CLASS else result != before
     axis = int(np.argmax(grid.spacing)) if min(grid.shape) > 1 else grid.shape.index(1)
     others = tuple(each for each in range(3) if each != axis)
     number = int(explained.sum(others).argmax()) if question.voxel is None else question.voxel[axis]
 
-    def plane(volume: NDArray) -> NDArray:
-        return np.take(volume, number, axis)
+    def planes(volumes: Any) -> NDArray:
+        """Return the plane of arrays (..., *volume), with the same leading axes."""
+        return np.take(np.asarray(volumes), number, axis - 3)
 
-    def planes(volumes: NDArray) -> NDArray:
-        return np.take(volumes, number, axis + 1)
-
-    image = planes(grid.case.data)
-    is_rgb = len(image) == 3 and all(
-        each == RGB for each in grid.predictor.configuration_manager.configuration["normalization_schemes"]
-    )
-    reference = result if truth is None else truth
-    flows, stages, shares, attention, attention_shares = _flows(found, reference, planes)
+    image = planes(asked.case.data)
+    schemes = predictor.configuration_manager.configuration["normalization_schemes"]
+    is_rgb = len(image) == 3 and all(each == RGB for each in schemes)
     where = grid.name_of_plane(axis, number)
-    what = (
-        question.name if question.target == CLASS else f"{question.name}, where it differs from nnU-Net's segmentation"
-    )
+    changed = "" if question.target == CLASS else ", where it differs from nnU-Net's segmentation"
+    voxel = "" if request.voxel is None else f"voxel {' '.join(map(str, request.voxel))}"
+    of_several = "" if is_rgb or len(image) == 1 else f"image of channel 0 of {len(image)}"
+    title = (name, where, f"{question.name}{changed}", voxel, of_several)
+    flows = dict.fromkeys(flow for flow, _, _ in found.heat if flow != PRIOR)
     in_plane = [grid.spacing[each] for each in others]
-    attended = sorted({stage for _, stage, after in found.heat if after})
+    prior, last = found.prior, (PRIOR, 1, False)
+    masks = {"nnU-Net": before, **found.ablations}
     return Page(
-        title=", ".join(each for each in (name, where, what, voxel) if each),
-        image=image.transpose(1, 2, 0) if is_rgb else image.mean(0),
+        title=", ".join(each for each in title if each),
+        image=image.transpose(1, 2, 0) if is_rgb else image[0],
         aspect=in_plane[0] / in_plane[1],
-        presegmentation=plane(before),
-        result=plane(result),
-        truth=None if truth is None else plane(truth),
-        explained=plane(explained),
+        presegmentation=planes(before),
+        result=planes(result),
+        truth=None if truth is None else planes(truth),
+        explained=planes(explained),
         steps=[timestep + 1 for timestep in found.timesteps],
-        flows=flows,
-        stages=stages,
-        shares=shares,
-        expected=float(reference.mean()),
-        reference="result" if truth is None else "truth",
-        attention=attention,
-        attention_shares=attention_shares,
-        attention_stages=attended,
-        attention_step=found.timesteps[0] + 1,
-        prior=plane(found.heat[PRIOR, 1, False][-1]) if found.prior is not None else None,
-        location=None if found.prior is None else plane(found.prior.location),
-        presence=None if found.prior is None else found.prior.presence,
-        rows={f"{flow}, stage {stage}": plane(row) for (flow, stage), row in found.rows.items()},
+        flows={flow: _flow(flow, found, shares, planes) for flow in flows},
+        expected=shares.expected,
+        reference=shares.reference,
+        of_volume=min(grid.shape) > 1,
+        attention=_attention(predictor, found, shares, planes),
+        prior=None
+        if prior is None
+        else Prior(
+            prior.presence, planes(prior.presence_heat), shares.presence,  # type: ignore[arg-type]
+            planes(found.heat[last][-1]), shares.heat[last][-1], planes(prior.location),
+        ),
+        rows={
+            f"{flow}, stage {stage}": (planes(row), shares.rows[flow, stage])
+            for (flow, stage), row in found.rows.items()
+        },
+        dice_with_result={what: dice(mask, result) for what, mask in masks.items()} if result.any() else {},
         voxel=None if question.voxel is None else tuple(question.voxel[each] for each in others),  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def _flow(flow: str, found: Explanation, shares: Shares, planes: Any) -> Flow:
+    """Return the maps of a flow, after attention where there is one."""
+    stages = sorted({stage for name, stage, _ in found.heat if name == flow})
+    keys = [(flow, stage, (flow, stage, True) in found.heat) for stage in stages]
+    return Flow(
+        stages, np.stack([planes(found.heat[key]) for key in keys]), np.array([shares.heat[key] for key in keys])
     )
 
 
-def _flows(found: Explanation, reference: NDArray, planes: Any) -> tuple[dict, dict, dict, dict, dict]:
-    """Return the page's heat maps, stages and shares of each flow, and those before and after attention at T'."""
-
-    def share(heat: NDArray) -> float:
-        return share_inside(heat, reference)
-
-    flows: dict[str, NDArray] = {}
-    numbers: dict[str, list[int]] = {}
-    shares: dict[str, NDArray] = {}
-    attention: dict[str, tuple[NDArray, NDArray]] = {}
-    attention_shares: dict[str, tuple[NDArray, NDArray]] = {}
-    for flow in dict.fromkeys(flow for flow, _, _ in found.heat if flow != PRIOR):
-        stages = sorted({stage for name, stage, _ in found.heat if name == flow})
-        numbers[flow] = stages
-        last = [found.heat.get((flow, stage, True), found.heat[flow, stage, False]) for stage in stages]
-        flows[flow] = np.stack([planes(maps) for maps in last])
-        shares[flow] = np.array([[share(heat) for heat in maps] for maps in last])
-        attended = [stage for stage in stages if (flow, stage, True) in found.heat]
-        if attended:
-            pair = [[found.heat[flow, stage, after][0] for stage in attended] for after in (False, True)]
-            before, after = (np.stack([planes(heat[None])[0] for heat in maps]) for maps in pair)
-            attention[flow] = before, after
-            attention_shares[flow] = (
-                np.array([share(heat) for heat in pair[0]]),
-                np.array([share(heat) for heat in pair[1]]),
-            )
-    return flows, numbers, shares, attention, attention_shares
+def _attention(predictor: DiffusionPredictor, found: Explanation, shares: Shares, planes: Any) -> dict[str, Attention]:
+    """Return the maps of each flow with attention before and after it, at T'."""
+    weights, attention = _weights(predictor), {}
+    for flow in dict.fromkeys(flow for flow, _, after in found.heat if after):
+        stages = [stage for name, stage, after in found.heat if name == flow and after]
+        keys = [[(flow, stage, after) for stage in stages] for after in (False, True)]
+        attention[flow] = Attention(
+            stages,
+            np.stack([[planes(found.heat[key][0]) for key in row] for row in keys]),
+            np.array([[shares.heat[key][0] for key in row] for row in keys]),
+            [weights[flow, stage] for stage in stages],
+        )
+    return attention
 
 
 def _write_maps(predictor: DiffusionPredictor, found: Explanation, folder: Path, stem: str, case: PreparedCase) -> None:
@@ -291,6 +345,7 @@ def _write_maps(predictor: DiffusionPredictor, found: Explanation, folder: Path,
             maps[f"{flow}_stage_{stage}{after}_T_{timestep + 1}"] = heat
     if found.prior is not None:
         maps["prior_branch_location"] = found.prior.location
+        maps["prior_branch_presence"] = found.prior.presence_heat
     maps |= {f"{flow}_stage_{stage}_attention_of_voxel": row for (flow, stage), row in found.rows.items()}
     for name, values in maps.items():
         whole = to_image(

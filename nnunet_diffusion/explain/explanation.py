@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from nnunet_diffusion.evaluation.metrics import dice
-from nnunet_diffusion.explain.grad_cam import Key, enlarged, evaluated, heat_maps
-from nnunet_diffusion.explain.units import PRIOR, ablated, ablations_of, units_of
+from nnunet_diffusion.explain.grad_cam import Key, enlarged, evaluated, heat_maps, heat_of
+from nnunet_diffusion.explain.units import PRIOR, Unit, ablated, ablations_of, units_of
 from nnunet_diffusion.inference.cases import PreparedCase
 from nnunet_diffusion.inference.memory import free_bytes, readable_size
 from nnunet_diffusion.inference.predictor import DiffusionPredictor
@@ -61,10 +61,12 @@ class PriorBranch:
 
     Attributes:
         presence: probability that the image shows it; of several tiles the largest.
+        presence_heat: Grad-CAM of that head's logit at the branch's last features, (*volume), 0 to 1 (Fig. 8).
         location: where, as probabilities (*volume).
     """
 
     presence: float
+    presence_heat: NDArray
     location: NDArray
 
 
@@ -156,21 +158,17 @@ def explain(run: Reverse, question: Question, without: Mapping[str, Tensor] | No
         without: what `ablations` returns; None for no ablations.
 
     Raises:
-        MemoryError: the maps do not fit into memory.
         NotImplementedError: the network is unknown.
         NothingToExplain: there is nothing of that class.
     """
     head, inner = question.head, run.inner
-    every = units_of(run.process.segmenter.denoiser)
-    units = [unit for unit in every if unit.flow == PRIOR or unit.stage in (question.stages or (unit.stage,))]
-    _check_memory(run, len(units))
+    units = _asked_for(run.process.segmenter.denoiser, question.stages)
     result, before = run.mask(run.result, head), run.mask(run.presegmentation, head)
     target = target_of(result, before, question)
     heat: dict[Key, list[Tensor]] = {unit.key: [] for unit in units}
     for timestep, noisy in run.states:
         for key, found in heat_maps(run.process, units, head, target, noisy, timestep).items():
-            inside = found[inner]
-            heat[key].append((inside / inside.max().clamp_min(1e-30)).half())
+            heat[key].append(_unit_scale(found[inner]).half())
     return Explanation(
         [timestep for timestep, _ in run.states],
         before[inner].numpy(),
@@ -182,15 +180,35 @@ def explain(run: Reverse, question: Question, without: Mapping[str, Tensor] | No
     )
 
 
-def _check_memory(run: Reverse, units: int) -> None:
-    steps = len(run.states)
+def _asked_for(denoiser: nn.Module, stages: Sequence[int]) -> list[Unit]:
+    """Return the units of these stages, of all without any, and the prior branch."""
+    return [unit for unit in units_of(denoiser) if unit.flow == PRIOR or unit.stage in (stages or (unit.stage,))]
+
+
+def _unit_scale(heat: Tensor) -> Tensor:
+    return heat / heat.max().clamp_min(1e-30)
+
+
+def check_memory(predictor: DiffusionPredictor, case: PreparedCase, stages: Sequence[int] = ()) -> None:
+    """Compare the memory that the maps of a case need with what is free.
+
+    Args:
+        predictor: with one fold of a model.
+        case: the case.
+        stages: of each flow that are explained; empty for all.
+
+    Raises:
+        MemoryError: the maps do not fit.
+        NotImplementedError: the network is unknown.
+    """
+    steps, units = predictor.network.settings.steps, len(_asked_for(predictor.network.denoiser, stages))
     # maps of all units in half precision at all steps, then once more as float32; those of one step, and its gradients
-    needed = run.process.total_weight.numel() * (units * steps * (2 + 4) + units * 8)
+    needed = case.data[0].size * (units * steps * (2 + 4) + units * 8)
     free = free_bytes(torch.device("cpu"))
     if needed > free:
         raise MemoryError(
             f"the maps of {units} units at {steps} steps need {readable_size(needed)} of memory, but {readable_size(free)} are "
-            "free: give fewer --steps, or crop the image"
+            "free: give fewer --steps or --stages, or crop the image"
         )
 
 
@@ -232,13 +250,19 @@ def prior_branch(process: VolumeProcess, head: int, inner: tuple[slice, ...]) ->
     if not isinstance(denoiser, PGDiffSeg):
         return None
     foreground = head - (not settings.regions)
-    presence, location = 0.0, torch.zeros_like(process.total_weight)
+    presence = 0.0
+    heat, location = torch.zeros_like(process.total_weight), torch.zeros_like(process.total_weight)
+    weight = process.tiling.weight
     for tile in process.tiling.tiles:
         found = denoiser.prior(process.seen([tile]))
         presence = max(presence, float(found.presence_logits[0, foreground].float().sigmoid()))
-        larger = enlarged(found.location_logits[:, foreground], process.tiling.weight.shape)
-        location[tile[1:]] += (larger.sigmoid() * process.tiling.weight).to(location)
-    return PriorBranch(presence, (location / process.total_weight)[inner].numpy())
+        # of a linear head on pooled features (Eq. 7) the weights of Grad-CAM are the head's, up to the number of voxels
+        looked = heat_of(found.features, denoiser.prior.presence.weight[foreground][None])
+        heat[tile[1:]] += (enlarged(looked, weight.shape) * weight).to(heat)
+        larger = enlarged(found.location_logits[:, foreground], weight.shape)
+        location[tile[1:]] += (larger.sigmoid() * weight).to(location)
+    heat, location = ((each / process.total_weight)[inner] for each in (heat, location))
+    return PriorBranch(presence, _unit_scale(heat).numpy(), location.numpy())
 
 
 @torch.no_grad()
@@ -315,46 +339,83 @@ def share_inside(heat: NDArray, mask: NDArray) -> float:
     return float(heat[mask].sum(dtype=np.float64)) / total if total > 0 else math.nan
 
 
-def numbers(found: Explanation, question: Question, truth: NDArray | None = None) -> dict[str, Any]:
+@dataclass(frozen=True, eq=False)
+class Shares:
+    """How much of each map lies inside a mask.
+
+    Attributes:
+        reference: what the mask is: "truth", "result" or "changed voxels".
+        expected: share of the volume that it has, which a map without any preference would have.
+        heat: unit -> share at each timestep, NaN of a map without heat.
+        presence: share of the presence head's map; None without a prior branch.
+        rows: flow and stage -> share of the voxel's attention.
+    """
+
+    reference: str
+    expected: float
+    heat: Mapping[Key, Sequence[float]]
+    presence: float | None
+    rows: Mapping[tuple[str, int], float]
+
+
+def shares_of(found: Explanation, question: Question, truth: NDArray | None = None) -> Shares:
+    """Return the shares of all maps inside what is explained: the changed voxels, else the truth, else the result.
+
+    Args:
+        found: the explanation.
+        question: that it answers.
+        truth: mask of the class in the ground truth, (*volume), or None.
+    """
+    if question.target == CHANGED:
+        name, mask = "changed voxels", found.result != found.presegmentation
+    else:
+        name, mask = ("result", found.result) if truth is None else ("truth", truth)
+    return Shares(
+        name,
+        float(mask.mean()),
+        {key: [share_inside(heat, mask) for heat in maps] for key, maps in found.heat.items()},
+        None if found.prior is None else share_inside(found.prior.presence_heat, mask),
+        {key: share_inside(row, mask) for key, row in found.rows.items()},
+    )
+
+
+def numbers(found: Explanation, question: Question, shares: Shares, truth: NDArray | None = None) -> dict[str, Any]:
     """Return the numbers of an explanation, for its JSON file.
 
     Args:
         found: the explanation.
         question: that it answers.
-        truth: mask of the class in the ground truth, (*volume); without it shares refer to the result.
+        shares: of its maps.
+        truth: mask of the class in the ground truth, (*volume), or None.
     """
     result = found.result
-    reference = result if truth is None else truth
 
     def overlaps(mask: NDArray) -> dict[str, Any]:
         known = {"dice_with_result": dice(mask, result), "voxels": int(mask.sum())}
         return known if truth is None else {**known, "dice_with_truth": dice(mask, truth)}
 
-    shares: dict[str, dict[str, Any]] = {}
-    for (flow, stage, attended), maps in found.heat.items():
-        name = f"stage {stage}" + (" after attention" if attended else "")
-        shares.setdefault(flow, {})[name] = [share_inside(heat, reference) for heat in maps]
+    heat: dict[str, dict[str, Any]] = {}
+    for (flow, stage, attended), values in shares.heat.items():
+        heat.setdefault(flow, {})[f"stage {stage}" + (" after attention" if attended else "")] = list(values)
     numbers: dict[str, Any] = {
         "class": question.name,
         "target": question.target,
         "noising_steps": [timestep + 1 for timestep in found.timesteps],
-        "voxels": reference.size,
-        "reference": "result" if truth is None else "truth",
-        "share_of_reference": float(reference.mean()),
-        "share_of_heat_in_reference": shares,
+        "voxels_of_the_grid": result.size,
+        "reference": shares.reference,
+        "share_of_reference": shares.expected,
+        "share_of_heat_in_reference": heat,
         "nnunet": overlaps(found.presegmentation),
         "result": overlaps(result),
         "ablations": {name: overlaps(mask) for name, mask in found.ablations.items()},
     }
     if found.prior is not None:
-        numbers["prior_branch"] = {"presence": found.prior.presence}
-        located = found.prior.location > 0.5
-        numbers["prior_branch"]["location"] = overlaps(located)
-    if found.rows:
-        numbers["attention"] = {
-            "voxel": list(question.voxel or ()),
-            "share_in_reference": {
-                f"{flow}, stage {stage}": share_inside(row, reference) for (flow, stage), row in found.rows.items()
-            },
+        numbers["prior_branch"] = {
+            "presence": found.prior.presence,
+            "share_of_presence_heat_in_reference": shares.presence,
+            "location": overlaps(found.prior.location > 0.5),
         }
+    if found.rows:
+        rows = {f"{flow}, stage {stage}": share for (flow, stage), share in shares.rows.items()}
+        numbers["share_of_attention_in_reference"] = rows
     return numbers

@@ -29,6 +29,7 @@ from nnunet_diffusion.explain.panel_blocks import (
     Row,
     draw_blocks,
     laid_out,
+    save_figure,
     text_height,
     text_width,
     wrap,
@@ -64,6 +65,59 @@ PROBABILITY, HEAT_OPACITY = "viridis", 0.8
 
 
 @dataclass(frozen=True, eq=False)
+class Flow:
+    """Heat maps of the stages of a flow, in rows, at each step, in columns.
+
+    Attributes:
+        stages: their numbers.
+        heat: (stages, steps, H, W).
+        shares: (stages, steps), share of the heat inside the reference mask, 0 to 1; NaN where a map has no heat.
+    """
+
+    stages: Sequence[int]
+    heat: NDArray
+    shares: NDArray
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """Heat maps of the stages of a flow before and after parameter-shared attention, at one step.
+
+    Attributes:
+        stages: their numbers.
+        heat: (2, stages, H, W), before and after.
+        shares: (2, stages), as in `Flow`.
+        weights: eta of each stage (Eq. 5), (stages,).
+    """
+
+    stages: Sequence[int]
+    heat: NDArray
+    shares: NDArray
+    weights: Sequence[float]
+
+
+@dataclass(frozen=True, eq=False)
+class Prior:
+    """What the prior branch says of the class.
+
+    Attributes:
+        presence: probability that the class is present.
+        presence_heat: heat (H, W) of the presence head.
+        presence_share: share of that heat inside the reference mask; NaN without heat.
+        heat: heat (H, W) of the branch's last layer in the score of the result.
+        share: share of that heat.
+        location: probability (H, W), 0 to 1.
+    """
+
+    presence: float
+    presence_heat: NDArray
+    presence_share: float
+    heat: NDArray
+    share: float
+    location: NDArray
+
+
+@dataclass(frozen=True, eq=False)
 class Page:
     """What the page shows: one plane of a case. Maps are (H, W); heat is 0 or more, each map on its own scale.
 
@@ -76,21 +130,15 @@ class Page:
         truth: bool mask (H, W), or None.
         explained: bool mask (H, W) of the voxels in the score: those of the result, or those that differ from nnU-Net's.
         steps: noising steps T of the columns, from T' downwards.
-        flows: name of each flow -> heat (stages, steps, H, W); flows may have different numbers of stages.
-        stages: name of each flow -> numbers of its stages.
-        shares: name of each flow -> (stages, steps), share of the heat inside the reference mask, 0 to 1; NaN where a map
-            has no heat.
+        flows: name of each flow -> its maps.
         expected: share of the image that the reference mask has, which a map without any preference would have.
-        reference: "truth" or "result", the mask that the shares refer to.
-        attention: name of each flow -> (before, after), each (stages, H, W): heat before and after parameter-shared attention
-            at `attention_step`; empty if the network has none.
-        attention_shares: name of each of these flows -> (before, after), each (stages,): shares as above.
-        attention_stages: their numbers, from 1.
-        attention_step: noising step T.
-        prior: heat (H, W) of the prior branch's last layer, or None.
-        location: probability (H, W), 0 to 1, of the prior branch; or None.
-        presence: probability that the class is present, of the prior branch; or None.
-        rows: title -> attention (H, W) of the named voxel, on its own scale; empty if no voxel was named.
+        reference: "truth", "result" or "changed voxels", the mask that the shares refer to.
+        of_volume: whether shares are those of a whole volume, of which this is one plane.
+        attention: name of each flow -> its maps before and after parameter-shared attention at the first step; empty if
+            the network has none.
+        prior: of the prior branch, or None without one.
+        rows: title -> attention (H, W) of the named voxel, on its own scale, and its share; empty if no voxel was named.
+        dice_with_result: name -> Dice of nnU-Net's segmentation, and of what the process gives without a part, with the result.
         voxel: (row, column) of the named voxel in this plane, or None.
     """
 
@@ -102,19 +150,14 @@ class Page:
     truth: NDArray | None
     explained: NDArray
     steps: Sequence[int]
-    flows: Mapping[str, NDArray]
-    stages: Mapping[str, Sequence[int]]
-    shares: Mapping[str, NDArray]
+    flows: Mapping[str, Flow]
     expected: float
     reference: str
-    attention: Mapping[str, tuple[NDArray, NDArray]]
-    attention_shares: Mapping[str, tuple[NDArray, NDArray]]
-    attention_stages: Sequence[int]
-    attention_step: int
-    prior: NDArray | None
-    location: NDArray | None
-    presence: float | None
-    rows: Mapping[str, NDArray]
+    of_volume: bool
+    attention: Mapping[str, Attention]
+    prior: Prior | None
+    rows: Mapping[str, tuple[NDArray, float]]
+    dice_with_result: Mapping[str, float]
     voxel: tuple[int, int] | None
 
 
@@ -129,6 +172,7 @@ def explanation_figure(page: Page, paths: Sequence[str | Path]) -> Figure:
         The figure.
 
     Raises:
+        OSError: a file cannot be written.
         ValueError: the shapes of the page contradict each other.
     """
     _check(page)
@@ -142,8 +186,7 @@ def explanation_figure(page: Page, paths: Sequence[str | Path]) -> Figure:
     paper.write(MARGIN, MARGIN, title, TITLE_SIZE, weight="bold")
     draw_blocks(paper, layout, MARGIN, top, lambda axes, panel, scale: _draw_panel(axes, page, panel, scale))
     _draw_foot(paper, foot, bottom)
-    for path in paths:
-        paper.figure.savefig(path)
+    save_figure(paper.figure, paths)
     return paper.figure
 
 
@@ -155,20 +198,22 @@ def _check(page: Page) -> None:
     if len(shape) not in (2, 3) or (len(shape) == 3 and shape[2] != 3):
         raise ValueError(f"image has shape {shape}: expected (H, W), or (H, W, 3) for RGB")
     plane = shape[:2]
-    for name in ("presegmentation", "result", "truth", "explained", "prior", "location"):
+    for name in ("presegmentation", "result", "truth", "explained"):
         _check_shape(name, getattr(page, name), plane)
-    if set(page.flows) != set(page.shares):
-        raise ValueError(f"shares has the flows {list(page.shares)}: expected those of flows, {list(page.flows)}")
-    for name, heat in page.flows.items():
-        _check_shape(f"flows[{name!r}]", heat, (len(page.stages[name]), len(page.steps) or "steps", *plane))
-        _check_shape(f"shares[{name!r}]", page.shares[name], heat.shape[:2])
-    for name, maps in page.attention.items():
-        for when, heat in zip(("before", "after"), maps, strict=True):
-            _check_shape(f"attention[{name!r}], {when},", heat, (len(page.attention_stages) or "stages", *plane))
-        for shares in page.attention_shares[name]:
-            _check_shape(f"attention_shares[{name!r}]", shares, (len(page.attention_stages),))
-    for title, attention in page.rows.items():
-        _check_shape(f"rows[{title!r}]", attention, plane)
+    if page.prior is not None:
+        for name in ("presence_heat", "heat", "location"):
+            _check_shape(f"prior.{name}", getattr(page.prior, name), plane)
+    for name, flow in page.flows.items():
+        number = len(flow.stages) or "stages"
+        _check_shape(f"flows[{name!r}].heat", flow.heat, (number, len(page.steps) or "steps", *plane))
+        _check_shape(f"flows[{name!r}].shares", flow.shares, flow.heat.shape[:2])
+    for name, each in page.attention.items():
+        number = len(each.stages) or "stages"
+        _check_shape(f"attention[{name!r}].heat", each.heat, (2, number, *plane))
+        _check_shape(f"attention[{name!r}].shares", each.shares, (2, number))
+        _check_shape(f"attention[{name!r}].weights", np.asarray(each.weights), (number,))
+    for title, (row, _) in page.rows.items():
+        _check_shape(f"rows[{title!r}]", row, plane)
     if page.voxel is not None and not all(0 <= place < size for place, size in zip(page.voxel, plane, strict=True)):
         raise ValueError(f"voxel is {page.voxel}: expected a row and a column of the image, which has shape {plane}")
 
@@ -240,7 +285,8 @@ def _notes(page: Page) -> list[str]:
     notes = []
     if page.flows:
         chance = f"; {_percent(page.expected)} would be chance" if math.isfinite(page.expected) else ""
-        notes.append(f"% below a map: share of the heat inside the {page.reference}{chance}.")
+        where = " of the whole volume" if page.of_volume else ""
+        notes.append(f"% below a map: share of the heat{where} inside the {page.reference}{chance}.")
         onwards = " and goes on from left to right" if len(page.steps) > 1 else ""
         notes.append(f"T: noising steps of the input; the reverse process starts at T = {page.steps[0]}{onwards}.")
     if page.flows or page.attention:
@@ -249,45 +295,39 @@ def _notes(page: Page) -> list[str]:
     if differs:
         outline = "" if _is_thin(page.explained) else " They are inside the blue line in the maps."
         notes.append(f"explained: the voxels in which the result differs from nnU-Net's segmentation.{outline}")
-    if page.presence is not None and page.prior is None and page.location is None:
-        notes.append(f"Prior branch: {_presence(page.presence)}.")
+    if page.dice_with_result:
+        listed = "; ".join(f"{name} {value:.2f}" for name, value in page.dice_with_result.items())
+        notes.append(f"Dice with the result: {listed}.")
     return notes
 
 
 def _prior(page: Page) -> list[Block]:
-    heading = "Prior branch"
-    if page.presence is not None:
-        heading += f": {_presence(page.presence)}"
-    panels = [] if page.prior is None else [_heated("what the result takes from it", page.prior)]
-    if page.location is not None:
-        panels.append(Panel("probability of the location", probability=page.location))
-    if not panels:
+    prior = page.prior
+    if prior is None:
         return []
+    panels = [
+        _heated("what tells it that the class is present", prior.presence_heat, prior.presence_share),
+        _heated("what the result takes from it", prior.heat, prior.share),
+        Panel("probability of the location", probability=prior.location),
+    ]
 
     def bar(paper: Paper, left: float, top: float, height: float) -> None:
-        if page.location is not None:
-            axes = paper.axes(left, top, 0.1, height)
-            axes.imshow(
-                np.linspace(0, 1, 256)[:, None], cmap=PROBABILITY, origin="lower", aspect="auto", extent=(0, 1, 0, 1)
-            )
-            axes.yaxis.tick_right()
-            axes.set_yticks([0, 0.5, 1], ["0", "0.5", "1"])
-            axes.tick_params(labelsize=TEXT_SIZE - 1, length=2, pad=2)
+        axes = paper.axes(left, top, 0.1, height)
+        axes.imshow(
+            np.linspace(0, 1, 256)[:, None], cmap=PROBABILITY, origin="lower", aspect="auto", extent=(0, 1, 0, 1)
+        )
+        axes.yaxis.tick_right()
+        axes.set_yticks([0, 0.5, 1], ["0", "0.5", "1"])
+        axes.tick_params(labelsize=TEXT_SIZE - 1, length=2, pad=2)
 
-    return [Block(heading, [("", panels)], CASE_SCALE, (0.4 if page.location is not None else 0.0, 0.0), bar)]
-
-
-def _presence(probability: float) -> str:
-    return f"class present with probability {probability:.2f}"
+    heading = f"Prior branch: class present with probability {prior.presence:.2f}"
+    return [Block(heading, [("", panels)], CASE_SCALE, (0.4, 0.0), bar)]
 
 
 def _flow(page: Page, name: str) -> Block:
-    rows = []
-    for stage, heat, shares in zip(page.stages[name], page.flows[name], page.shares[name], strict=True):
-        panels = [
-            Panel(f"T = {step}", _share(share), each)
-            for step, each, share in zip(page.steps, heat, shares, strict=True)
-        ]
+    flow, rows = page.flows[name], []
+    for stage, heat, shares in zip(flow.stages, flow.heat, flow.shares, strict=True):
+        panels = [_heated(f"T = {step}", *each) for step, *each in zip(page.steps, heat, shares, strict=True)]
         rows.append((f"stage {stage}", panels))
     return Block(name[:1].upper() + name[1:], _titles_once(rows))
 
@@ -295,33 +335,30 @@ def _flow(page: Page, name: str) -> Block:
 def _attention(page: Page) -> Block:
     """Return two rows for each flow, and a column for each stage."""
     rows: list[Row] = []
-    for name, maps in page.attention.items():
-        for when, heat, shares in zip(("before", "after"), maps, page.attention_shares[name], strict=True):
-            stages = zip(page.attention_stages, heat, shares, strict=True)
-            rows.append(
-                (f"{name}\n{when} PSA", [Panel(f"stage {stage}", _share(share), each) for stage, each, share in stages])
-            )
-    heading = f"Before and after parameter-shared attention (PSA), at T = {page.attention_step}"
+    for name, each in page.attention.items():
+        for when, heat, shares in zip(("before", "after"), each.heat, each.shares, strict=True):
+            panels = [_heated(f"stage {stage}", *one) for stage, *one in zip(each.stages, heat, shares, strict=True)]
+            if when == "after":
+                weighted = zip(panels, each.weights, strict=True)
+                panels = [replace(panel, below=f"{panel.below}\nη {eta:.3f}") for panel, eta in weighted]
+            rows.append((f"{name}\n{when} PSA", panels))
+    heading = f"Before and after parameter-shared attention (PSA) of weight η, at T = {page.steps[0]}"
     return Block(heading, _titles_once(rows))
 
 
 def _voxel(page: Page) -> Block:
-    panels = [replace(_heated(title, each, "no attention"), cross=True) for title, each in page.rows.items()]
+    panels = [replace(_heated(title, *each, "no attention"), cross=True) for title, each in page.rows.items()]
     columns = math.ceil(len(panels) / math.ceil(len(panels) / VOXEL_COLUMNS))
     rows = [("", panels[start : start + columns]) for start in range(0, len(panels), columns)]
     return Block("Attention of the named voxel (+): where it takes features from", rows)
 
 
-def _heated(title: str, heat: NDArray, nothing: str = NO_HEAT) -> Panel:
-    return Panel(title, "" if (heat > 0).any() else nothing, heat)
+def _heated(title: str, heat: NDArray, share: float, nothing: str = NO_HEAT) -> Panel:
+    return Panel(title, nothing if math.isnan(share) else _percent(share), heat)
 
 
 def _titles_once(rows: Sequence[Row]) -> list[Row]:
     return [rows[0], *((label, [replace(panel, title="") for panel in panels]) for label, panels in rows[1:])]
-
-
-def _share(share: float) -> str:
-    return NO_HEAT if math.isnan(share) else _percent(share)
 
 
 def _percent(share: float) -> str:

@@ -9,15 +9,20 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from numpy.typing import NDArray
 
+from nnunet_diffusion.training.checkpoints import write_aside
+
 DPI = 150
+AGAIN = "Free some space or choose another folder (-o), then give the command again."
 GAP, BLOCK_GAP = 0.07, 0.3  # between panels, between blocks
 LEAST_HEADING = 2.0  # width at which headings are broken, unless their block is wider
 TITLE_SIZE, HEADING_SIZE, TEXT_SIZE = 13.0, 11.0, 9.0
@@ -162,6 +167,19 @@ def wrap(text: str, width: float, size: float = TEXT_SIZE, weight: str = "normal
         else:
             lines.append(word)
     return "\n".join(lines)
+
+
+def save_figure(figure: Figure, paths: Sequence[str | Path], dpi: float | None = None) -> None:
+    """Write a figure to each path, whose ending selects the format; a file that is there is replaced when it is complete.
+
+    Raises:
+        OSError: a file cannot be written. The message names it.
+    """
+    # letters of a PDF as TrueType, which publishers ask for
+    with rc_context({"pdf.fonttype": 42, "svg.fonttype": "none"}):
+        for path in map(Path, paths):
+            options = {"format": path.suffix.removeprefix("."), "dpi": dpi or figure.dpi}
+            write_aside(lambda aside, options=options: figure.savefig(aside, **options), path, AGAIN)  # type: ignore[misc]
 
 
 class Paper:

@@ -140,9 +140,9 @@ def comparison_row(case: ShownCase, dice: Sequence[float], axis: int | None = No
     Args:
         case: the case.
         dice: mean foreground Dice of each prediction in the whole image.
-        axis: along which slices are taken; None for `ShownCase.slice_axis`.
+        axis: along which slices of a volume are taken; None, and of a 2D image, for `ShownCase.slice_axis`.
     """
-    axis = case.slice_axis if axis is None else axis
+    axis = case.slice_axis if axis is None or 1 in case.truth.shape else axis
     number = most_different_slice(case.truth, case.predictions, axis)
     image = case.image.take(number, axis + 1)
     # three channels in one file are colours; three files are three sequences

@@ -17,6 +17,7 @@ from nnunet_diffusion.networks.noisy_unet import NoisyUNet
 from nnunet_diffusion.networks.pgdiffseg import PGDiffSeg
 
 CONDITION, DENOISING = "condition flow", "denoising flow"
+BEFORE_DOWNSAMPLING = "{} before downsampling"  # the features that go on, and through the skip
 ENCODER, DECODER, PRIOR = "encoder", "decoder", "prior branch"
 NO_PRIOR, NO_ATTENTION = "without the prior branch", "without parameter-shared attention"
 
@@ -73,7 +74,7 @@ def _row(flow: str, modules: Any, encodes: bool) -> list[Unit]:
 
 
 def _of_pgdiffseg(denoiser: PGDiffSeg) -> list[Unit]:
-    """Fig. 2: condition flow, denoising flow, decoder, and the last layer of the prior branch."""
+    """Fig. 2: condition flow, denoising flow, their features before downsampling, decoder, last layer of the prior branch."""
     attention: Any = denoiser.attention
     found = []
     if denoiser.adapts:
@@ -86,6 +87,8 @@ def _of_pgdiffseg(denoiser: PGDiffSeg) -> list[Unit]:
             found.append(Unit(flow, stage, part.down, flow == CONDITION))  # type: ignore[arg-type]
             if str(stage) in attention:
                 found.append(Unit(flow, stage, attention[str(stage)], flow == CONDITION, True))
+    for flow, parts in flows.items():
+        found += _row(BEFORE_DOWNSAMPLING.format(flow), [part.residual for part in parts], flow == CONDITION)
     units: Any = denoiser.prior.units
     return [*found, *_row(DECODER, denoiser.up_units, False), Unit(PRIOR, 1, units[-1], True)]
 
@@ -114,9 +117,11 @@ def ablated(denoiser: nn.Module, name: str) -> Iterator[None]:
 
     Args:
         denoiser: the network.
-        name: NO_PRIOR, whose features in Eq. 6 and location map are then 0, or NO_ATTENTION, whose weights eta (Eq. 5) are.
+        name: NO_PRIOR, whose term in Eq. 6 and location map are then 0, or NO_ATTENTION, whose weights eta (Eq. 5) are.
     """
     if name == NO_PRIOR:
+        # a normalised term of 0 would still be the bias
+        norms = [*denoiser.guidance_norms][2:]  # type: ignore[misc]
 
         def silent(module: nn.Module, given: Any, prior: Any) -> Any:
             return dataclasses.replace(
@@ -125,11 +130,13 @@ def ablated(denoiser: nn.Module, name: str) -> Iterator[None]:
                 location_logits=torch.zeros_like(prior.location_logits),
             )
 
-        handle = denoiser.prior.register_forward_hook(silent)  # type: ignore[union-attr]
+        handles = [denoiser.prior.register_forward_hook(silent)]  # type: ignore[union-attr]
+        handles += [norm.register_forward_hook(lambda module, given, term: torch.zeros_like(term)) for norm in norms]
         try:
             yield
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
         return
     parts = [part for part in denoiser.modules() if isinstance(part, ParameterSharedAttention)]
     weights = [weight for part in parts for weight in part.eta.values()]

@@ -57,6 +57,8 @@ def read_presegmentation(
     plans_manager: PlansManager,
     configuration_manager: ConfigurationManager,
     label_manager: LabelManager,
+    what: str = PRESEGMENTATION,
+    allow_ignored: bool = False,
 ) -> Presegmentation:
     """Read a file, then transpose, crop and resample it to the network's grid with nnU-Net's own functions.
 
@@ -67,6 +69,8 @@ def read_presegmentation(
         plans_manager: of the model.
         configuration_manager: of the model.
         label_manager: of the model.
+        what: what the file is, for the error messages.
+        allow_ignored: whether a label map may have the ignore label; those voxels have no class.
 
     Raises:
         ValueError: geometry or labels do not match the image and the model. The message names the file, the value found
@@ -76,11 +80,11 @@ def read_presegmentation(
     image_shape = [int(properties["shape_before_cropping"][axis]) for axis in plans_manager.transpose_backward]
     certain = path.suffix != ".npz"
     if certain:
-        array = read_label_map(PRESEGMENTATION, path, properties, image_shape, plans_manager, label_manager)
+        array = read_label_map(what, path, properties, image_shape, plans_manager, label_manager, allow_ignored)
         resample = configuration_manager.resampling_fn_seg
     else:
         heads, regions = label_manager.num_segmentation_heads, label_manager.has_regions
-        array = read_probabilities(PRESEGMENTATION, path, image_shape, heads, regions)
+        array = read_probabilities(what, path, image_shape, heads, regions)
         resample = configuration_manager.resampling_fn_probabilities
     array = array.transpose([0, *[axis + 1 for axis in forward]])
     cropped = (slice(None), *[slice(*bounds) for bounds in properties["bbox_used_for_cropping"]])
@@ -100,6 +104,7 @@ def read_label_map(
     image_shape: Sequence[int],
     plans_manager: PlansManager,
     label_manager: LabelManager,
+    allow_ignored: bool = False,
 ) -> NDArray:
     """Read a label map (1, *image) with the geometry of its image.
 
@@ -110,6 +115,7 @@ def read_label_map(
         image_shape: shape of the image.
         plans_manager: of the model.
         label_manager: of the model.
+        allow_ignored: whether it may have the ignore label.
 
     Raises:
         ValueError: the file cannot be read, or geometry or labels do not match. The message names the file, the value found
@@ -126,6 +132,8 @@ def read_label_map(
     check_shape(what, path, found.shape[1:], image_shape)
     check_geometry(what, path, theirs, properties)
     known = set(map(int, label_manager.all_labels)) | {0}
+    if allow_ignored and label_manager.has_ignore_label:
+        known.add(label_manager.ignore_label)
     unknown = sorted(set(np.unique(found).tolist()) - known)
     if label_manager.has_ignore_label and label_manager.ignore_label in unknown:
         raise ValueError(

@@ -31,6 +31,10 @@ def model(tmp_path):
         (["-i", "nowhere"], "-i is nowhere, which does not exist"),
         (["-g", "nowhere"], "-g is nowhere, but there is no such folder"),
         (["-o", __file__], "which is a file: give a folder for the output"),
+        (
+            ["-o", f"{__file__}/pages"],
+            f"-o is {__file__}/pages, but {__file__} is a file: give a folder for the output",
+        ),
         (["--steps", "0"], "--steps is 0, but must be 1 or more"),
         (["--cases", "c"], "--cases has c, but "),
     ],

@@ -66,8 +66,8 @@ def words(folder, *more, predictions=("first", "last")):
     return [*given, *(word for name in predictions for word in ("-p", str(folder / name))), *map(str, more)]
 
 
-def table(folder):
-    with (folder / "out" / "figures.csv").open() as file:
+def table(folder, name="figures.csv"):
+    with (folder / "out" / name).open() as file:
         return {line["case"]: line for line in csv.DictReader(file)}
 
 
@@ -98,7 +98,10 @@ def test_pictures_of_two_models(pictures, capsys):
 def test_named_cases_need_no_prediction_of_others(pictures):
     (pictures / "last" / "gain.png").unlink()
     assert main(words(pictures, "--cases", "more", "loss", "--ending", "png")) == 0
-    assert {case: row["shown"] for case, row in table(pictures).items()} == {"more": "more", "loss": "loss"}
+    assert {case: row["shown"] for case, row in table(pictures, "named_cases.csv").items()} == {
+        "more": "more",
+        "loss": "loss",
+    }
     assert not (pictures / "out" / "comparison.pdf").exists()
     assert main(words(pictures, "--chill", "--ending", "png")) == 0
     assert table(pictures)["more"]["shown"] == "largest gain, more" and "gain" not in table(pictures)
@@ -116,9 +119,9 @@ def test_volumes_say_the_slice(tmp_path):
     labels[3] = 0  # the most different slice
     write(folder / "last" / "gain.nii.gz", labels)
     assert main(words(folder, "--cases", "gain", "loss", "--ending", "png")) == 0
-    assert table(folder)["gain"]["shown"] == "gain, z = 3"
+    assert table(folder, "named_cases.csv")["gain"]["shown"] == "gain, z = 3"
     assert main(words(folder, "--cases", "gain", "--ending", "png", "--axis", 1)) == 0
-    assert re.fullmatch(r"gain, y = \d+", table(folder)["gain"]["shown"])
+    assert re.fullmatch(r"gain, y = \d+", table(folder, "named_cases.csv")["gain"]["shown"])
 
 
 @pytest.mark.parametrize(
@@ -204,7 +207,7 @@ def test_a_named_model_shows_its_reverse_process(workplace, tmp_path, capsys, pl
     given += ["-o", tmp_path / "out", "-np", 0, "--cases", case, "--ending", "png", "-device", "cpu"]
     given = ["figures", *map(str, given), "-m", str(model)]
     assert main([*given, "--start_step", "300", "--steps", "3"]) == 0
-    assert "comparison, process, figures.csv" in capsys.readouterr().out
+    assert "comparison, process, named_cases.csv" in capsys.readouterr().out
     picture = np.round(imread(tmp_path / "out" / "process.png")[..., :3] * 255).astype(int)
     assert (68, 1, 84) in set(map(tuple, picture.reshape(-1, 3))), "the lowest colour of viridis"
     assert main([*given, "--steps", "200"]) == 2

@@ -16,11 +16,13 @@ from nnunet_diffusion.explain.explanation import (
     NothingToExplain,
     Question,
     ablations,
+    check_memory,
     explain,
     fitted,
     numbers,
     reverse,
     share_inside,
+    shares_of,
 )
 from nnunet_diffusion.explain.units import NO_ATTENTION, NO_PRIOR, ablated
 from nnunet_diffusion.inference import DiffusionPredictor
@@ -84,6 +86,7 @@ def test_everything_is_on_the_grid_of_the_case(conv, patch, shape):
     assert found.presegmentation.shape == found.result.shape == volume
     assert all(maps.shape == (2, *volume) and maps.max() <= 1 and maps.min() >= 0 for maps in found.heat.values())
     assert found.prior.location.shape == volume and 0 < found.prior.presence < 1
+    assert found.prior.presence_heat.shape == volume and found.prior.presence_heat.max() <= 1
     assert set(found.rows) == {(flow, stage) for flow in ("condition flow", "denoising flow") for stage in (1, 2)}
     for row in found.rows.values():
         assert row.shape == volume and row.sum() == pytest.approx(1, abs=1e-4)
@@ -124,8 +127,34 @@ def test_nothing_of_a_class_is_said(monkeypatch):
 
 def test_a_volume_larger_than_memory_is_refused_before_the_work(monkeypatch):
     monkeypatch.setattr(explanation, "free_bytes", lambda device: 1000.0)
-    with pytest.raises(MemoryError, match="the maps of 11 units at 2 steps need .* are free: give fewer --steps"):
-        explain(reverse(predictor_of(), case_of()), LESION)
+    with pytest.raises(MemoryError, match="the maps of 15 units at 2 steps need .* are free: give fewer --steps"):
+        check_memory(predictor_of(), case_of())
+    with pytest.raises(MemoryError, match="the maps of 8 units at 2 steps"):
+        check_memory(predictor_of(), case_of(), stages=(2,))
+
+
+def test_map_of_the_presence_head_is_grad_cam_of_its_logit():
+    """Captum's, of the last features: the weights of a linear head on pooled features need no gradient."""
+    attr = pytest.importorskip("captum.attr")
+    predictor, case = predictor_of(patch=(16, 16)), case_of((1, 1, 16, 16))
+    run = reverse(predictor, case)
+    found = explain(run, LESION).prior.presence_heat
+    branch = predictor.network.denoiser.prior
+
+    class Presence(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.branch = branch
+
+        def forward(self, image):
+            return self.branch(image).presence_logits
+
+    expected = attr.LayerGradCam(Presence(), branch.units[-1]).attribute(
+        torch.from_numpy(case.data)[:, 0:1, :][0][None], target=0, relu_attributions=True
+    )
+    expected = torch.nn.functional.interpolate(expected, (16, 16), mode="bilinear")[0, 0].detach().numpy()
+    assert expected.max() > 0
+    assert np.allclose(found[0], expected / expected.max(), atol=1e-4)
 
 
 def test_each_ablation_is_by_itself():
@@ -143,7 +172,8 @@ def test_numbers_refer_to_the_truth_if_there_is_one():
     found = explain(run, LESION, ablations(run))
     truth = np.zeros((1, 24, 20), bool)
     truth[0, :12] = True
-    of_truth, of_result = numbers(found, LESION, truth), numbers(found, LESION)
+    of_truth = numbers(found, LESION, shares_of(found, LESION, truth), truth)
+    of_result = numbers(found, LESION, shares_of(found, LESION))
     assert (of_truth["reference"], of_truth["share_of_reference"]) == ("truth", 0.5)
     assert of_result["reference"] == "result" and of_result["result"]["dice_with_result"] == 1
     assert "dice_with_truth" not in of_result["nnunet"] and "dice_with_truth" in of_truth["nnunet"]
@@ -152,6 +182,19 @@ def test_numbers_refer_to_the_truth_if_there_is_one():
     heat = found.heat["denoising flow", 1, False]
     assert shares["stage 1"][1] == pytest.approx(heat[1][truth].sum() / heat[1].sum(), rel=1e-4)
     assert set(of_truth["ablations"]) == {OTHER_IMAGE, NO_PRIOR, NO_ATTENTION, FROM_NOISE}
+    looked = of_truth["prior_branch"]["share_of_presence_heat_in_reference"]
+    assert looked == pytest.approx(share_inside(found.prior.presence_heat, truth))
+
+
+def test_what_changed_is_its_own_reference():
+    """The share of the heat inside a lesion would say nothing of the voxels in which it was changed."""
+    question = Question(1, "lesion", CHANGED)
+    found = explain(reverse(predictor_of(), case_of()), question)
+    changed = found.result != found.presegmentation
+    shares = shares_of(found, question, np.ones_like(changed))
+    assert (shares.reference, shares.expected) == ("changed voxels", changed.mean())
+    key = ("decoder", 2, False)
+    assert shares.heat[key][0] == share_inside(found.heat[key][0], changed)
 
 
 def test_shares_of_known_maps():

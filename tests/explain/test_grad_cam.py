@@ -129,6 +129,8 @@ def test_units_of_pgdiffseg_are_its_figures():
     assert [unit.key for unit in units] == [
         ("condition flow", 1, False), ("condition flow", 1, True), ("condition flow", 2, False), ("condition flow", 2, True),
         ("denoising flow", 1, False), ("denoising flow", 1, True), ("denoising flow", 2, False), ("denoising flow", 2, True),
+        ("condition flow before downsampling", 1, False), ("condition flow before downsampling", 2, False),
+        ("denoising flow before downsampling", 1, False), ("denoising flow before downsampling", 2, False),
         ("decoder", 1, False), ("decoder", 2, False), ("prior branch", 1, False),
     ]  # fmt: skip
     without = units_of(small_pgdiffseg(attention_stages=(2,)))
