@@ -38,7 +38,7 @@ from nnunet_diffusion.explain.uncertainty_figure import cross, fading
 
 PANEL_INCHES, MOST_INCHES = 1.2, 2.4  # side of a square panel, by its pixels; others have the same area
 PIXELS_PER_INCH = 150.0
-THIN = 0.5  # share of a mask that is its border, from which a contour would cover what a map shows
+LONG = 6.0  # length of a contour in sides of the image, from which it would cover what a map shows
 LONGEST = 3.0  # ratio of the sides of a panel; a longer image leaves a margin in its panel
 CASE_SCALE = 1.75  # of the panels of case and prior branch
 MARGIN = 0.2  # around the page
@@ -293,7 +293,7 @@ def _notes(page: Page) -> list[str]:
         notes.append("stage: part of the network that works at one resolution, in the order of computing.")
     differs = not np.array_equal(page.explained, page.result)
     if differs:
-        outline = "" if _is_thin(page.explained) else " They are inside the blue line in the maps."
+        outline = "" if _is_long(page.explained) else " They are inside the blue line in the maps."
         notes.append(f"explained: the voxels in which the result differs from nnU-Net's segmentation.{outline}")
     if page.dice_with_result:
         listed = "; ".join(f"{name} {value:.2f}" for name, value in page.dice_with_result.items())
@@ -378,9 +378,9 @@ def _panel_inches(page: Page) -> tuple[float, float]:
     return side / ratio, side * ratio
 
 
-def _is_thin(mask: NDArray) -> bool:
-    """Whether most of a mask is its border, as of vessels."""
-    return bool(binary_erosion(mask).sum() < (1 - THIN) * mask.sum())
+def _is_long(mask: NDArray) -> bool:
+    """Whether a mask has a long border, as of vessels."""
+    return bool((mask & ~binary_erosion(mask)).sum() > LONG * math.sqrt(mask.size))
 
 
 def _draw_panel(axes: Axes, page: Page, panel: Panel, scale: float) -> None:
@@ -397,9 +397,9 @@ def _draw_panel(axes: Axes, page: Page, panel: Panel, scale: float) -> None:
         mask, (colour, style) = masks[name], STYLES[name]
         if mask is None or not mask.any() or mask.all():
             continue
-        thin = _is_thin(mask)
-        if not (mapped and thin):
-            width = (0.4 + 0.7 * scale) * (0.6 if thin else 1)
+        long = _is_long(mask)
+        if not (mapped and long):
+            width = (0.4 + 0.7 * scale) * (0.6 if long else 1)
             drawn = axes.contour(mask, levels=[0.5], colors=[colour], linewidths=width, linestyles=[style])
             drawn.set_path_effects(_edge(width + 0.7))
     if panel.cross and page.voxel is not None:

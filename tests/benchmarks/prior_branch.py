@@ -24,7 +24,7 @@ from nnunet_diffusion.cli.models import with_validation_cases
 from nnunet_diffusion.evaluation.comparison import markdown_table, number
 from nnunet_diffusion.evaluation.metrics import dice
 from nnunet_diffusion.evaluation.uncertainty import auroc
-from nnunet_diffusion.explain.explanation import prior_branch
+from nnunet_diffusion.explain.explanation import prior_branch, share_inside
 from nnunet_diffusion.inference.volume import VolumeProcess
 from nnunet_diffusion.inference.volume_run import VolumeRun
 from nnunet_diffusion.model import labels
@@ -35,7 +35,11 @@ GATES = ("presence", "largest", "product")
 
 @dataclass(frozen=True)
 class Measured:
-    """One class in one case; `location` is the Dice of the location map above 0.5."""
+    """One class in one case.
+
+    `location` is the Dice of the location map above 0.5, `inside` the share of the presence head's heat inside the truth, and
+    `chance` the share of the image that the truth has.
+    """
 
     case: str
     label: str
@@ -45,6 +49,8 @@ class Measured:
     presence: float
     largest: float
     location: float
+    inside: float
+    chance: float
 
     @property
     def product(self) -> float:
@@ -87,7 +93,8 @@ def measure(predictor: Any, case: Any) -> list[Measured]:
         truth, mask = case.truth == head, segmentation == head
         largest, location = float(mean[head].max()), dice(prior.location > 0.5, truth)
         both = bool(truth.any()), bool(mask.any())
-        rows.append(Measured(case.name, str(head), *both, dice(mask, truth), prior.presence, largest, location))
+        heat = share_inside(prior.presence_heat, truth), float(truth.mean())
+        rows.append(Measured(case.name, str(head), *both, dice(mask, truth), prior.presence, largest, location, *heat))
     return rows
 
 
@@ -97,13 +104,15 @@ def knowledge(rows: list[Measured]) -> str:
     scores = [np.array([getattr(row, key) for row in rows]) for key in GATES]
     areas = [number(auroc(score, shown)) if 0 < shown.sum() < len(shown) else "-" for score in scores]
     with_class = [row for row in rows if row.shown]
-    parts = [np.nanmean([getattr(row, key) for row in with_class]) for key in ("location", "dice")]
+    parts = [np.nanmean([getattr(row, key) for row in with_class]) for key in ("location", "dice", "inside", "chance")]
     header = [
         "cases",
         "with the class",
         *[f"AUROC of the {name}" for name in GATES],
         "Dice of the location map",
         "of the result",
+        "heat of the presence head inside the truth",
+        "chance",
     ]
     return markdown_table(header, [[str(len(rows)), str(len(with_class)), *areas, *map(number, parts)]])
 
