@@ -69,7 +69,20 @@ def test_pages_maps_and_numbers(place, tmp_path, capsys):
     assert "--stages has 9, but the flows of this model have stages 1 to 2" in capsys.readouterr().err
     assert explain(place, out, "--class", "Liver") == 2
     assert "--class has Liver, but the model's classes are" in capsys.readouterr().err
+    assert explain(place, out, "--cases", name, "--steps", 5000) == 2
+    assert "--steps is 5000, more than diffusion.inference.start_step" in capsys.readouterr().err
     shutil.rmtree(truth)
     truth.mkdir()
     assert explain(place, out, "--cases", name, "-g", truth) == 1
     assert f"{truth / f'{name}.nii.gz'} is missing" in capsys.readouterr().err
+
+
+def test_a_damaged_neighbour_does_not_fail_a_good_case(place, tmp_path, capsys):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    image = sorted((place.raw / "imagesTs").iterdir())[0]
+    shutil.copy(image, folder)
+    (folder / "zzz_0000.nii.gz").write_bytes(b"no image")
+    words = ["-i", folder / image.name, "-o", tmp_path / "out", "-m", place.results / MODEL, "-f", 0, "-device", "cpu"]
+    assert main(["explain", *map(str, words), "--steps", "1"]) == 0
+    assert "the image of zzz is not put in its place" in capsys.readouterr().err
