@@ -170,11 +170,12 @@ def test_hidiff_trains_and_predicts_with_these_labels(trained, tmp_path):
     assert reports["a"]["denoiser"] == 6 * reports["alone"]["presegmentor"]
 
 
-def test_explain_takes_a_truth_with_ignored_voxels(trained, tmp_path, capsys):
+def test_explain_takes_a_truth_with_ignored_voxels(trained, tmp_path):
     _, place, _ = trained
     case = sorted(path.name.removesuffix("_0000.nii.gz") for path in (place.raw / "imagesTr").iterdir())[0]
-    words = ["-i", place.raw / "imagesTr", "-o", tmp_path, "-g", place.raw / "labelsTr", "--cases", case, "--steps", 1,
-             "-m", place.results / "TinyDiffusionTrainer__Tiny__2d", "-f", 0, "-device", "cpu"]  # fmt: skip
-    assert main(["explain", *map(str, words)]) == 0, capsys.readouterr().err
+    place.run(
+        "nnunet_diffusion", "explain", "-i", place.raw / "imagesTr", "-o", tmp_path, "-g", place.raw / "labelsTr", "--cases",
+        case, "--steps", 1, "-m", place.results / "TinyDiffusionTrainer__Tiny__2d", "-f", 0, "-device", "cpu",
+    )  # fmt: skip
     for path in tmp_path.glob("*.json"):
         assert json.loads(path.read_text())["reference"] == "truth"
