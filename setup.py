@@ -9,6 +9,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 SOLVERS = ["diffusers>=0.27"]
+CLUSTER = ["submitit>=1.5"]
 
 
 def read_version() -> str:
@@ -57,6 +58,7 @@ if __name__ == "__main__":
         ],
         extras_require={
             "solvers": SOLVERS,
+            "cluster": CLUSTER,
             "dev": [
                 "build",
                 "captum",
@@ -65,6 +67,7 @@ if __name__ == "__main__":
                 "pytest-timeout",
                 "pytest-xdist>=3.8",
                 "ruff>=0.6",
+                *CLUSTER,
                 "wandb>=0.19.10",
             ],
         },

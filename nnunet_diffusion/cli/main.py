@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from nnunet_diffusion import __version__
 from nnunet_diffusion.cli import (
     calibrate,
+    crossval,
     demo,
     diagnose,
     doctor,
@@ -30,6 +31,7 @@ SUBCOMMANDS = (
     trainers_directory,
     plan,
     train,
+    crossval,
     predict,
     ensemble,
     evaluate,

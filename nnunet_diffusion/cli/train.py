@@ -79,12 +79,27 @@ def run(words: Sequence[str]) -> int:
         trainer = check_trainer(options.tr or DEFAULT_TRAINER)
         if options.pretrained_weights is not None:
             check_pretrained_weights(options.pretrained_weights, hasattr(trainer, "presegmentor_trainer"))
+        if continues_nnunet(options, words, trainer):
+            from nnunet_diffusion.training.continued import train_or_continue
+
+            train_or_continue(
+                options.tr, find_dataset(options, check_folders(options, os.environ)), options.configuration, options.fold,
+                options.p or DEFAULT_PLANS, options.device,
+            )  # fmt: skip
+            return 0
     # nnU-Net reads its paths and nnUNet_extTrainer from the environment when it is imported, so import it only now
     from nnunetv2.run.run_training import run_training_entry
 
     sys.argv = ["nnunet_diffusion train", *words]
     run_training_entry()
     return 0
+
+
+def continues_nnunet(options: argparse.Namespace, words: Sequence[str], trainer: Any) -> bool:
+    """Whether one of nnU-Net's own trainers is to go on by --c on one device, with no option of nnU-Net's further ones."""
+    others = {word for word in words if word.startswith("--")} - {"--c", "--npz"}
+    plain = "--c" in words and not others and options.pretrained_weights is None and options.num_gpus == "1"
+    return plain and not hasattr(trainer, "presegmentor_trainer")
 
 
 def read_options(words: Sequence[str]) -> argparse.Namespace:
@@ -263,15 +278,19 @@ def check_configuration(plans: Mapping[str, Any], configuration: str, preprocess
         raise CommandError(
             f"plans {plans_name} have no configuration '{configuration}'; choose one of: {', '.join(configurations)}"
         )
-    section = configurations[configuration]
-    while "data_identifier" not in section and section.get("inherits_from"):
-        section = configurations[section["inherits_from"]]
-    identifier = section.get("data_identifier", f"{plans_name}_{configuration}")
-    folder = preprocessed / identifier
+    folder = preprocessed / data_identifier(plans, configuration, plans_name)
     if not folder.is_dir() or not any(folder.iterdir()):
         raise CommandError(
             f"{folder} holds no preprocessed cases; run: {preprocess_command(preprocessed.name, plans_name, configuration)}"
         )
+
+
+def data_identifier(plans: Mapping[str, Any], configuration: str, plans_name: str) -> str:
+    """Return the name of the folder of a configuration's preprocessed data."""
+    section = plans["configurations"][configuration]
+    while "data_identifier" not in section and section.get("inherits_from"):
+        section = plans["configurations"][section["inherits_from"]]
+    return section.get("data_identifier", f"{plans_name}_{configuration}")
 
 
 def check_trainer(name: str) -> Any:

@@ -1,5 +1,10 @@
 """Trainers of 2 (or 20) epochs of 2 + 1 iterations for tests; this folder stands beside `trainers/` in nnUNet_extTrainer."""
 
+import os
+import random
+import time
+
+import numpy as np
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerNoMirroring import nnUNetTrainerNoMirroring
@@ -67,3 +72,32 @@ class TinyHiDiffTrainer(Tiny, HiDiffTrainer):
 
 class TinyHiDiffTrainerNoMirroring(TinyHiDiffTrainer, DiffusionTrainerNoMirroring):
     presegmentor_trainer = "TinynnUNetTrainerNoMirroring"
+
+
+def seed(number):
+    for each in (random.seed, np.random.seed, torch.manual_seed):
+        each(number)
+
+
+class Seeded(Tiny):
+    """Each epoch starts from its own seed, so that a training that was stopped and continued equals one that was not."""
+
+    def initialize(self):
+        seed(0)
+        super().initialize()
+
+    def on_train_epoch_start(self):
+        seed(self.current_epoch)
+        super().on_train_epoch_start()
+
+    def train_step(self, batch):
+        time.sleep(float(os.environ.get("TEST_STEP_SECONDS", 0)))
+        return super().train_step(batch)
+
+
+class SeededTinynnUNetTrainer(Seeded, nnUNetTrainer):
+    pass
+
+
+class SeededTinyDiffusionTrainer(Seeded, DiffusionTrainerUNet):
+    presegmentor_trainer = "SeededTinynnUNetTrainer"
