@@ -34,18 +34,19 @@ FOLDER = "crossval"
 SHORTEST = 10  # minutes; submitit takes every preemption of a job with such a limit for a timeout
 OF_SLURM = ("partition", "time", "mem", "cpus", "slurm")
 OURS = {
-    "time",
-    "partition",
-    "mem",
-    "dependency",
-    "signal",
-    "output",
-    "error",
     "array",
-    "open-mode",
-    "requeue",
+    "dependency",
+    "error",
     "job-name",
+    "mem",
+    "open-mode",
+    "output",
+    "partition",
+    "requeue",
+    "signal",
+    "time",
 }
+THOUSAND_EPOCHS = ("nnUNetTrainer", "nnUNetTrainerNoMirroring", "nnUNetTrainerEMA", "DiffusionTrainer", HIDIFF_TRAINER)
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -302,9 +303,9 @@ def epochs_of(name: str, trainer: Any) -> int:
     """Return the epochs of a trainer: its own attribute, those in its name, or nnU-Net's 1000; 0 if none tells."""
     if getattr(trainer, "epochs", None):
         return trainer.epochs
-    if named := re.search(r"_(\d+)epochs?$", name):
+    if named := re.search(r"_(\d+)epochs?(_NoMirroring)?$", name):
         return int(named[1])
-    return 1000 if name in ("nnUNetTrainer", "nnUNetTrainerNoMirroring", "DiffusionTrainer", HIDIFF_TRAINER) else 0
+    return 1000 if name in THOUSAND_EPOCHS else 0
 
 
 def preparation(options: argparse.Namespace, dataset: str, plans: dict[str, Any] | None) -> list[list[str]]:

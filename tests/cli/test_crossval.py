@@ -63,9 +63,8 @@ def test_options_of_slurm_reach_submitit():
 
 
 def test_missing_plans_are_made_as_the_training_would_tell(folders):
-    options = argparse.Namespace(
-        c=["2d", "3d_fullres"], tr=["nnUNetTrainer", "HiDiffTrainer"], p="nnUNetHiDiffPlans", device="cpu"
-    )
+    both = ["nnUNetTrainer", "HiDiffTrainer"]
+    options = argparse.Namespace(c=["2d", "3d_fullres"], tr=both, p="nnUNetHiDiffPlans", device="cpu")
     found = [" ".join(words) for words in crossval.preparation(options, DATASET, None)]
     assert found == [
         "nnUNetv2_extract_fingerprint -d 7 --verify_dataset_integrity",
@@ -85,9 +84,8 @@ def test_only_what_is_not_preprocessed_is(folders):
     (preprocessed / "P_2d").mkdir(parents=True)
     (preprocessed / "P.json").write_text(json.dumps(plans))
     options = argparse.Namespace(c=["2d", "3d_fullres"], tr=["nnUNetTrainer"], p="P", device="cuda")
-    assert crossval.preparation(options, DATASET, plans) == [
-        ["nnUNetv2_preprocess", "-d", "7", "-plans_name", "P", "-c", "3d_fullres"]
-    ]
+    found = [" ".join(words) for words in crossval.preparation(options, DATASET, plans)]
+    assert found == ["nnUNetv2_preprocess -d 7 -plans_name P -c 3d_fullres"]
 
 
 @pytest.mark.parametrize(

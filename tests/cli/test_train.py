@@ -290,3 +290,20 @@ def test_training_needs_no_raw_images(folders, monkeypatch):
     monkeypatch.delenv("nnUNet_raw")
     assert main(["train", "7", "2d", "0", "-device", "cpu", "-tr", "nnUNetTrainer"]) == 0
     assert not (folders / "checked_images.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "continues"),
+    [
+        ("-tr nnUNetTrainer --c", True),
+        ("-tr nnUNetTrainer --c --npz -device cpu", True),
+        ("-tr nnUNetTrainer", False),
+        ("-tr nnUNetTrainer --c --disable_checkpointing", False),
+        ("-tr nnUNetTrainer --c -num_gpus 2", False),
+    ],
+)
+def test_c_saves_each_epoch_of_nnunets_own_trainers_on_one_device(words, continues):
+    words = ["7", "2d", "0", *words.split()]
+    assert train.continues_nnunet(train.read_options(words), words, object()) is continues
+    diffusion = type("Diffusion", (), {"presegmentor_trainer": "nnUNetTrainer"})
+    assert not train.continues_nnunet(train.read_options(words), words, diffusion)

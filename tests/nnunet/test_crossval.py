@@ -68,6 +68,15 @@ def wait_until(happened, seconds=240):
     return found
 
 
+def held(results, *tasks):
+    """A folder with a file for each training that is to stay in its second epoch until that is removed."""
+    folder = results / "hold"
+    folder.mkdir()
+    for task in tasks:
+        (folder / task).touch()
+    return folder
+
+
 def log_of(results, place, task):
     path = results / place.dataset / "crossval" / "logs" / f"{task}.log"
     return path.read_text() if path.is_file() else ""
@@ -75,7 +84,7 @@ def log_of(results, place, task):
 
 def processes(*words):
     """Numbers of the Python processes whose command has all these words, the oldest first."""
-    found = subprocess.run(["ps", "-eo", "pid=,args=", "--sort=start_time"], capture_output=True, text=True).stdout
+    found = subprocess.run(["ps", "-wweo", "pid=,args=", "--sort=start_time"], capture_output=True, text=True).stdout
     rows = [line.split(maxsplit=1) for line in found.splitlines() if all(word in line for word in words)]
     return [int(pid) for pid, _ in rows]
 
@@ -88,10 +97,11 @@ def here(discs, tmp_path_factory):
     told = {"dry": crossval(discs, results, *dry, "--folds", 0).stdout}
     assert not (results / discs.dataset).exists()
     words = ["nnunet_diffusion", *run, "--folds", 0]
-    slow = {"nnUNet_results": str(results), "TEST_STEP_SECONDS": "1"}
-    job = discs.start(*words, **slow)
+    task = f"{FIRST}__2d__fold_0"
+    hold = held(results, task)
+    job = discs.start(*words, nnUNet_results=str(results), TEST_HOLD=str(hold))
     try:
-        wait_until(lambda: "Epoch 1" in log_of(results, discs, f"{FIRST}__2d__fold_0"))
+        wait_until(lambda: "Epoch 1" in log_of(results, discs, task))
         told["running"] = crossval(discs, results, *status).stdout
         told["second"] = crossval(discs, results, *words[1:], check=False)
         os.kill(processes("nnunet_diffusion train 4 2d 0", FIRST)[0], signal.SIGKILL)
@@ -99,6 +109,7 @@ def here(discs, tmp_path_factory):
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(job.pid, signal.SIGKILL)
+    (hold / task).unlink()
     told["status"] = crossval(discs, results, *status, check=False)
     told["resumed"] = crossval(discs, results, *words[1:]).stdout
     return results, told
@@ -125,10 +136,9 @@ def test_what_happens_here_is_told(here, discs):
 
 def test_sigterm_ends_all_that_runs_here(discs, tmp_path):
     words = [*commands("On this machine")[1], "--folds", 1]
-    job = discs.start(
-        "nnunet_diffusion", *words, nnUNet_results=str(tmp_path), TEST_STEP_SECONDS="1", nnUNet_n_proc_DA="2"
-    )
-    wait_until(lambda: "Epoch 0" in log_of(tmp_path, discs, f"{FIRST}__2d__fold_1"))
+    variables = {"TEST_HOLD": str(held(tmp_path, f"{FIRST}__2d__fold_1")), "nnUNet_n_proc_DA": "2"}
+    job = discs.start("nnunet_diffusion", *words, nnUNet_results=str(tmp_path), **variables)
+    wait_until(lambda: "Epoch 1" in log_of(tmp_path, discs, f"{FIRST}__2d__fold_1"))
     os.kill(job.pid, signal.SIGTERM)
     printed = job.communicate(timeout=60)[0]
     assert job.returncode == 143 and "the same command continues" in printed
@@ -217,12 +227,13 @@ def queue(conf):
 
 def test_five_folds_on_slurm_preempted_and_killed_equal_undisturbed_ones(slurm, discs, here, tmp_path):
     submit, status = commands("On Slurm")
-    variables = {"SLURM_CONF": slurm, "TEST_STEP_SECONDS": "1"}
+    task, ours = f"{FIRST}__2d__fold_0", f"{OURS}__2d__fold_0"
+    hold = held(tmp_path, task, ours)
+    variables = {"SLURM_CONF": slurm, "TEST_HOLD": str(hold)}
     told = crossval(discs, tmp_path, *submit, **variables).stdout
     assert "12 tasks submitted, 0 already there" in told
     again = crossval(discs, tmp_path, *submit, **variables).stdout
     assert "0 tasks submitted, 12 already there" in again
-    task = f"{FIRST}__2d__fold_0"
     wait_until(lambda: "Epoch 1" in log_of(tmp_path, discs, task))
     # needs the whole node, so it preempts all that runs there, in mid-epoch
     urgent = [
@@ -235,13 +246,14 @@ def test_five_folds_on_slurm_preempted_and_killed_equal_undisturbed_ones(slurm, 
     ]
     subprocess.run(urgent, env={**os.environ, "SLURM_CONF": slurm}, check=True)
     wait_until(lambda: "Ended by SIGTERM" in log_of(tmp_path, discs, task))
+    (hold / task).unlink()
     shown = wait_until(
         lambda: "BeginTime" in queue(slurm).get(task, "") and crossval(discs, tmp_path, *status, **variables)
     )
     assert re.search(rf"{task} +waiting", shown.stdout)
-    ours = f"{OURS}__2d__fold_0"
     wait_until(lambda: "Epoch 1" in log_of(tmp_path, discs, ours))
     os.kill(processes("nnunet_diffusion train 4 2d 0", OURS)[0], signal.SIGKILL)
+    (hold / ours).unlink()
     wait_until(lambda: not queue(slurm))
     failed = crossval(discs, tmp_path, *status, check=False, **variables)
     assert failed.returncode == 1 and f"{ours} failed. The end of" in failed.stdout
