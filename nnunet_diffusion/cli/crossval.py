@@ -141,7 +141,7 @@ def show(state: State) -> int:
 
 def start(options: argparse.Namespace, state: State) -> int:
     """Run the unfinished tasks here, or submit those without a live job. The caller holds the lock."""
-    slurm = jobs_in_slurm() if state.jobs else {}
+    slurm = jobs_in_slurm(state)
     live = {name for name, job in state.jobs.items() if job in slurm}
     state.jobs = {name: job for name, job in state.jobs.items() if name in live}
     tasks = [task for task in state.unfinished() if task.name not in live]

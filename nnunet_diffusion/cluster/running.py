@@ -204,13 +204,13 @@ def submit(state: State, tasks: Sequence[Task], live: Collection[str], slurm: Ma
         state.write()
 
 
-def jobs_in_slurm() -> dict[str, str]:
-    """Return the user's jobs that Slurm still has: number -> state; empty without Slurm.
+def jobs_in_slurm(state: State) -> dict[str, str]:
+    """Return the user's jobs that Slurm still has: number -> state; empty if the tasks have none, or without Slurm.
 
     Raises:
         RuntimeError: Slurm does not answer.
     """
-    if shutil.which("squeue") is None:
+    if not {*state.jobs.values()} - {HERE, ENDED} or shutil.which("squeue") is None:
         return {}
     done = subprocess.run(["squeue", "--me", "--noheader", "--format=%i|%T"], capture_output=True, text=True)
     if done.returncode != 0:
@@ -220,12 +220,11 @@ def jobs_in_slurm() -> dict[str, str]:
 
 def live_jobs(state: State) -> tuple[set[str], set[str]]:
     """Return the tasks whose jobs have not ended, and those of them that run now."""
-    names = {job: name for name, job in state.jobs.items()}
     here = {name for name, job in state.jobs.items() if job == HERE}
     if here:
         free = state.lock.acquire()
         state.lock.release()
         here = set() if free else here
-    slurm = jobs_in_slurm() if names.keys() - {HERE, ENDED} else {}
+    slurm = jobs_in_slurm(state)
     live = {name for name, job in state.jobs.items() if job in slurm}
     return live | here, {name for name in live if slurm[state.jobs[name]] in ("RUNNING", "COMPLETING")} | here

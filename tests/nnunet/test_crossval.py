@@ -103,6 +103,7 @@ def here(discs, tmp_path_factory):
     try:
         wait_until(lambda: "Epoch 1" in log_of(results, discs, task))
         told["running"] = crossval(discs, results, *status).stdout
+        assert job.poll() is None, (job.returncode, job.stdout.read())
         told["second"] = crossval(discs, results, *words[1:], check=False)
         os.kill(processes("nnunet_diffusion train 4 2d 0", FIRST)[0], signal.SIGKILL)
         told["killed"], told["code"] = job.communicate(timeout=120)[0], job.returncode
