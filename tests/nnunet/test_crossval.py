@@ -91,28 +91,23 @@ def processes(*words):
 
 @pytest.fixture(scope="module")
 def here(discs, tmp_path_factory):
-    """The page's commands for one fold on this machine, of which a training is killed and taken up; results, outputs."""
+    """The page's commands for one fold on this machine, which nothing disturbs; the results and what is printed."""
     results = tmp_path_factory.mktemp("here")
     dry, run, status = commands("On this machine")
     told = {"dry": crossval(discs, results, *dry, "--folds", 0).stdout}
     assert not (results / discs.dataset).exists()
-    words = ["nnunet_diffusion", *run, "--folds", 0]
-    task = f"{FIRST}__2d__fold_0"
+    words, task = [*run, "--folds", 0], f"{FIRST}__2d__fold_0"
     hold = held(results, task)
-    job = discs.start(*words, nnUNet_results=str(results), TEST_HOLD=str(hold))
-    try:
-        wait_until(lambda: "Epoch 1" in log_of(results, discs, task))
-        told["running"] = crossval(discs, results, *status).stdout
-        assert job.poll() is None, (job.returncode, job.stdout.read())
-        told["second"] = crossval(discs, results, *words[1:], check=False)
-        os.kill(processes("nnunet_diffusion train 4 2d 0", FIRST)[0], signal.SIGKILL)
-        told["killed"], told["code"] = job.communicate(timeout=120)[0], job.returncode
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(job.pid, signal.SIGKILL)
-    (hold / task).unlink()
-    told["status"] = crossval(discs, results, *status, check=False)
-    told["resumed"] = crossval(discs, results, *words[1:]).stdout
+    with discs.start("nnunet_diffusion", *words, nnUNet_results=str(results), TEST_HOLD=str(hold)) as job:
+        try:
+            wait_until(lambda: "Epoch 1" in log_of(results, discs, task))
+            told["running"] = crossval(discs, results, *status).stdout
+            told["second"] = crossval(discs, results, *words, check=False)
+        finally:
+            (hold / task).unlink()
+        told["end"] = job.stdout.read()
+    assert job.returncode == 0, told["end"]
+    told["again"] = crossval(discs, results, *words).stdout
     return results, told
 
 
@@ -125,26 +120,42 @@ def test_what_happens_here_is_told(here, discs):
     assert "hours unknown" in told["dry"]
     assert "running, epoch 1" in told["running"] and "to do" in told["running"]
     assert told["second"].returncode == 2 and "another call works on the cross-validation" in told["second"].stderr
-    assert told["code"] == 1 and f"{FIRST}__2d__fold_0 failed with exit code -9" in told["killed"]
-    assert told["status"].returncode == 1 and "Epoch 1" in told["status"].stdout.split("The end of")[1]
-    assert told["status"].stdout.count("not run") == 3
-    assert "All tasks are done" in told["resumed"]
-    first = read_checkpoint(results / discs.dataset / f"{FIRST}__Tiny__2d" / "fold_0" / "checkpoint_final.pth")
-    assert first["current_epoch"] == 2 and len(first["logging"]["train_losses"]) == 2
-    assert (folder / f"compare__{OURS}__2d" / "evaluation.html").is_file() or list(folder.glob("compare*/*.html"))
+    assert "All tasks are done" in told["end"] and "All 4 tasks are done" in told["again"]
+    assert len(list(folder.glob(f"compare__{OURS}__2d/*.html"))) == 1
     assert (results / discs.dataset / "inference_instructions.txt").is_file()
 
 
-def test_sigterm_ends_all_that_runs_here(discs, tmp_path):
-    words = [*commands("On this machine")[1], "--folds", 1]
-    variables = {"TEST_HOLD": str(held(tmp_path, f"{FIRST}__2d__fold_1")), "nnUNet_n_proc_DA": "2"}
-    job = discs.start("nnunet_diffusion", *words, nnUNet_results=str(tmp_path), **variables)
-    wait_until(lambda: "Epoch 1" in log_of(tmp_path, discs, f"{FIRST}__2d__fold_1"))
-    os.kill(job.pid, signal.SIGTERM)
-    printed = job.communicate(timeout=60)[0]
-    assert job.returncode == 143 and "the same command continues" in printed
-    assert "Ended by SIGTERM" in log_of(tmp_path, discs, f"{FIRST}__2d__fold_1")
+def test_terminated_then_killed_here_and_finished_by_the_same_command(discs, tmp_path):
+    run = commands("On this machine")[1]
+    run.remove(OURS)
+    words, task = [*run, "--folds", 1], f"{FIRST}__2d__fold_1"
+    hold = held(tmp_path, task)
+    variables = {"nnUNet_results": str(tmp_path), "TEST_HOLD": str(hold), "nnUNet_n_proc_DA": "2"}
+
+    def ended_in_epoch_1(times, end):
+        """Start the command, end it in the training's second epoch; return the exit code and what was printed."""
+        with discs.start("nnunet_diffusion", *words, **variables) as job:
+            wait_until(lambda: log_of(tmp_path, discs, task).count("Epoch 1") == times)
+            end(job.pid, processes("nnunet_diffusion train 4 2d 1", FIRST)[0])
+            printed = job.stdout.read()
+        return job.returncode, printed
+
+    code, printed = ended_in_epoch_1(1, lambda all_of_it, training: os.kill(all_of_it, signal.SIGTERM))
+    assert code == 143 and "the same command continues" in printed
+    assert "Ended by SIGTERM" in log_of(tmp_path, discs, task)
     assert not processes("nnunet_diffusion train 4 2d 1", FIRST)
+    code, printed = ended_in_epoch_1(2, lambda all_of_it, training: os.kill(training, signal.SIGKILL))
+    for worker in processes("nnunet_diffusion train 4 2d 1", FIRST):
+        os.kill(worker, signal.SIGKILL)  # nobody ends those of a killed training
+    assert code == 1 and f"{task} failed with exit code -9" in printed and f"{task} failed. The end of" in printed
+    status = crossval(discs, tmp_path, "crossval", "-d", 4, "--status", check=False)
+    assert status.returncode == 1 and status.stdout.count("not run") == 2
+    (hold / task).unlink()
+    assert "All tasks are done" in crossval(discs, tmp_path, *words).stdout
+    log = log_of(tmp_path, discs, task)
+    assert log.count("Epoch 0") == 1 and log.count("Epoch 1") == 3
+    first = read_checkpoint(tmp_path / discs.dataset / f"{FIRST}__Tiny__2d" / "fold_1" / "checkpoint_final.pth")
+    assert first["current_epoch"] == 2 and len(first["logging"]["train_losses"]) == 2
 
 
 def free_port():
