@@ -51,6 +51,7 @@ if __name__ == "__main__":
             "matplotlib",
             "nibabel",
             "numpy",
+            "packaging",
             "scikit-image",
             "scipy",
             "SimpleITK",

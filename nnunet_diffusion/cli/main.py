@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from nnunet_diffusion import __version__
 from nnunet_diffusion.cli import (
     calibrate,
+    container,
     crossval,
     demo,
     diagnose,
@@ -42,6 +43,7 @@ SUBCOMMANDS = (
     sweep,
     figures,
     install,
+    container,
     doctor,
     demo,
 )

@@ -112,21 +112,10 @@ def prepare_case(case: CaseFiles, managers: Managers, limit: float | None = None
         MemoryError: the image does not fit into memory, before or after resampling.
     """
     plans_manager, configuration_manager, dataset_json = managers
-    channels = len(dataset_json.get("channel_names") or dataset_json["modality"])
     if case.previous_stage is not None and not Path(case.previous_stage).is_file():
         raise FileNotFoundError(f"{case.previous_stage} is missing")
-    names = ", ".join(case.images)
     image, properties = read_images(case.images, plans_manager.image_reader_writer_class(), limit)
-    if len(image) != channels:  # a colour image has three channels in one file
-        raise ValueError(
-            f"{names} has {len(image)} channels, the model needs {channels}, as its training images "
-            f"({case.name}_0000{dataset_json['file_ending']} and so on)"
-            + ("; remove the transparency, its fourth channel" if (len(image), channels) == (4, 3) else "")
-        )
-    if image[0].size == 0 or not image.any():
-        raise ValueError(f"{names} is empty: every voxel is 0")
-    heads = plans_manager.get_label_manager(dataset_json).num_segmentation_heads
-    check_size(names, image, properties["spacing"], plans_manager, configuration_manager, heads, limit)
+    check_image(", ".join(case.images), case.name, image, properties["spacing"], managers, limit)
     notes = constant_channels(case.images, image)
     label_manager, previous = plans_manager.get_label_manager(dataset_json), None
     if case.previous_stage is not None:
@@ -149,6 +138,37 @@ def prepare_case(case: CaseFiles, managers: Managers, limit: float | None = None
             source, properties, data.shape[1:], plans_manager, configuration_manager, label_manager
         )
     return PreparedCase(np.ascontiguousarray(data, dtype=np.float32), properties, given, notes)
+
+
+def check_image(
+    names: str, case: str, image: NDArray, spacing: Sequence[float], managers: Managers, limit: float | None = None
+) -> None:
+    """Check that a model can segment an image.
+
+    Args:
+        names: of its files, for messages.
+        case: name of the case, for messages.
+        image: (C, *image).
+        spacing: in mm, per axis of the image.
+        managers: of the model.
+        limit: main memory that the case may use, in bytes; None for the free memory.
+
+    Raises:
+        ValueError: the image has another number of channels or axes than the model needs, is empty, or has a wrong spacing.
+        MemoryError: it does not fit into memory after resampling.
+    """
+    plans_manager, configuration_manager, dataset_json = managers
+    channels = len(dataset_json.get("channel_names") or dataset_json["modality"])
+    if len(image) != channels:  # a colour image has three channels in one file
+        raise ValueError(
+            f"{names} has {len(image)} channels, the model needs {channels}, as its training images "
+            f"({case}_0000{dataset_json['file_ending']} and so on)"
+            + ("; remove the transparency, its fourth channel" if (len(image), channels) == (4, 3) else "")
+        )
+    if image[0].size == 0 or not image.any():
+        raise ValueError(f"{names} is empty: every voxel is 0")
+    heads = plans_manager.get_label_manager(dataset_json).num_segmentation_heads
+    check_size(names, image, spacing, plans_manager, configuration_manager, heads, limit)
 
 
 def worker_numbers(cases: Sequence[CaseFiles], cores: int) -> tuple[int, int]:

@@ -149,6 +149,11 @@ def peak_bytes(device: torch.device) -> int | None:
     return _bytes_in(Path("/proc/self/status"), "VmHWM")
 
 
+def used_bytes() -> int:
+    """Return the main memory of this process in bytes; 0 if it is unknown."""
+    return _bytes_in(Path("/proc/self/status"), "VmRSS") or 0
+
+
 def _bytes_in(path: Path, key: str) -> int | None:
     """Return the bytes in a line `key: number kB` of a file in /proc; None if the file or line does not exist."""
     if not path.is_file():

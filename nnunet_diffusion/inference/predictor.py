@@ -102,6 +102,8 @@ class DiffusionPredictor(nnUNetPredictor):
 
     Attributes:
         progress: progress of the last call of `predict_from_files`; None before its first case begins.
+        deadline: `time.perf_counter()` at which the samples of the next volume shall be drawn; None for no limit. The first
+            sample of each fold is drawn in any case, and as many others as fit, by the time that the first one took.
         planned: settings of the model's plans, without those given to the predictor; known when a model is loaded.
 
     Raises:
@@ -110,6 +112,7 @@ class DiffusionPredictor(nnUNetPredictor):
     """
 
     progress: Progress | None = None
+    deadline: float | None = None
     planned: DiffusionSettings
 
     def __init__(

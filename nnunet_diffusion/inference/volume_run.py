@@ -82,6 +82,7 @@ class VolumeRun:
         self.evaluations = Evaluations()
         self.notes: list[str] = []
         self._on_tiles: Callable[[int], object] = lambda number: None
+        self._deadline: float | None = None  # of the samples of one fold
 
     def predict(self, on_tiles: Callable[[int], object] | None = None) -> VolumePrediction:
         """Run all folds and return their ensemble.
@@ -107,7 +108,10 @@ class VolumeRun:
         if self.device.type == "cuda":
             # only after the first use of the GPU: before that, torch rejects a device with an index
             torch.cuda.reset_peak_memory_stats(self.device)
-        for fold, weights in zip(predictor.folds, predictor.list_of_parameters, strict=True):
+        for place, (fold, weights) in enumerate(zip(predictor.folds, predictor.list_of_parameters, strict=True)):
+            if predictor.deadline is not None:
+                share = (place + 1) / len(predictor.folds)
+                self._deadline = begin + share * (predictor.deadline - begin)
             self.network.load_state_dict(weights)
             # autocast caches the cast weights until it ends, so each fold needs its own
             with self._computing(), torch.inference_mode(), self._autocast():
@@ -215,6 +219,9 @@ class VolumeRun:
             device, limit, self.tiling.samples_per_call, free, settings.is_hidiff,
         )  # fmt: skip
         tell(self.notes, plan.note)
+        if self._deadline is not None:
+            plan = dataclasses.replace(plan, at_once=1)
+        number_in_time = settings.samples
         room = 0.0
         if self._conditions_are_used_again(plan, len(mirrors)) and device == self.device:
             room = condition_bytes(device, plan, limit, free)
@@ -227,11 +234,24 @@ class VolumeRun:
             process.forget_conditions()
             process = dataclasses.replace(process, mirrored=axes)
             for group in self._groups(range(place, settings.samples, len(mirrors)), plan.at_once):
-                start_step = self._start_step_of(group[0])
+                if group[0] >= number_in_time:
+                    continue
+                begin, start_step = time.perf_counter(), self._start_step_of(group[0])
                 with self.network.overridden(start_step=start_step, steps=self._steps_from(start_step)):
                     process, found = run_group(process, group, predictor.joint, self.notes)
+                if self._deadline is not None and group[0] == 0:
+                    number_in_time = self._samples_until(self._deadline, begin, fold)
                 for number, probabilities in zip(group, found, strict=True):
-                    self.members.add(probabilities, share / settings.samples, f"fold_{fold}_sample_{number}")
+                    self.members.add(probabilities, share / number_in_time, f"fold_{fold}_sample_{number}")
+
+    def _samples_until(self, deadline: float, begin: float, fold: str) -> int:
+        """Return the number of samples that end before a time, after the first, which began at `begin`."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now, samples = time.perf_counter(), self.settings.samples
+        number = min(samples, 1 + max(0, int((deadline - now) / max(now - begin, 1e-6))))
+        tell(self.notes, f"{number} of {samples} samples of fold {fold} are drawn in the time that is left")
+        return number
 
     def _start_step_of(self, number: int) -> int:
         """Return T' of a sample: the start steps take turns."""

@@ -1,0 +1,1 @@
+"""Docker images of trained models: what is written to build one, and what runs in it."""
