@@ -81,6 +81,7 @@ def write_context(
         **_described(model, settings),
     }
     files = {
+        ".dockerignore": templates.DOCKERIGNORE,
         "Dockerfile": templates.DOCKERFILE, "build.sh": templates.BUILD, "test.sh": templates.TEST,
         "save.sh": templates.SAVE, "README.md": templates.README,
     }  # fmt: skip
@@ -113,13 +114,14 @@ def _described(model: Model, settings: Mapping[str, Any]) -> dict[str, str]:
         results += f" Probabilities of the classes, 0 to 1, are in {form} with the slugs {named}."
     if settings["uncertainty_slug"]:
         results += f" The entropy in nats is in {form} with the slug `{settings['uncertainty_slug']}`."
-    seconds = settings["seconds_per_case"]
-    drawn = f" A case has {seconds:g} seconds: after the first of {model.samples} samples as many are drawn as fit."
+    drawn, seconds = "", settings["seconds_per_case"]
+    if seconds is not None:
+        drawn = f" A case has {seconds:g} seconds: after the first of {model.samples} samples as many are drawn as fit."
     return {
         "IMAGES": f"images of {model.channels} channel{'s' * (model.channels > 1)}",
         "INTERFACE": where,
         "RESULTS": results if settings["probabilities_slugs"] or settings["uncertainty_slug"] else "",
-        "SECONDS": "" if seconds is None else drawn,
+        "SECONDS": drawn,
     }
 
 

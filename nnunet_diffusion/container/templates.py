@@ -1,5 +1,11 @@
 """Text of the files beside the model; `write_context` replaces the words between @ signs."""
 
+DOCKERIGNORE = """\
+*
+!requirements.txt
+!app
+"""
+
 DOCKERFILE = """\
 FROM python:@PYTHON@-slim-bookworm
 ARG TORCH_INDEX=@TORCH_INDEX@
