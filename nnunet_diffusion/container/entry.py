@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import re
 import sys
@@ -35,7 +36,7 @@ class Case:
     """An image and where its results belong.
 
     Attributes:
-        name: for messages.
+        name: of its output, for messages; on Grand Challenge of its first image.
         files: one for each channel, or one with all channels.
         segmentation: path of the label map.
         others: path pattern of the other results, in which {} stands for a slug.
@@ -136,7 +137,7 @@ def folder_cases(source: Path, target: Path, settings: Mapping[str, Any]) -> lis
             )
         number_ending = ".tif" if ending.lower() == ".png" else ending
         files = tuple(source / each for each in group)
-        cases[output] = Case(stem, files, target / output, str(target / "{}" / f"{stem}{number_ending}"))
+        cases[output] = Case(output, files, target / output, str(target / "{}" / f"{stem}{number_ending}"))
     if not cases:
         raise ValueError(f"{source} has no image ({', '.join(ENDINGS)}): mount the folder of the images there")
     return list(cases.values())
@@ -184,6 +185,7 @@ def set_environment() -> None:
     for name in NNUNETS_FOLDERS:  # nnU-Net warns if they are not set; nothing is read or written there
         os.environ.setdefault(name, "/tmp")
     os.environ[COMPILE] = "f"
+    logging.getLogger("nibabel.global").setLevel(logging.ERROR)  # its warnings of headers that are refused
     os.environ.update(with_trainers(os.environ))
 
 
@@ -239,4 +241,7 @@ def _fail(error: Exception, code: int | None = None, prefix: str = "") -> int:
 
 
 if __name__ == "__main__":
+    # errors are one line: what libraries written in C print goes to standard output
+    sys.stderr = os.fdopen(os.dup(2), "w")
+    os.dup2(1, 2)
     sys.exit(main())
