@@ -128,7 +128,7 @@ class Model:
         """
         predictor = self.predictor
         managers = predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json
-        check_image(name, name, image.channels, image.spacing, managers, limit)
+        check_image(name, "CASE", image.channels, image.spacing, managers, limit)
         if self.is_diffusion:
             predictor.deadline = deadline
             if predictor.device.type == "cpu":
