@@ -74,7 +74,8 @@ def test_cases_of_a_folder_have_nnunets_names_or_one_file_each(tmp_path):
         tmp_path, "a_0000.nii.gz", "a_0001.nii.gz", "b.tif", "c_0000.png", "d_0007.mha", "notes.txt", ".e.mha"
     )
     assert found == {
-        "a.nii.gz": ["a_0000.nii.gz", "a_0001.nii.gz"], "b.tif": ["b.tif"], "c.png": ["c_0000.png"], "d_0007.mha": ["d_0007.mha"],
+        "a.nii.gz": ["a_0000.nii.gz", "a_0001.nii.gz"], "b.tif": ["b.tif"],
+        "c.png": ["c_0000.png"], "d_0007.mha": ["d_0007.mha"],
     }  # fmt: skip
 
 
