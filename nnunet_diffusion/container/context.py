@@ -73,7 +73,7 @@ def write_context(
         "TRAINERS": ":".join(trainers),
         "MEMORY": f"{memory:g}",
         "SHARED": f"{memory / 2:g}",
-        "GPU": "--gpus all " if device == "cuda" else "",
+        "CUDA": "true" if device == "cuda" else "false",
         "DEVICE": "a GPU, runs without, too" if device == "cuda" else "CPUs",
         "MODEL": model_folder.resolve().name,
         "FOLDS": ", ".join(settings["folds"]),

@@ -50,8 +50,10 @@ tar -xzf model.tar.gz -C "$scratch/model"
 chmod -R a+rX "$scratch"
 rm -rf test/output
 mkdir -m 777 test/output
+gpus=()
+if @CUDA@ && nvidia-smi >/dev/null 2>&1; then gpus=(--gpus all); fi
 "$engine" run --rm --network none --read-only --tmpfs /tmp --shm-size @SHARED@g --memory @MEMORY@g --memory-swap @MEMORY@g \\
-  --pids-limit 128 --cap-drop ALL --security-opt no-new-privileges @GPU@\\
+  --pids-limit 128 --cap-drop ALL --security-opt no-new-privileges ${gpus[@]+"${gpus[@]}"} \\
   --volume "$PWD/test/input:/input:ro" --volume "$PWD/test/output:/output" --volume "$scratch/model:/opt/ml/model:ro" "$image"
 find test/output -type f
 """

@@ -38,7 +38,7 @@ def test_a_packed_model_has_what_prediction_needs_and_the_same_bytes(tmp_path):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_scripts_are_sound(name, tmp_path):
     path = tmp_path / "script.sh"
-    path.write_text(re.sub(r"@(GPU)@", "", re.sub(r"@(NAME|MEMORY|SHARED)@", "8", SCRIPTS[name])))
+    path.write_text(re.sub(r"@(NAME|MEMORY|SHARED|CUDA)@", "true", SCRIPTS[name]))
     assert subprocess.run(["bash", "-n", path]).returncode == 0
     if shutil.which("shellcheck"):
         done = subprocess.run(["shellcheck", path], capture_output=True, text=True)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from nnunet_diffusion.container.images import Geometry
 from nnunet_diffusion.training import DiffusionTrainerUNet, HiDiffTrainer
 
 REPOSITORY = Path(__file__).parents[2]
+TINY_TRAINERS = REPOSITORY / "tests" / "nnunet" / "tiny_trainers"
 PAGE = (REPOSITORY / "documentation" / "challenge.md").read_text(encoding="utf-8")
 DOCKER = """#!/usr/bin/env bash
 # runs the entry point where docker would run the image
@@ -48,6 +50,7 @@ def models(hippocampus, tmp_path_factory):
         "unet3d": (DiffusionTrainerUNet, "Tiny3d", "3d_fullres"),
         "plain": (nnUNetTrainer, "Tiny", "2d"),
         "hidiff": (HiDiffTrainer, "Tiny", "2d"),
+        "own": (runpy.run_path(TINY_TRAINERS / "TinyDiffusionTrainer.py")["TinyDiffusionTrainerUNet"], "Tiny", "2d"),
     }
     with hippocampus.in_process(root):
         for name, (kind, plans, configuration) in kinds.items():
@@ -275,11 +278,13 @@ def hidden(path):
     return next((parent for parent in reversed(path.parents) if not parent.stat().st_mode & 0o001), None)
 
 
-def test_another_user_without_network_in_little_room(models, tmp_path):
-    """In namespaces: nothing but /output and /tmp can be written, no network, 64 KiB of /dev/shm, 128 threads."""
+def test_another_user_without_network_in_little_room(models, tmp_path, monkeypatch):
+    """A user's own trainer in namespaces: nothing but /output and /tmp can be written, no network, few threads."""
     if os.getuid() != 0 or subprocess.run(["unshare", "-mnpif", "true"], capture_output=True).returncode:
         pytest.skip("namespaces are not permitted here")
-    folder = context(models["unet"], tmp_path / "c", "--samples", 2)
+    monkeypatch.setenv("nnUNet_extTrainer", str(TINY_TRAINERS))
+    folder = context(models["own"], tmp_path / "c", "--samples", 2)
+    assert "nnUNet_extTrainer=/opt/app/trainers_0\n" in (folder / "Dockerfile").read_text()
     home = Path(tempfile.mkdtemp())
     try:
         home.chmod(0o755)
@@ -324,6 +329,7 @@ def test_another_user_without_network_in_little_room(models, tmp_path):
             "PYTHONWARNINGS": "ignore",
             "PYTHONDONTWRITEBYTECODE": "1",
             "OMP_NUM_THREADS": "1",
+            "nnUNet_extTrainer": f"{home}/app/trainers_0",
             "MPLCONFIGDIR": f"{home}/tmp",
         }
         words = ["unshare", "-mnpif", "prlimit", f"--as={16 * 2**30}", "bash", "-c", "\n".join(script)]
