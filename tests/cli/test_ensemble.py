@@ -346,7 +346,7 @@ def test_wrong_folders_are_named(folds, capsys):
     refused(folds, capsys, "fold_1 twice", folders=("fold_1", "fold_0", "fold_0/../fold_1"))
     refused(folds, capsys, "-o is .*fold_1, which is also one of -i", "-o", folds / "fold_1")
     refused(folds, capsys, "-o is .*json, which is a file", "-o", folds / "fold_1" / "dataset.json")
-    refused(folds, capsys, "nothing can be written to .*json", "-o", folds / "fold_1" / "dataset.json" / "out")
+    refused(folds, capsys, "but .*json is a file: give a folder", "-o", folds / "fold_1" / "dataset.json" / "out")
     refused(folds, capsys, "-np is -1, but must be 0", processes=-1)
     (folds / "empty").mkdir()
     refused(folds, capsys, r"empty have no case in common \(CASE.nii.gz", folders=("fold_0", "empty"))

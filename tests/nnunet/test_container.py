@@ -21,7 +21,7 @@ from scipy.spatial.transform import Rotation
 from nnunet_diffusion.cli.main import main as command
 from nnunet_diffusion.container import entry
 from nnunet_diffusion.container.images import Geometry
-from nnunet_diffusion.training import DiffusionTrainerUNet, HiDiffTrainer
+from nnunet_diffusion.training import DiffusionTrainer, DiffusionTrainerUNet, HiDiffTrainer
 
 REPOSITORY = Path(__file__).parents[2]
 TINY_TRAINERS = REPOSITORY / "tests" / "nnunet" / "tiny_trainers"
@@ -49,6 +49,7 @@ def models(hippocampus, tmp_path_factory):
         "unet": (DiffusionTrainerUNet, "Tiny", "2d"),
         "unet3d": (DiffusionTrainerUNet, "Tiny3d", "3d_fullres"),
         "plain": (nnUNetTrainer, "Tiny", "2d"),
+        "pgdiffseg": (DiffusionTrainer, "Tiny", "2d"),
         "hidiff": (HiDiffTrainer, "Tiny", "2d"),
         "own": (runpy.run_path(TINY_TRAINERS / "TinyDiffusionTrainer.py")["TinyDiffusionTrainerUNet"], "Tiny", "2d"),
     }
@@ -102,7 +103,7 @@ def assert_geometry(found, image):
     assert Geometry.of(sitk.ReadImage(str(found))).equals(Geometry.of(sitk.ReadImage(str(image)))), found
 
 
-@pytest.mark.parametrize("name", ["unet", "unet3d", "plain", "hidiff"])
+@pytest.mark.parametrize("name", ["unet", "unet3d", "plain", "pgdiffseg", "hidiff"])
 def test_grand_challenge(models, name, tmp_path, capsys):
     words = ["--input-slug", "mr", "--output-slug", "hippocampus", "--uncertainty-slug", "doubt"]
     folder = context(models[name], tmp_path / "My Algorithm", *words, interface="grand-challenge")
