@@ -107,7 +107,11 @@ def _described(model: Model, settings: Mapping[str, Any]) -> dict[str, str]:
             "stop the others."
         )
     results = "Numbers are 32-bit floats."
-    form = "`/output/images/SLUG/output.mha`" if challenge else "`/output/SLUG/CASE.mha`"
+    form = (
+        "`/output/images/SLUG/output.mha`"
+        if challenge
+        else "`/output/SLUG/`, with the names of the label maps (`.tif` of PNG),"
+    )
     if settings["probabilities_slugs"]:
         pairs = zip(settings["probabilities_slugs"], model.classes, strict=True)
         named = ", ".join(f"`{slug}` ({name})" for slug, name in pairs)
