@@ -160,7 +160,8 @@ def estimate(tasks: Sequence[Task]) -> str:
     known = [each for each in hours if each is not None]
     if not hours:
         return "No training is left."
-    told = f"{len(known)} of {len(hours)} trainings: {sum(known):.1f} hours one after the other, without validation"
+    total = f"{sum(known):.1f}" if sum(known) >= 0.05 else "less than 0.1"
+    told = f"{len(known)} of {len(hours)} trainings: {total} hours one after the other, without validation"
     unknown = len(hours) - len(known)
     if not known:
         told = f"{len(hours)} trainings, hours unknown: no epoch of these models has been logged yet"
