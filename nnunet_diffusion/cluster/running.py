@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_diffusion.cluster.graph import Task
-from nnunet_diffusion.cluster.state import LOG_LINES, State, tail
+from nnunet_diffusion.cluster.state import LOG_LINES, State, replace_text, tail
 from nnunet_diffusion.jobs.signals import EXIT_TERMINATED
 
 HERE, ENDED = "here", "ended"  # in State.jobs, instead of a Slurm job: runs on this machine, failed there
@@ -76,9 +76,7 @@ class Run:
         """Return whether the command succeeded; if so, leave the marker."""
         if code == 0:
             self.marker.parent.mkdir(parents=True, exist_ok=True)
-            aside = self.marker.with_name(f".{self.name}.tmp")
-            aside.write_text(self.command, encoding="utf-8")
-            aside.replace(self.marker)
+            replace_text(self.marker, self.command)
         return code == 0
 
     def end(self) -> None:

@@ -53,9 +53,7 @@ class State:
         """Replace the file as a whole; tasks that are done have no job."""
         self.jobs = {name: job for name, job in self.jobs.items() if not self.is_done(self.task(name))}
         content = {"tasks": [task.to_json() for task in self.tasks], "jobs": self.jobs}
-        aside = self.folder / f".{FILE}.tmp"
-        aside.write_text(json.dumps(content, indent=2), encoding="utf-8")
-        aside.replace(self.folder / FILE)
+        replace_text(self.folder / FILE, json.dumps(content, indent=2))
 
     def task(self, name: str) -> Task:
         """Return the task of a name; an empty one if this cross-validation no longer has it."""
@@ -125,6 +123,13 @@ class State:
                 last = tail(log, LOG_LINES) or "there is no log: the job was cancelled or ended before it began"
                 parts.append(f"{name} failed. The end of {log}:\n{last}")
         return "\n\n".join(parts)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Replace a text file as a whole. (`write_aside` would import torch.)."""
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
 
 
 def tail(path: Path, lines: int) -> str:

@@ -136,11 +136,12 @@ def explain_class(
     explanation_figure(page, [request.out / f"{stem}.png", request.out / f"{stem}.pdf"])
     if request.maps:
         _write_maps(predictor, found, request.out / MAPS, stem, asked.case)
+    weights = {f"{flow}, stage {stage}": eta for (flow, stage), eta in _weights(predictor).items()}
     content = {
         "case": name,
         **numbers(found, question, shares, truth),
         **({} if request.voxel is None else {"voxel": list(request.voxel)}),
-        **({"attention_weights": _named(_weights(predictor))} if _weights(predictor) else {}),
+        **({"attention_weights": weights} if weights else {}),
         "settings": _settings(predictor),
     }
     write_json(content, request.out / f"{stem}.json")
@@ -160,10 +161,6 @@ def _settings(predictor: DiffusionPredictor) -> dict[str, Any]:
 def _weights(predictor: DiffusionPredictor) -> dict[tuple[str, int], float]:
     """Return eta of PGDiffSeg's Eq. 5: how much of the attention is added to the features, by flow and stage."""
     return {(unit.flow, unit.stage): unit.eta.item() for unit in units_of(predictor.network.denoiser) if unit.attended}
-
-
-def _named(values: Mapping[tuple[str, int], float]) -> dict[str, float]:
-    return {f"{flow}, stage {stage}": value for (flow, stage), value in values.items()}
 
 
 def _truth(predictor: DiffusionPredictor, folder: Path | None, name: str, case: PreparedCase) -> NDArray | None:
